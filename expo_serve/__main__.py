@@ -1,0 +1,7 @@
+"""``python -m expo_serve``: the same as the command ``expo-serve``."""
+
+import sys
+
+from expo_serve.cli.main import main
+
+sys.exit(main())

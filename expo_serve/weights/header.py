@@ -1,0 +1,178 @@
+"""The header of one safetensors file, read and checked before any of its data.
+
+Format (https://github.com/huggingface/safetensors#format): eight bytes, the header's length N as
+an unsigned little-endian integer; N bytes of JSON, an object that maps each tensor's name to
+``{"dtype", "shape", "data_offsets": [begin, end]}`` (``__metadata__`` maps strings to strings);
+then the data, to which the offsets are relative. The checks repeat those of the format's own
+library and add what it leaves open: a name given twice, and our caps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from expo_serve.errors import CheckpointError
+
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_TENSORS = 500_000
+_LENGTH_BYTES = 8
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+    "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+"""Bytes of one element, by the format's own dtype names."""
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+QUANTISED_DTYPES = frozenset(name for name in DTYPE_BYTES if name.startswith("F8"))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """Where one tensor lies: file, absolute byte offset, dtype (the format's name) and shape."""
+
+    name: str
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values can be extrapolated."""
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of one file. ``digest`` hashes its raw bytes and the file's size."""
+
+    tensors: dict[str, TensorRecord]
+    digest: str
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one safetensors file; no tensor data is read.
+
+    Raises:
+        CheckpointError: the file is no regular file, is cut, or its header is wrong.
+    """
+    raw, data_bytes = _read_raw(path)
+    entries = _parse(path, raw)
+    start = _LENGTH_BYTES + len(raw)
+    tensors = {name: _record(path, name, entry, start) for name, entry in entries.items()}
+    _check_layout(path, tensors, start, data_bytes)
+    digest = sha256(raw + data_bytes.to_bytes(8, "little")).hexdigest()
+    return Header(tensors, digest)
+
+
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path}: expected a regular file; it was not opened")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES:
+            raise CheckpointError(
+                f"{path}: not a safetensors file: expected at least {_LENGTH_BYTES} bytes, found {size}"
+            )
+        length = int.from_bytes(prefix, "little")
+        available = size - _LENGTH_BYTES
+        if length > min(available, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path}: {_length_problem(prefix, length, available)}")
+        return file.read(length), available - length
+
+
+def _length_problem(prefix: bytes, length: int, available: int) -> str:
+    if prefix.startswith((b"PK", b"\x80")):
+        return "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it"
+    if length > MAX_HEADER_BYTES:
+        return f"header length is {length} bytes, at most {MAX_HEADER_BYTES} are read; is it safetensors?"
+    return f"file is cut: header needs {length} bytes, {available} are there; copy or download it again"
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise CheckpointError(f"{path}: header names over {MAX_TENSORS} tensors")
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{path}: header gives the name {error} twice") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header must be a JSON object, found {type(header).__name__}")
+    header.pop("__metadata__", None)
+    return header
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKeyError(repr(twice))
+    return result
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{where}: dtype {dtype!r} is not supported")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise CheckpointError(f"{where}: shape must be a list of sizes, found {shape!r:.200}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(value) for value in offsets):
+        raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {offsets!r:.200}")
+    begin, end = offsets
+    record = TensorRecord(name, path, start + begin, dtype, tuple(shape))
+    if end - begin != record.nbytes:
+        raise CheckpointError(
+            f"{where}: {dtype} of shape {list(shape)} takes {record.nbytes} bytes, data_offsets give {end - begin}"
+        )
+    return record
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorRecord], start: int, data_bytes: int) -> None:
+    position = start
+    for record in sorted(tensors.values(), key=lambda record: (record.offset, record.nbytes)):
+        if record.offset != position:
+            kind = "overlaps the one before it" if record.offset < position else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: tensor {record.name!r} {kind}: "
+                f"expected to begin at byte {position}, begins at {record.offset}"
+            )
+        position += record.nbytes
+    expected, actual = position, start + data_bytes
+    if actual != expected:
+        kind = "is cut" if actual < expected else "has bytes after the last tensor"
+        raise CheckpointError(
+            f"{path}: file {kind}: expected {expected} bytes, actual {actual}; copy or download it again"
+        )

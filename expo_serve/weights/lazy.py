@@ -1,0 +1,232 @@
+"""The lazy tensor: looks like a checkpoint's tensor, and is computed where it is copied to.
+
+A model's ``load_weights`` narrows, chunks, views and transposes what the loader yields, then copies
+it into a parameter. :class:`LazyTensor` does the views on a description alone (sizes, strides and
+offset on the meta device; both sides share it) and the arithmetic in ``copy_``, straight into the
+parameter, reading just the elements that the copy wants. Any other operation gets real values and
+goes on, so a model may do what it likes with its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from expo_serve.errors import ValuesError
+from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.pair import PlannedTensor
+from expo_serve.weights.reader import Reader
+from expo_serve.weights.tally import Tally
+
+_aten = torch.ops.aten
+
+
+class Operands:
+    """The two sides of one tensor, shared by all the views that are taken of it.
+
+    ``value`` is None until an operation writes into the lazy tensor; from then on it is the tensor.
+    """
+
+    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally) -> None:
+        self.planned = planned
+        self.tally = tally
+        self.aligned = reader.tensor(planned.aligned)
+        self.base = reader.tensor(planned.base) if planned.base else None
+        self.value: torch.Tensor | None = None
+
+    def write(self, dest: torch.Tensor, view: torch.Tensor) -> None:
+        """Compute the elements that ``view`` (meta) selects into ``dest`` of the same shape.
+
+        Raises:
+            ValuesError: one of them is not finite.
+        """
+        if self.value is not None:
+            dest.copy_(_select(self.value, view))
+            return
+        for out, part, has_base in self._by_base_rows(dest, view):
+            self._write_part(out, part, has_base)
+
+    def _by_base_rows(self, dest: torch.Tensor, view: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
+
+        Both sides are row-major with rows of one size, so an element has a partner in base exactly
+        when its index lies below base's number of elements.
+        """
+        end = self.base.numel() if self.base is not None else 0
+        start = view.storage_offset()
+        if start >= end or _end(view) <= end:
+            yield dest, view, start < end
+            return
+        dim = max(range(view.dim()), key=view.stride)
+        size, stride = view.shape[dim], view.stride(dim)
+        slice_end = _end(view.select(dim, 0))
+        below = min(size, max(0, (end - slice_end) // stride + 1))
+        above = min(size, -((start - end) // stride))
+        yield dest.narrow(dim, 0, below), view.narrow(dim, 0, below), True
+        for row in range(below, above):  # slices that straddle the cut: none for views along rows
+            yield from self._by_base_rows(dest.select(dim, row), view.select(dim, row))
+        yield dest.narrow(dim, above, size - above), view.narrow(dim, above, size - above), False
+
+    def _write_part(self, dest: torch.Tensor, view: torch.Tensor, has_base: bool) -> None:
+        alpha = self.planned.alpha
+        base = _select(self.base, view) if has_base and self.base is not None else None
+        aligned = _select(self.aligned, view)
+        if base is None or alpha != -1:
+            self.tally.read_bytes["aligned"] += view.numel() * aligned.element_size()
+        if base is not None and alpha != 0:
+            self.tally.read_bytes["base"] += view.numel() * base.element_size()
+        try:
+            extrapolate_into(dest, base, aligned, alpha)
+        except NotFiniteError as error:
+            raise self._values_error(str(error)) from None
+
+    def _values_error(self, what: str) -> ValuesError:
+        planned = self.planned
+        if what == "result":
+            return ValuesError(
+                f"tensor {planned.name!r}: extrapolated with alpha {planned.alpha} it is too large for its dtype "
+                f"({planned.aligned.dtype}); choose a smaller alpha (file {planned.aligned.file})"
+            )
+        use_base = what == "base" or (what == "operand" and planned.alpha == -1)
+        record = planned.base if use_base and planned.base else planned.aligned
+        return ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the checkpoint is damaged")
+
+    def materialize(self, view: torch.Tensor) -> torch.Tensor:
+        """The elements that ``view`` selects, as a plain tensor of its own."""
+        self.tally.note(self.planned.name, "materialized" if self.planned.base else "copied")
+        if self.value is not None:
+            return _select(self.value, view)
+        result = torch.empty_like(view, device="cpu")  # keeps the strides of a dense view
+        self.write(result, view)
+        return result
+
+    def keep(self) -> torch.Tensor:
+        """Make the whole tensor real, for an operation that writes into it."""
+        if self.value is None:
+            self.value = self.materialize(torch.empty_like(self.aligned, device="meta"))
+        return self.value
+
+
+def _select(whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    return whole.as_strided(view.size(), view.stride(), whole.storage_offset() + view.storage_offset())
+
+
+def _end(view: torch.Tensor) -> int:
+    """One past the last element that a view selects."""
+    if view.numel() == 0:
+        return view.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(view.size(), view.stride(), strict=True))
+    return view.storage_offset() + last + 1
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor of the extrapolated model that is computed when it is copied.
+
+    Shape, strides and dtype are those of the aligned side's tensor.
+    """
+
+    _operands: Operands
+    _view: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, operands: Operands, view: torch.Tensor) -> LazyTensor:
+        """Wrap ``operands``; ``view`` is a meta tensor that says which of their elements."""
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, view.size(), strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype
+        )
+        lazy._operands = operands
+        lazy._view = view
+        return lazy
+
+    # Without this every operation would pass through Python twice.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def materialize(self) -> torch.Tensor:
+        """This tensor's values, as a plain tensor."""
+        return self._operands.materialize(self._view)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"LazyTensor({self._operands.planned.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    # These reach for the storage without an operation that could be intercepted.
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`torch.Tensor.numpy`."""
+        return self.materialize().numpy(*args, **kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.materialize().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """See :meth:`torch.Tensor.tolist`."""
+        return self.materialize().tolist()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.materialize().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func is _aten.copy_.default and not isinstance(first, LazyTensor):
+            return _copy_out(args[0], args[1])
+        if func.is_view and isinstance(first, LazyTensor) and func is not _aten.view.dtype:
+            return _take_view(first, func, args[1:], kwargs)
+        if func._schema.is_mutable:
+            return _run_mutable(func, args, kwargs)
+        return func(*tree_map_only(LazyTensor, LazyTensor.materialize, args), **_real(kwargs))
+
+
+def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
+    real: dict[str, Any] = tree_map_only(LazyTensor, LazyTensor.materialize, kwargs)
+    return real
+
+
+def _copy_out(dest: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
+    operands, view = lazy._operands, lazy._view
+    if dest.is_meta:  # a dry run, as before online quantisation: nothing is read, nothing counted
+        return dest
+    if view.shape != dest.shape:
+        view = view.expand(dest.shape)
+    operands.tally.note(operands.planned.name, "extrapolated" if operands.planned.base else "copied")
+    operands.write(dest, view)
+    return dest
+
+
+def _take_view(lazy: LazyTensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    taken = func(lazy._view, *args, **kwargs)
+    return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._operands, view), taken)
+
+
+def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation that writes: where it writes into a lazy tensor, that one becomes real for good."""
+
+    def writable(tensor: LazyTensor) -> torch.Tensor:
+        return _select(tensor._operands.keep(), tensor._view)
+
+    schema = func._schema.arguments
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema]
+    real_args = [
+        tree_map_only(LazyTensor, writable if write else LazyTensor.materialize, argument)
+        for argument, write in zip(args, written, strict=False)
+    ]
+    outputs = {argument.name for argument, write in zip(schema, written, strict=True) if write}
+    real_kwargs = {
+        key: tree_map_only(LazyTensor, writable if key in outputs else LazyTensor.materialize, value)
+        for key, value in kwargs.items()
+    }
+    result = func(*real_args, **real_kwargs)
+    return args[0] if written[0] and isinstance(args[0], LazyTensor) else result
+
+
+def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally) -> LazyTensor:
+    """The tensor that a loader yields for one planned tensor."""
+    operands = Operands(planned, reader, tally)
+    return LazyTensor(operands, torch.empty_like(operands.aligned, device="meta"))

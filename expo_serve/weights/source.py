@@ -1,0 +1,167 @@
+"""From what the user names (a folder or a hub id with a revision) to a real folder and a commit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from expo_serve.config import Source
+from expo_serve.errors import CheckpointError, SourceError
+
+INDEX_FILE = "model.safetensors.index.json"
+# What a checkpoint needs besides its weights: config, tokenizer, chat template, remote code.
+_SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How the hub is reached: ``token`` (None for the stored one) and where downloads go."""
+
+    token: str | bool | None = None
+    cache_dir: str | None = None
+
+
+def find_source(side: str, given: str, revision: str | None, hub: HubAccess) -> Source:
+    """Find one checkpoint; a hub id is downloaded, or taken from the cache when offline.
+
+    Args:
+        side: ``base`` or ``aligned``, for messages.
+        given: a folder or a hub id.
+        revision: branch, tag or commit; for hub ids only.
+        hub: token and cache folder.
+
+    Raises:
+        SourceError: nothing usable is there.
+    """
+    if _URL.match(given):
+        raise SourceError(
+            f"{side}: {given!r} is not supported: expected a folder or a hub id; download or mount it first"
+        )
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return _local_source(side, folder, revision)
+    if folder.exists():
+        raise SourceError(f"{side}: {given!r} is a file; give the folder that holds the checkpoint")
+    if not _HUB_ID.fullmatch(given):
+        raise SourceError(f"{side}: folder {given!r} does not exist")
+    return _hub_source(side, given, revision, hub)
+
+
+def hub_repository(folder: Path) -> tuple[Path, str] | None:
+    """The hub cache's repository folder and hub id for a snapshot in it, else None."""
+    for parent in (folder, *folder.parents):
+        if match := _HUB_FOLDER.fullmatch(parent.name):
+            return parent, match["name"].replace("--", "/")
+    return None
+
+
+def _local_source(side: str, folder: Path, revision: str | None) -> Source:
+    path = folder.resolve()
+    repository = hub_repository(path)
+    if repository and path.parent.name == "snapshots":
+        commit = path.name
+        if revision not in (None, commit):
+            raise SourceError(f"{side}: {path} is commit {commit}, but revision {revision!r} was asked for")
+        return Source(name=repository[1], path=str(path), revision=commit)
+    if revision is not None:
+        raise SourceError(f"{side}: a revision was given ({revision!r}), but {str(folder)!r} is a folder")
+    return Source(name=path.name or "model", path=str(path))
+
+
+def _hub_source(side: str, hub_id: str, revision: str | None, hub: HubAccess) -> Source:
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str], commit: str | None) -> Path:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=commit,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+            )
+        )
+
+    folder = _map_hub_errors(side, hub_id, revision, lambda: fetch(list(_SIDE_FILES), revision))
+    weights = _weight_patterns(folder)
+    _map_hub_errors(side, hub_id, revision, lambda: fetch(weights, folder.name))
+    return Source(name=hub_id, path=str(folder.resolve()), revision=folder.name)
+
+
+def _weight_patterns(folder: Path) -> list[str]:
+    """Just the files that the index names: repositories often hold a second copy of the weights."""
+    index = folder / INDEX_FILE
+    return sorted(set(read_weight_map(index).values())) if index.is_file() else ["*.safetensors"]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read a safetensors index: tensor name to shard file name.
+
+    Raises:
+        CheckpointError: it is not JSON, has no weight_map, or names a shard outside its folder.
+    """
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not JSON: {error}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_file_name(shard):
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} is said to lie in {shard!r}; expected a file name in this folder"
+            )
+    return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _map_hub_errors(side: str, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
+    """Run a hub call; its many errors become one line that names the side."""
+    from huggingface_hub import errors as hub_errors
+
+    where = f"{side}: {hub_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return call()
+    except hub_errors.GatedRepoError:
+        raise SourceError(f"{where} is gated: accept its terms on the hub and give --hf-token") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise SourceError(f"{where}: no such folder, and no such repository on the hub (or no right)") from None
+    except hub_errors.RevisionNotFoundError:
+        raise SourceError(f"{where}: the hub has no such revision") from None
+    except hub_errors.LocalEntryNotFoundError:
+        raise SourceError(f"{where}: no such folder, not in the hub cache, hub not reached (offline?)") from None
+    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{where}: the hub did not answer as expected: {first_line}") from None
+
+
+def read_config(side: str, source: Source) -> dict[str, Any]:
+    """Read a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is missing or not a JSON object.
+    """
+    path = Path(source.path) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{side}: {source.path} has no config.json; give the folder of a checkpoint")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,30 @@
+"""What really went through a load: which tensors, which way, how many bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["extrapolated", "materialized", "copied"]
+
+
+@dataclass
+class Tally:
+    """Counts of one rank's load. A tensor that a rank never touches does not count."""
+
+    read_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes asked of storage, by side."""
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    """By tensor: combined straight into the parameter, combined first because the model asked for
+    values, or taken over."""
+
+    def note(self, name: str, kind: Kind) -> None:
+        """Remember how a tensor went; once materialised, it counts so."""
+        if self.kinds.get(name) != "materialized":
+            self.kinds[name] = kind
+
+    def count(self) -> dict[Kind, int]:
+        """Tensors by kind."""
+        counts = Counter(self.kinds.values())
+        return {"extrapolated": counts["extrapolated"], "materialized": counts["materialized"], "copied": counts["copied"]}
