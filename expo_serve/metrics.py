@@ -1,0 +1,92 @@
+"""The deployment's report as prometheus gauges, on the registry that vLLM's /metrics shows.
+
+``multiprocess_mode="mostrecent"`` gives one sample, without a pid label, when several API servers
+share the page.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+
+from expo_serve.report import DeploymentReport, LoadReport
+
+_RANK = ("engine", "rank")
+_INFO = (
+    "base", "base_revision", "aligned", "aligned_revision", "delta", "delta_revision",
+    "dtype", "model_name", "version",
+)  # fmt: skip
+
+
+def publish(report: DeploymentReport, registry: CollectorRegistry = REGISTRY) -> None:
+    """Register the gauges and set them. Call once for a registry.
+
+    Raises:
+        ValueError: they are registered already.
+    """
+    gauge = partial(Gauge, registry=registry, multiprocess_mode="mostrecent")
+    alpha = gauge("expo_alpha", "Alpha that this server's weights were extrapolated with.", ("model_name",))
+    info = gauge("expo_deployment_info", "What is deployed; the value is always 1.", _INFO)
+    startup = gauge("expo_startup_duration_seconds", "From the call of the command to the engine being ready.")
+    for name in report.served_model_names:
+        alpha.labels(name).set(report.alpha)
+        info.labels(**_info_labels(report, name)).set(1)
+    startup.set(report.startup_seconds)
+    loads = _LoadGauges(gauge)
+    for rank in report.ranks:
+        loads.set(rank)
+
+
+def _info_labels(report: DeploymentReport, model_name: str) -> dict[str, str]:
+    labels = dict.fromkeys(_INFO, "")
+    for side, source in report.sources.items():
+        labels[side] = source.name
+        labels[f"{side}_revision"] = source.revision or source.fingerprint
+    return {**labels, "dtype": report.dtype, "model_name": model_name, "version": report.version}
+
+
+class _LoadGauges:
+    """The gauges of one rank's load."""
+
+    def __init__(self, gauge: partial[Gauge]) -> None:
+        self.total = gauge("expo_load_total_duration_seconds", "Duration of the whole load.", _RANK)
+        self.phase = gauge(
+            "expo_load_phase_duration_seconds",
+            "Duration of one phase: resolve (find, check, pair) or weights (read, combine, copy).",
+            (*_RANK, "phase"),
+        )
+        self.read = gauge("expo_load_read_bytes", "Bytes asked of storage, by source.", (*_RANK, "source"))
+        self.weights = gauge("expo_load_weight_bytes", "Size of the model's parameters on this rank.", _RANK)
+        self.tensors = gauge(
+            "expo_load_tensors",
+            "Checkpoint tensors: extrapolated (combined straight into the parameter), materialized "
+            "(combined first, since the model asked for values) or copied (taken over).",
+            (*_RANK, "kind"),
+        )
+        self.peak_host = gauge(
+            "expo_load_peak_host_memory_bytes", "Peak resident size of the worker during the load.", _RANK
+        )
+        self.anonymous = gauge(
+            "expo_load_anonymous_memory_growth_bytes", "Growth of the worker's anonymous memory.", _RANK
+        )
+        self.peak_device_help = partial(
+            gauge, "expo_load_peak_device_memory_bytes", "Peak device memory during the load.", _RANK
+        )
+        self.peak_device: Gauge | None = None
+
+    def set(self, report: LoadReport) -> None:
+        """Set the gauges of one rank."""
+        rank = (str(report.engine), str(report.rank))
+        self.total.labels(*rank).set(report.total_seconds)
+        self.weights.labels(*rank).set(report.weight_bytes)
+        self.peak_host.labels(*rank).set(report.peak_host_memory_bytes)
+        self.anonymous.labels(*rank).set(report.anonymous_memory_growth_bytes)
+        for gauge, values in (
+            (self.phase, report.phase_seconds), (self.read, report.read_bytes), (self.tensors, report.tensors),
+        ):  # fmt: skip
+            for key, value in values.items():
+                gauge.labels(*rank, key).set(value)
+        if report.peak_device_memory_bytes is not None:
+            self.peak_device = self.peak_device or self.peak_device_help()
+            self.peak_device.labels(*rank).set(report.peak_device_memory_bytes)

@@ -1,0 +1,103 @@
+"""What a load did, and what is deployed. The one source of ``/v1/expo``, the metrics and the log line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+from expo_serve import __version__
+from expo_serve.config import ExpoConfig, Source, format_alpha
+
+SCHEMA_VERSION: Literal[1] = 1
+# 1 rather than 1.0: alpha has one text.
+Alpha = Annotated[float, PlainSerializer(lambda alpha: int(alpha) if alpha == int(alpha) else alpha)]
+
+
+class LoadReport(BaseModel):
+    """One rank's load. Durations in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: int = 0
+    """Index of the engine (data-parallel rank)."""
+    rank: int = 0
+    """Rank within the engine (tensor and pipeline parallel)."""
+    alpha: Alpha
+    total_seconds: float
+    phase_seconds: dict[str, float]
+    """``resolve`` (find, check, pair) and ``weights`` (read, combine, copy)."""
+    read_bytes: dict[str, int]
+    """Bytes asked of storage, by side."""
+    weight_bytes: int
+    """Size of the model's parameters on this rank."""
+    tensors: dict[str, int]
+    """Checkpoint tensors by kind: extrapolated, materialized, copied."""
+    alphas: dict[str, int]
+    """How many tensors were extrapolated with which alpha."""
+    grown_rows: dict[str, int]
+    """Rows that only the aligned side has, by tensor."""
+    copied_unmatched: int
+    ignored_base: int
+    peak_host_memory_bytes: int
+    """Peak resident size of the worker during the load."""
+    anonymous_memory_growth_bytes: int
+    peak_device_memory_bytes: int | None = None
+    """None on CPU."""
+
+    def line(self) -> str:
+        """The report in one line for the log."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.tensors.items())
+        read = " + ".join(f"{_megabytes(size)} of {side}" for side, size in self.read_bytes.items())
+        device = self.peak_device_memory_bytes
+        return (
+            f"expo: loaded with alpha {format_alpha(self.alpha)} in {self.total_seconds:.2f} s "
+            f"(resolve {self.phase_seconds.get('resolve', 0):.2f} s, weights {self.phase_seconds.get('weights', 0):.2f} s): "
+            f"{kinds} tensors; read {read or 'nothing'}; weights {_megabytes(self.weight_bytes)}; "
+            f"peak host memory {_megabytes(self.peak_host_memory_bytes)}, "
+            f"anonymous growth {_megabytes(self.anonymous_memory_growth_bytes)}"
+            + (f", peak device memory {_megabytes(device)}" if device is not None else "")
+        )
+
+
+class PublicSource(BaseModel):
+    """A source as clients see it: no path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+class DeploymentReport(BaseModel):
+    """The body of ``GET /v1/expo``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    version: str = __version__
+    alpha: Alpha
+    alpha_rules: list[str]
+    served_model_names: list[str]
+    sources: dict[str, PublicSource]
+    dtype: str
+    startup_seconds: float
+    ranks: list[LoadReport]
+
+
+def public_sources(config: ExpoConfig) -> dict[str, PublicSource]:
+    """The sources without their paths; what was not pinned is known by its last name only."""
+    if config.pinned is None:
+        found = {"base": Source(name=config.base.rstrip("/"), path="", revision=config.base_revision)}
+        names = {side: source.model_copy(update={"name": source.short_name}) for side, source in found.items()}
+    else:
+        names = {"base": config.pinned.base, "aligned": config.pinned.aligned}
+    return {
+        side: PublicSource(name=source.name, revision=source.revision, fingerprint=source.fingerprint)
+        for side, source in names.items()
+    }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,218 @@
+"""The load format ``expo``: vLLM's default loader, fed with lazy tensors.
+
+Which files and tensors are read stays vLLM's decision (index, patterns, expert and encoder filters):
+its iterator names them, and each name is answered with a lazy tensor instead of the aligned one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo_serve import memory
+from expo_serve.config import ExpoConfig, load_config
+from expo_serve.errors import CheckpointError, ConfigError, LoadError
+from expo_serve.report import LoadReport
+from expo_serve.vllm_plugin import compat
+from expo_serve.weights.coverage import WriteTracker
+from expo_serve.weights.lazy import lazy_tensor
+from expo_serve.weights.pair import Plan
+from expo_serve.weights.prepare import prepare
+from expo_serve.weights.reader import Reader
+from expo_serve.weights.source import HubAccess
+from expo_serve.weights.tally import Tally
+
+LOAD_FORMAT = "expo"
+REPORT_ATTRIBUTE = "expo_load_report"
+logger = compat.init_logger("vllm.expo_serve.loader")
+
+
+class ExpoModelLoader(compat.DefaultModelLoader):
+    """Loads ``aligned + alpha * (aligned - base)`` while vLLM loads ``aligned``.
+
+    Args:
+        load_config: vLLM's; its ``model_loader_extra_config`` is an :class:`ExpoConfig`.
+
+    Raises:
+        ConfigError: the extra config is wrong.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        extra = load_config.model_loader_extra_config
+        if not isinstance(extra, dict):
+            raise ConfigError("--model-loader-extra-config: expected an object such as {\"base\": ..., \"alpha\": 0.5}")
+        self.config = _load_extra_config(extra)
+        self._plan: Plan | None = None
+        self._tally = Tally()
+        # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
+        super().__init__(
+            replace(
+                load_config,
+                load_format="safetensors",
+                model_loader_extra_config={},
+                safetensors_load_strategy="lazy",
+                use_tqdm_on_load=False,
+            )
+        )
+        self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
+
+    def download_model(self, model_config: Any) -> None:
+        """Find both sides, downloading them where they come from the hub."""
+        self._prepare(model_config)
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Load the extrapolated weights into ``model``; another model than the deployed one loads plainly.
+
+        Raises:
+            ExpoError: the pair is refused, a weight is not finite, or a parameter got no weight.
+        """
+        if not self._is_deployed_model(model_config):
+            compat.DefaultModelLoader(self._plain_config).load_weights(model, model_config)
+            return
+        memory.reset_peak()
+        _reset_device_peak(model)
+        anonymous = memory.anonymous_bytes()
+        started = time.perf_counter()
+        self._prepare(model_config)
+        resolved = time.perf_counter()
+        with WriteTracker(model) as tracker:
+            super().load_weights(model, model_config)
+        _check_written(model, tracker)
+        ended = time.perf_counter()
+        report = self._report(model, resolved - started, ended - resolved, anonymous)
+        setattr(model, REPORT_ATTRIBUTE, report)
+        logger.info("%s", report.line())
+
+    def get_all_weights(
+        self, model_config: Any, model: torch.nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor that vLLM would read of the aligned checkpoint, lazily extrapolated.
+
+        Weights that the model takes from elsewhere (``secondary_weights``) come as they are.
+        """
+        plan = self._prepare(model_config)
+        reader = Reader()
+        primary = self.Source(
+            plan.aligned.source.path,
+            None,
+            allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
+            is_unused_weight=getattr(model, "is_unused_checkpoint_weight", None),
+        )
+        for name in [name for name, _ in self._get_weights_iterator(primary)]:
+            if name not in plan.tensors:
+                raise CheckpointError(f"{plan.aligned.source.path}: vLLM reads tensor {name!r}, which was not planned")
+            yield name, lazy_tensor(plan.tensors[name], reader, self._tally)
+        for source in getattr(model, "secondary_weights", ()):
+            yield from self._get_weights_iterator(source)
+
+    def _is_deployed_model(self, model_config: Any) -> bool:
+        """Drafts of speculative decoding get our load config too; only the model itself is a pair."""
+        if self.config.pinned:
+            return _same_path(model_config.model, self.config.pinned.aligned.path)
+        deployed = compat.get_current_vllm_config()
+        speculative = deployed.speculative_config
+        target = speculative.target_model_config if speculative else None
+        return bool(model_config.model == (target or deployed.model_config).model)
+
+    def _prepare(self, model_config: Any) -> Plan:
+        if self._plan is None:
+            config = self.config
+            if not config.pinned:
+                config = _with_aligned(config, model_config)
+            hub = HubAccess(getattr(model_config, "hf_token", None), self.load_config.download_dir)
+            self._plan = prepare(config, hub)
+            if not config.pinned:
+                for warning in self._plan.warnings:
+                    logger.warning("expo: %s", warning)
+        return self._plan
+
+    def _report(
+        self, model: torch.nn.Module, resolve: float, weights: float, anonymous_before: int
+    ) -> LoadReport:
+        plan = self._plan
+        assert plan is not None
+        parallel = compat.get_current_vllm_config().parallel_config
+        return LoadReport(
+            rank=parallel.rank,
+            alpha=self.config.alpha,
+            total_seconds=resolve + weights,
+            phase_seconds={"resolve": resolve, "weights": weights},
+            read_bytes={side: self._tally.read_bytes[side] for side in ("base", "aligned")},
+            weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            tensors={str(kind): count for kind, count in self._tally.count().items()},
+            alphas=plan.alphas,
+            grown_rows=plan.grown,
+            copied_unmatched=len(plan.copied_unmatched),
+            ignored_base=len(plan.ignored_base),
+            peak_host_memory_bytes=memory.peak_resident_bytes(),
+            anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - anonymous_before),
+            peak_device_memory_bytes=_device_peak(model),
+        )
+
+
+def register_loader() -> None:
+    """Register the load format in this process, once."""
+    if compat.LOADERS.get(LOAD_FORMAT) is not ExpoModelLoader:
+        compat.register_model_loader(LOAD_FORMAT)(ExpoModelLoader)
+
+
+def _load_extra_config(extra: dict[str, Any]) -> ExpoConfig:
+    return load_config(extra, "--model-loader-extra-config")
+
+
+def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
+    """Under plain vLLM the model itself is the aligned side."""
+    if config.aligned not in (None, model_config.model):
+        raise ConfigError(
+            f"--model-loader-extra-config: aligned is the model itself ({model_config.model!r}); "
+            f"leave the key out or give the same, found {config.aligned!r}"
+        )
+    return config.model_copy(
+        update={"aligned": model_config.model, "aligned_revision": config.aligned_revision or model_config.revision}
+    )
+
+
+def _same_path(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
+    """Every parameter must come from the checkpoint; what a checkpoint cannot carry may be absent."""
+    missing = {
+        name: counts for name, counts in tracker.unwritten().items() if name not in _absent_allowed(model)
+    }
+    if missing:
+        raise LoadError(
+            f"{len(missing)} parameters were not loaded from the checkpoint; it is not a checkpoint of this model",
+            [f"{name}: {written} of {there} elements" for name, (written, there) in missing.items()],
+        )
+
+
+def _absent_allowed(model: torch.nn.Module) -> set[str]:
+    """KV-cache scales have defaults, and online quantisation makes its parameters itself."""
+    names = set()
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "uses_meta_device", False) or isinstance(method, compat.BaseKVCacheMethod):
+            names.update(f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters())
+    return names
+
+
+def _cuda_device(model: torch.nn.Module) -> torch.device | None:
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return device if device is not None and device.type == "cuda" else None
+
+
+def _reset_device_peak(model: torch.nn.Module) -> None:
+    if device := _cuda_device(model):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _device_peak(model: torch.nn.Module) -> int | None:
+    device = _cuda_device(model)
+    return torch.cuda.max_memory_allocated(device) if device else None
