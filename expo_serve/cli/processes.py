@@ -1,0 +1,109 @@
+"""A tree of processes: find it, end it, and leave nothing of it behind. Linux does the most here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+_SHARED_MEMORY = Path("/dev/shm")
+# Names that Python's multiprocessing and torch give to segments: never a file of the user's.
+_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_)")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, so that none can slip away."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_orphans(keep: int) -> None:
+    """Collect the exit of adopted children; ``keep`` is the child whose exit somebody else awaits."""
+    for child in psutil.Process().children():
+        if child.pid != keep and _state(child) == psutil.STATUS_ZOMBIE:
+            try:
+                os.waitpid(child.pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All living descendants of a process."""
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if _state(child) not in (psutil.STATUS_ZOMBIE, None)]
+
+
+def titles(pid: int, prefix: str) -> set[str]:
+    """The titles, of those that begin with ``prefix``, that processes among the descendants gave themselves."""
+    found = set()
+    for process in descendants(pid):
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if command and command[0].startswith(prefix):
+            found.add(command[0].strip())
+    return found
+
+
+def end_descendants(pid: int, wait: float = 2.0) -> None:
+    """End every descendant of a process at once, and the shared memory they leave.
+
+    Python's resource trackers come last: they end by themselves, cleaning up, once the others are gone.
+    """
+    segments: set[Path] = set()
+    deadline = time.monotonic() + wait
+    while living := descendants(pid):
+        segments |= _segments(living)
+        trackers = {process for process in living if _is_tracker(process)}
+        victims = living if time.monotonic() > deadline else [p for p in living if p not in trackers]
+        for process in victims:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(victims or living, timeout=0.2)
+        reap_orphans(keep=0)
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def segments_of(pid: int) -> set[Path]:
+    """Shared memory that a process's descendants hold now."""
+    return _segments(descendants(pid))
+
+
+def _segments(living: Iterable[psutil.Process]) -> set[Path]:
+    found = set()
+    for process in living:
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        paths = {line.rpartition(" ")[2] for line in maps.splitlines() if f" {_SHARED_MEMORY}/" in line}
+        found |= {Path(path) for path in paths if _SEGMENT.match(Path(path).name)}
+    return {path for path in found if path.parent == _SHARED_MEMORY}
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _state(process: psutil.Process) -> str | None:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,121 @@
+"""``expo-serve``: check everything, then run vLLM's server under a watch.
+
+Three processes: this one (light; it has the process id that the user knows), the keeper (a small
+process that starts vLLM, watches it, and ends all of it if this one dies), and vLLM with its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from expo_serve.cli import processes
+from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.config import ExpoConfig
+from expo_serve.errors import ExpoError, UsageError
+
+_EPILOG = """\
+Every flag of `vllm serve` is accepted too, and means what it means there.
+  expo-serve --help=all        all of vLLM's flags
+  expo-serve --help=port       those with "port" in their name (also --help=ModelConfig, ...)
+
+Other commands, with the same flags for the sources:
+  expo-serve inspect           what a load would do, from the files' headers alone
+  expo-serve merge --out DIR   write the extrapolated checkpoint
+
+Exit codes: 0 well, also after SIGTERM while serving; 2 the call or the pair is wrong; 1 loading or
+serving failed; 128+n ended by signal n before serving.
+"""
+_REFUSED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+def run(arguments: list[str], started: float) -> int:
+    """Serve; returns the exit code.
+
+    Args:
+        arguments: the command line without the program's name.
+        started: CLOCK_MONOTONIC when the command was called, in seconds.
+    """
+    if topic := next((item for item in arguments if item.startswith("--help=")), None):
+        return _vllm_help(topic.removeprefix("--help="))
+    options = _read(arguments)
+    _refuse_variables()
+    config = _resolve(options, started)
+    return _serve(_request(config, options))
+
+
+def _read(arguments: list[str]) -> Options:
+    parser = Parser(
+        prog="expo-serve",
+        description="Serve aligned + alpha * (aligned - base) with vLLM; the weights are computed while they load.",
+        epilog=_EPILOG,
+    )
+    add_source_flags(parser)
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"unexpected {arguments[0]!r}: the model is named by --base and --aligned")
+    return read_options(parser, arguments)
+
+
+def _refuse_variables() -> None:
+    for name in _REFUSED_VARIABLES:
+        if os.environ.get(name, "").strip().lower() not in ("", "0", "false"):
+            raise UsageError(f"{name} opens routes that change weights, but alpha is pinned here; unset it")
+
+
+def _resolve(options: Options, started: float) -> ExpoConfig:
+    from expo_serve.weights.prepare import pin, prepare
+
+    _check_vllm()
+    plan = prepare(options.config, options.hub)
+    for warning in plan.warnings:
+        print(f"expo-serve: warning: {warning}", file=sys.stderr, flush=True)
+    return pin(options.config, plan, started)
+
+
+def _check_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise ExpoError("vLLM is not installed: pip install 'expo-serve[cuda]' (or [cpu], see the README)")
+
+
+def _request(config: ExpoConfig, options: Options) -> dict[str, Any]:
+    """What ``expo_serve.vllm_plugin.server`` reads; it describes the keys."""
+    assert config.pinned is not None
+    given = any(item.split("=")[0].replace("_", "-") == "--served-model-name" for item in options.arguments)
+    given = given or "served-model-name" in options.file_options
+    return {
+        "config": config.model_dump(mode="json"),
+        "arguments": options.arguments,
+        "file_options": options.file_options,
+        "served_model_name": None if given else f"{config.pinned.aligned.short_name}-expo-{config.alpha_text}",
+    }
+
+
+def _serve(request: dict[str, Any]) -> int:
+    processes.adopt_orphans()
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "expo_serve.cli.keeper"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C at a terminal reaches this process alone, which passes it on
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # a folder named like the package must not shadow it
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: keeper.send_signal(received))
+    assert keeper.stdin is not None
+    keeper.stdin.write(json.dumps(request).encode() + b"\n")
+    keeper.stdin.flush()  # and left open: its end tells the keeper that this process is gone
+    code = keeper.wait()
+    if code < 0:
+        processes.end_descendants(os.getpid())
+        raise ExpoError(f"the process that watches vLLM was killed by signal {-code}; vLLM was ended")
+    return code
+
+
+def _vllm_help(topic: str) -> int:
+    _check_vllm()
+    command = [sys.executable, "-m", "expo_serve.vllm_plugin.server"]
+    return subprocess.run(command, input=json.dumps({"help": topic}), text=True, check=False).returncode

@@ -1,0 +1,179 @@
+"""What the API server shows: ``/v1/expo``, the alpha header, the guarded routes, the metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from expo_serve import metrics
+from expo_serve.config import ExpoConfig, load_config, parse_alpha
+from expo_serve.errors import LoadError
+from expo_serve.report import DeploymentReport, LoadReport, public_sources
+from expo_serve.vllm_plugin import compat
+from expo_serve.vllm_plugin.worker import REPORT_METHOD
+
+HEADER = "X-Expo-Alpha"
+OPEN_ROUTES = frozenset({"/health", "/ping", "/version", "/metrics", "/metrics/"})
+"""Routes that need no key: probes and scraping."""
+POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+
+
+class ExpoEndpointPlugin:
+    """vLLM's endpoint plugin protocol (``vllm.plugins.endpoint_plugins.interface``).
+
+    It does nothing on a server whose load format is another one.
+    """
+
+    name = "expo"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route and the two middlewares; vLLM's own authentication runs before them."""
+        args: Namespace = app.state.args
+        config = _deployed(args)
+        if config is None:
+            return
+        app.add_api_route("/v1/expo", _show, methods=["GET"], response_model=None)
+        app.add_middleware(AlphaMiddleware, config=config)
+        if tokens := [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]:
+            app.add_middleware(GuardMiddleware, tokens=tokens)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Collect every rank's report once and publish it."""
+        config = _deployed(args)
+        if config is None or engine_client is None:
+            return
+        names = args.served_model_name or [args.model]
+        report = DeploymentReport(
+            alpha=config.alpha,
+            alpha_rules=[rule.text for rule in config.alpha_rules],
+            served_model_names=list(names),
+            sources=public_sources(config),
+            dtype=str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
+            ranks=await _collect(engine_client),
+            startup_seconds=_since_start(config),
+        )
+        metrics.publish(report)
+        state.expo_report = report
+
+
+async def _show(request: Request) -> Response:
+    report: DeploymentReport = request.app.state.expo_report
+    return Response(report.model_dump_json(), media_type="application/json")
+
+
+def _deployed(args: Namespace) -> ExpoConfig | None:
+    if args.load_format != "expo":
+        return None
+    extra = args.model_loader_extra_config
+    return load_config(json.loads(extra) if isinstance(extra, str) else extra, "--model-loader-extra-config")
+
+
+def _since_start(config: ExpoConfig) -> float:
+    """Seconds since the command was called, or since this process began under plain vLLM.
+
+    CLOCK_MONOTONIC is one clock for all processes of a machine.
+    """
+    if config.pinned and config.pinned.started is not None:
+        return time.monotonic() - config.pinned.started
+    return time.time() - psutil.Process().create_time()
+
+
+async def _collect(engine_client: Any) -> list[LoadReport]:
+    """Every rank's report. ``collective_rpc`` of the client asks one engine only, so each one is asked."""
+    core = engine_client.engine_core
+    call = (REPORT_METHOD, None, (), None)
+    if hasattr(core, "call_utility_all_async"):
+        answers = await core.call_utility_all_async("collective_rpc", *call)
+        engines = [int.from_bytes(identity, "little") for identity in core.core_engines]
+    else:
+        answers, engines = [await engine_client.collective_rpc(*call)], [0]
+    reports = [
+        LoadReport.model_validate_json(answer).model_copy(update={"engine": engine})
+        for engine, ranks in zip(engines, answers, strict=True)
+        for answer in ranks
+        if answer is not None
+    ]
+    if not reports:
+        raise LoadError("no worker has a load report: another loader loaded the weights")
+    return sorted(reports, key=lambda report: (report.engine, report.rank))
+
+
+class AlphaMiddleware:
+    """Says the alpha on every response, and answers 412 to a request that wants another one.
+
+    412, not 409: OpenAI's client retries 409, and no retry can help.
+    """
+
+    def __init__(self, app: ASGIApp, config: ExpoConfig) -> None:
+        self.app = app
+        self.alpha = config.alpha
+        self.text = config.alpha_text
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        wanted = Headers(scope=scope).getlist(HEADER)
+        if not all(self._is_served(value) for value in wanted):
+            await _refuse(scope, receive, self._labelled(send), 412, self._mismatch(wanted))
+            return
+        await self.app(scope, receive, self._labelled(send))
+
+    def _is_served(self, value: str) -> bool:
+        try:
+            return parse_alpha(value) == self.alpha
+        except ValueError:
+            return False
+
+    def _mismatch(self, wanted: list[str]) -> dict[str, Any]:
+        message = f"{HEADER} asks for alpha {', '.join(wanted)}, but this server's alpha is {self.text}"
+        kind = {"type": "invalid_request_error", "param": HEADER, "code": "alpha_mismatch"}
+        return {"error": {"message": message, **kind}}
+
+    def _labelled(self, send: Send) -> Send:
+        async def labelled(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = self.text
+                headers.append("Access-Control-Expose-Headers", HEADER)
+            await send(message)
+
+        return labelled
+
+
+class GuardMiddleware:
+    """Wants the API key on every route that is not open; vLLM alone guards a few prefixes.
+
+    The path is taken from the ASGI scope, never from a URL that a Host header can shape.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Iterable[str]) -> None:
+        self.app = app
+        self._vllm = compat.AuthenticationMiddleware(app, list(tokens))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] in ("http", "websocket") and scope.get("method") != "OPTIONS"
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if guarded and path not in OPEN_ROUTES and not self._vllm.verify_token(Headers(scope=scope)):
+            await _refuse(scope, receive, send, 401, {"error": "Unauthorized"})
+            return
+        await self.app(scope, receive, send)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, body: dict[str, Any]) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+    else:
+        await JSONResponse(body, status_code=status)(scope, receive, send)
