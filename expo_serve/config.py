@@ -152,7 +152,7 @@ class ExpoConfig(BaseModel):
         return alpha_for(name, self.alpha, self.alpha_rules)
 
 
-def load_config(values: Mapping[str, Any], where: str) -> ExpoConfig:
+def parse_config(values: Mapping[str, Any], where: str) -> ExpoConfig:
     """Validate a mapping into an :class:`ExpoConfig`.
 
     Args:

@@ -49,10 +49,10 @@ class LoadReport(BaseModel):
         """The report in one line for the log."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.tensors.items())
         read = " + ".join(f"{_megabytes(size)} of {side}" for side, size in self.read_bytes.items())
+        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phase_seconds.items())
         device = self.peak_device_memory_bytes
         return (
-            f"expo: loaded with alpha {format_alpha(self.alpha)} in {self.total_seconds:.2f} s "
-            f"(resolve {self.phase_seconds.get('resolve', 0):.2f} s, weights {self.phase_seconds.get('weights', 0):.2f} s): "
+            f"expo: loaded with alpha {format_alpha(self.alpha)} in {self.total_seconds:.2f} s ({phases}): "
             f"{kinds} tensors; read {read or 'nothing'}; weights {_megabytes(self.weight_bytes)}; "
             f"peak host memory {_megabytes(self.peak_host_memory_bytes)}, "
             f"anonymous growth {_megabytes(self.anonymous_memory_growth_bytes)}"
@@ -101,3 +101,65 @@ def public_sources(config: ExpoConfig) -> dict[str, PublicSource]:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+class InspectedSource(PublicSource):
+    """A source as ``inspect`` found it. ``bytes`` are those of its tensors."""
+
+    path: str
+    files: int
+    tensors: int
+    bytes: int
+    dtypes: list[str]
+
+
+class InspectedTensor(BaseModel):
+    """One tensor of the plan; ``base_name`` differs from ``name`` where a tied tensor stands in."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    base_name: str | None
+    base_dtype: str | None
+    kind: Literal["extrapolated", "copied"]
+    alpha: Alpha | None
+    grown_rows: int
+
+
+class InspectedMemory(BaseModel):
+    """Sizes in bytes. ``fits_host`` compares all ranks' weights with the memory free now."""
+
+    weight_bytes_per_rank: int
+    weight_bytes: int
+    available_host_bytes: int
+    fits_host: bool
+
+
+class Refusal(BaseModel):
+    """Why the pair would not be served: the message, and all of its details."""
+
+    message: str
+    details: list[str]
+
+
+class Inspection(BaseModel):
+    """The output of ``expo-serve inspect --json``. With refusals, what could not be found out is empty."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    version: str = __version__
+    alpha: Alpha
+    alpha_rules: list[str]
+    served_model_name: str | None = None
+    sources: dict[str, InspectedSource]
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    counts: dict[str, int] = {}
+    alphas: dict[str, int] = {}
+    copied_unmatched: list[str] = []
+    ignored_base: list[str] = []
+    tensor_parallel_size: int = 1
+    read_bytes_per_rank: dict[str, int] = {}
+    memory: InspectedMemory | None = None
+    warnings: list[str] = []
+    refusals: list[Refusal]
+    tensors: list[InspectedTensor] = []

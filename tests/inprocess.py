@@ -17,7 +17,11 @@ def vllm_model(path: Path | str, **engine_arguments: Any) -> Iterator[torch.nn.M
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import destroy_model_parallel, init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
     from vllm.plugins import load_general_plugins

@@ -69,9 +69,10 @@ class Keeper:
         os.close(write_end)
         os.set_blocking(read_end, False)
         self._status_pipe = read_end
-        assert self._server.stdin and self._server.stdout and self._server.stderr
-        self._log.follow(self._server.stdout.fileno(), 1)
-        self._log.follow(self._server.stderr.fileno(), 2)
+        for output, target in ((self._server.stdout, 1), (self._server.stderr, 2)):
+            assert output is not None
+            self._log.follow(output.fileno(), target)
+        assert self._server.stdin is not None
         with self._server.stdin as pipe:
             pipe.write(json.dumps({**self._request, "status_fd": write_end}).encode())
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, load_config, rules_from_flags
+from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, parse_config, rules_from_flags
 from expo_serve.errors import ConfigError, UsageError
 from expo_serve.weights.source import HubAccess
 
@@ -35,11 +35,15 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: the deployment, how the hub is reached, and what goes on to vLLM."""
+    """What was asked for: the deployment, how the hub is reached, and what goes on to vLLM.
+
+    ``unknown`` are the flags that are not ours; ``arguments`` holds them and those that vLLM shares.
+    """
 
     config: ExpoConfig
     hub: HubAccess
     namespace: argparse.Namespace
+    unknown: list[str]
     arguments: list[str]
     file_options: dict[str, Any]
 
@@ -85,7 +89,7 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
         _refuse_ours_to_set(f"--{key}")
     values = {key: _pick(namespace, from_file, key) for key in (*_SOURCE_FLAGS, *_SHARED_FLAGS)}
     hub = HubAccess(values.pop("hf-token"), values.pop("download-dir"))
-    return Options(_validate(values), hub, namespace, [*rest, *_forward(namespace)], from_file)
+    return Options(_validate(values), hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
 
 
 def _normalise(arguments: Sequence[str]) -> list[str]:
@@ -142,7 +146,7 @@ def _validate(values: dict[str, Any]) -> ExpoConfig:
     config = {key.replace("-", "_"): value for key, value in values.items() if value is not None}
     config["alpha"] = alpha_from_flag(values["alpha"])
     config["alpha_rules"] = rules_from_flags([rules] if isinstance(rules, str) else rules)
-    return load_config(config, "flags")
+    return parse_config(config, "flags")
 
 
 def _forward(namespace: argparse.Namespace) -> list[str]:

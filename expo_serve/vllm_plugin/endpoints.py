@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expo_serve import metrics
-from expo_serve.config import ExpoConfig, load_config, parse_alpha
+from expo_serve.config import ExpoConfig, parse_alpha, parse_config
 from expo_serve.errors import LoadError
 from expo_serve.report import DeploymentReport, LoadReport, public_sources
 from expo_serve.vllm_plugin import compat
@@ -77,7 +77,7 @@ def _deployed(args: Namespace) -> ExpoConfig | None:
     if args.load_format != "expo":
         return None
     extra = args.model_loader_extra_config
-    return load_config(json.loads(extra) if isinstance(extra, str) else extra, "--model-loader-extra-config")
+    return parse_config(json.loads(extra) if isinstance(extra, str) else extra, "--model-loader-extra-config")
 
 
 def _since_start(config: ExpoConfig) -> float:

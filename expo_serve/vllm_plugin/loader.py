@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from expo_serve import memory
-from expo_serve.config import ExpoConfig, load_config
+from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
@@ -45,8 +45,8 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def __init__(self, load_config: Any) -> None:
         extra = load_config.model_loader_extra_config
         if not isinstance(extra, dict):
-            raise ConfigError("--model-loader-extra-config: expected an object such as {\"base\": ..., \"alpha\": 0.5}")
-        self.config = _load_extra_config(extra)
+            raise ConfigError('--model-loader-extra-config: expected an object such as {"base": ..., "alpha": 0.5}')
+        self.config = parse_config(extra, "--model-loader-extra-config")
         self._plan: Plan | None = None
         self._tally = Tally()
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
@@ -88,9 +88,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         setattr(model, REPORT_ATTRIBUTE, report)
         logger.info("%s", report.line())
 
-    def get_all_weights(
-        self, model_config: Any, model: torch.nn.Module
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor that vLLM would read of the aligned checkpoint, lazily extrapolated.
 
         Weights that the model takes from elsewhere (``secondary_weights``) come as they are.
@@ -131,9 +129,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
                     logger.warning("expo: %s", warning)
         return self._plan
 
-    def _report(
-        self, model: torch.nn.Module, resolve: float, weights: float, anonymous_before: int
-    ) -> LoadReport:
+    def _report(self, model: torch.nn.Module, resolve: float, weights: float, anonymous_before: int) -> LoadReport:
         plan = self._plan
         assert plan is not None
         parallel = compat.get_current_vllm_config().parallel_config
@@ -161,10 +157,6 @@ def register_loader() -> None:
         compat.register_model_loader(LOAD_FORMAT)(ExpoModelLoader)
 
 
-def _load_extra_config(extra: dict[str, Any]) -> ExpoConfig:
-    return load_config(extra, "--model-loader-extra-config")
-
-
 def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
     """Under plain vLLM the model itself is the aligned side."""
     if config.aligned not in (None, model_config.model):
@@ -173,7 +165,10 @@ def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
             f"leave the key out or give the same, found {config.aligned!r}"
         )
     return config.model_copy(
-        update={"aligned": model_config.model, "aligned_revision": config.aligned_revision or model_config.revision}
+        update={
+            "aligned": model_config.model,
+            "aligned_revision": config.aligned_revision or model_config.revision,
+        }
     )
 
 
@@ -183,9 +178,7 @@ def _same_path(one: str, other: str) -> bool:
 
 def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
     """Every parameter must come from the checkpoint; what a checkpoint cannot carry may be absent."""
-    missing = {
-        name: counts for name, counts in tracker.unwritten().items() if name not in _absent_allowed(model)
-    }
+    missing = {name: counts for name, counts in tracker.unwritten().items() if name not in _absent_allowed(model)}
     if missing:
         raise LoadError(
             f"{len(missing)} parameters were not loaded from the checkpoint; it is not a checkpoint of this model",
@@ -195,7 +188,7 @@ def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
 
 def _absent_allowed(model: torch.nn.Module) -> set[str]:
     """KV-cache scales have defaults, and online quantisation makes its parameters itself."""
-    names = set()
+    names: set[str] = set()
     for prefix, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if getattr(method, "uses_meta_device", False) or isinstance(method, compat.BaseKVCacheMethod):

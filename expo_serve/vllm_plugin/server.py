@@ -169,7 +169,15 @@ def compiler_problem() -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("#include <cmath>\nint main() { return static_cast<int>(std::floor(0.5)); }\n")
-            command = [compiler, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(source.with_suffix(".so"))]
+            command = [
+                compiler,
+                "-shared",
+                "-fPIC",
+                "-fopenmp",
+                str(source),
+                "-o",
+                str(source.with_suffix(".so")),
+            ]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return f"the C++ compiler ({compiler}) does not work ({type(error).__name__})"

@@ -68,8 +68,8 @@ def open_checkpoint(side: str, source: Source) -> Checkpoint:
 
 def _refuse_quantised(side: str, config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config")):
-        settings = part.get("quantization_config") or part.get("compression_config") if isinstance(part, dict) else None
-        if settings:
+        part = part if isinstance(part, dict) else {}
+        if settings := part.get("quantization_config") or part.get("compression_config"):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
             raise CheckpointError(
                 f"{side}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "

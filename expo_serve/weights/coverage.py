@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _Written = set[tuple[int, torch.Size, tuple[int, ...]]]
 
 
-class WriteTracker(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
+class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which every write into the parameters of ``model`` is seen.
 
     A write is remembered by the view it went to, so writing one place twice counts once. A
@@ -23,7 +23,7 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._before = {name: _storage(parameter) for name, parameter in model.named_parameters()}
         self._written: defaultdict[int, _Written] = defaultdict(set)

@@ -23,9 +23,7 @@ class NotFiniteError(ArithmeticError):
     """A piece of the result, or an operand of it, holds NaN or Inf. Args: which one."""
 
 
-def extrapolate_into(
-    dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float
-) -> None:
+def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> None:
     """Write the result into ``dest``, piece by piece.
 
     Args:
@@ -38,6 +36,7 @@ def extrapolate_into(
     Raises:
         NotFiniteError: a value of an operand that is used, or of the result, is NaN or Inf.
     """
+    operands: tuple[torch.Tensor, ...]
     if base is None or alpha == 0:
         operands = (dest, aligned)
     elif alpha == -1:
@@ -58,12 +57,12 @@ def pieces(*tensors: torch.Tensor, limit: int = PIECE_ELEMENTS) -> Iterator[tupl
     if first.numel() <= limit:
         yield tensors
     elif all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True)
+        yield from zip(*(torch.split(tensor.view(-1), limit) for tensor in tensors), strict=True)
     elif (row := first.numel() // first.shape[0]) > limit:
         for rows in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
             yield from pieces(*rows, limit=limit)
     else:
-        yield from zip(*(tensor.split(limit // row) for tensor in tensors), strict=True)
+        yield from zip(*(torch.split(tensor, limit // row) for tensor in tensors), strict=True)
 
 
 def _copy(out: torch.Tensor, side: torch.Tensor, dtype: torch.dtype) -> None:

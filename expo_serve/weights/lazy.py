@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -49,7 +50,9 @@ class Operands:
         for out, part, has_base in self._by_base_rows(dest, view):
             self._write_part(out, part, has_base)
 
-    def _by_base_rows(self, dest: torch.Tensor, view: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    def _by_base_rows(
+        self, dest: torch.Tensor, view: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
         """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
 
         Both sides are row-major with rows of one size, so an element has a partner in base exactly
@@ -117,9 +120,9 @@ def _select(whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 def _end(view: torch.Tensor) -> int:
     """One past the last element that a view selects."""
     if view.numel() == 0:
-        return view.storage_offset()
+        return int(view.storage_offset())
     last = sum((size - 1) * stride for size, stride in zip(view.size(), view.stride(), strict=True))
-    return view.storage_offset() + last + 1
+    return int(view.storage_offset() + last + 1)
 
 
 class LazyTensor(torch.Tensor):
@@ -134,7 +137,7 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, operands: Operands, view: torch.Tensor) -> LazyTensor:
         """Wrap ``operands``; ``view`` is a meta tensor that says which of their elements."""
-        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, view.size(), strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype
         )
         lazy._operands = operands
@@ -142,13 +145,13 @@ class LazyTensor(torch.Tensor):
         return lazy
 
     # Without this every operation would pass through Python twice.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def materialize(self) -> torch.Tensor:
         """This tensor's values, as a plain tensor."""
         return self._operands.materialize(self._view)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({self._operands.planned.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     # These reach for the storage without an operation that could be intercepted.
@@ -157,7 +160,7 @@ class LazyTensor(torch.Tensor):
         return self.materialize().numpy(*args, **kwargs)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().__array__(*args, **kwargs)
+        return np.asarray(self.numpy(), *args, **kwargs)
 
     def tolist(self) -> Any:
         """See :meth:`torch.Tensor.tolist`."""
@@ -167,10 +170,10 @@ class LazyTensor(torch.Tensor):
         return self.materialize().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+        return self.materialize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -17,14 +17,10 @@ from expo_serve.weights.checkpoint import Checkpoint
 from expo_serve.weights.header import TensorRecord
 
 # Field-wide names of the input embedding and of the output projection that may be tied to it.
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?|shared)\.weight$"
-)
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?|shared)\.weight$")
 _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|head)\.(weight|bias)$")
 # Buffers that old checkpoints carry along and no model loads.
-_LEFTOVER = re.compile(
-    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.rotary_emb\..*|position_ids)$"
-)
+_LEFTOVER = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.rotary_emb\..*|position_ids)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +40,15 @@ class PlannedTensor:
     def grown_rows(self) -> int:
         """Rows that only the aligned side has; they are taken over."""
         return self.aligned.shape[0] - self.base.shape[0] if self.base and self.aligned.shape else 0
+
+    @property
+    def read_bytes(self) -> dict[str, int]:
+        """Bytes that the load asks of each side: at alpha 0 nothing of base, at alpha -1 of aligned
+        its new rows only."""
+        if self.base is None or self.alpha == 0:
+            return {"base": 0, "aligned": self.aligned.nbytes}
+        new = self.aligned.nbytes * self.grown_rows // max(self.aligned.shape[0], 1) if self.aligned.shape else 0
+        return {"base": self.base.nbytes, "aligned": new if self.alpha == -1 else self.aligned.nbytes}
 
 
 @dataclass(frozen=True)
@@ -79,23 +84,16 @@ class Plan:
 
     @property
     def read_bytes(self) -> dict[str, int]:
-        """Bytes that a load by one rank asks of each side. At alpha 0 base is not read, at -1 aligned
-        is read for its new rows only."""
-        base = sum(tensor.base.nbytes for tensor in self.extrapolated if tensor.base and tensor.alpha != 0)
-        aligned = sum(_aligned_bytes(tensor) for tensor in self.tensors.values())
-        return {"base": base, "aligned": aligned}
+        """Bytes that one rank alone asks of each side."""
+        totals: Counter[str] = Counter(base=0, aligned=0)
+        for tensor in self.tensors.values():
+            totals.update(tensor.read_bytes)
+        return dict(totals)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the result, in the aligned side's dtypes."""
         return self.aligned.nbytes
-
-
-def _aligned_bytes(tensor: PlannedTensor) -> int:
-    if tensor.base is None or tensor.alpha != -1:
-        return tensor.aligned.nbytes
-    rows = tensor.aligned.shape[0] if tensor.aligned.shape else 1
-    return tensor.aligned.nbytes * tensor.grown_rows // max(rows, 1)
 
 
 def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan:
@@ -118,8 +116,7 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan
     if config.unmatched == "refuse":
         _refuse_one_sided(base, aligned, only_base, only_aligned)
     tensors = {
-        name: PlannedTensor(record, partners[name], config.alpha_for(name))
-        for name, record in aligned.tensors.items()
+        name: PlannedTensor(record, partners[name], config.alpha_for(name)) for name, record in aligned.tensors.items()
     }
     _check_rules(config, tensors)
     plan = Plan(base, aligned, tensors, tuple(only_aligned), tuple(only_base), ())
@@ -208,9 +205,7 @@ def _size_differences(base: Checkpoint, aligned: Checkpoint) -> str:
     return f" ({', '.join(texts)})" if texts else ""
 
 
-def _refuse_one_sided(
-    base: Checkpoint, aligned: Checkpoint, only_base: list[str], only_aligned: list[str]
-) -> None:
+def _refuse_one_sided(base: Checkpoint, aligned: Checkpoint, only_base: list[str], only_aligned: list[str]) -> None:
     total = len(only_base) + len(only_aligned)
     if not total:
         return

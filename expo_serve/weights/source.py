@@ -149,15 +149,15 @@ def _map_hub_errors(side: str, hub_id: str, revision: str | None, call: Callable
         raise SourceError(f"{where}: the hub did not answer as expected: {first_line}") from None
 
 
-def read_config(side: str, source: Source) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
+def read_config(side: str, source: Source, name: str = "config.json") -> dict[str, Any]:
+    """Read a checkpoint's config.json, or another of its JSON files.
 
     Raises:
         CheckpointError: it is missing or not a JSON object.
     """
-    path = Path(source.path) / "config.json"
+    path = Path(source.path) / name
     if not path.is_file():
-        raise CheckpointError(f"{side}: {source.path} has no config.json; give the folder of a checkpoint")
+        raise CheckpointError(f"{side}: {source.path} has no {name}; give the folder of a checkpoint")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["extrapolated", "materialized", "copied"]
 
@@ -27,4 +27,4 @@ class Tally:
     def count(self) -> dict[Kind, int]:
         """Tensors by kind."""
         counts = Counter(self.kinds.values())
-        return {"extrapolated": counts["extrapolated"], "materialized": counts["materialized"], "copied": counts["copied"]}
+        return {kind: counts[kind] for kind in get_args(Kind)}

@@ -1,0 +1,165 @@
+"""``expo-serve inspect``: what a load would do, from the files' headers alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from expo_serve import memory
+from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.config import Source
+from expo_serve.errors import ExpoError, UsageError
+from expo_serve.report import (
+    InspectedMemory,
+    InspectedSource,
+    InspectedTensor,
+    Inspection,
+    Refusal,
+)
+from expo_serve.weights.checkpoint import Checkpoint, open_checkpoint
+from expo_serve.weights.pair import Plan, PlannedTensor, plan_pair
+from expo_serve.weights.source import find_source, read_config
+
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "tiktoken.model",
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Inspect; returns 0, or 2 when the pair would be refused."""
+    options, tensor_parallel_size, as_json = _read(arguments)
+    inspection = inspect(options, tensor_parallel_size)
+    if as_json:
+        print(inspection.model_dump_json(indent=2))
+    else:
+        from expo_serve.cli.inspect_table import show
+
+        show(inspection)
+    for refusal in inspection.refusals:
+        print(f"expo-serve: error: {refusal.message}", file=sys.stderr)
+    return 2 if inspection.refusals else 0
+
+
+def _read(arguments: list[str]) -> tuple[Options, int, bool]:
+    parser = Parser(
+        prog="expo-serve inspect",
+        description="Show what a load would do: sources, plan, bytes and memory. Reads headers only.",
+        epilog="Exit codes: 0 the pair would be served; 2 it would be refused, or the call is wrong.",
+    )
+    add_source_flags(parser)
+    parser.add_argument("--tensor-parallel-size", "-tp", default="1", metavar="N", help="ranks that share the weights")
+    parser.add_argument("--json", action="store_true", help="for programs; the README documents the schema")
+    options = read_options(parser, arguments)
+    if options.unknown:
+        raise UsageError(f"inspect does not know {options.unknown[0]!r}; see expo-serve inspect --help")
+    size = options.namespace.tensor_parallel_size
+    if not size.isdecimal() or int(size) < 1:
+        raise UsageError(f"--tensor-parallel-size: expected a number from 1, found {size!r}")
+    return options, int(size), options.namespace.json
+
+
+def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
+    """Find, check and pair the sources; whatever would be refused is listed, not raised."""
+    refusals: list[ExpoError] = []
+    sources: dict[str, Source] = {}
+    checkpoints: dict[str, Checkpoint] = {}
+    for side in ("base", "aligned"):
+        given, revision = getattr(options.config, side), getattr(options.config, f"{side}_revision")
+        try:
+            sources[side] = find_source(side, given, revision, options.hub)
+            checkpoints[side] = open_checkpoint(side, sources[side])
+        except ExpoError as error:
+            refusals.append(error)
+    plan = None
+    if len(checkpoints) == 2:
+        try:
+            plan = plan_pair(checkpoints["base"], checkpoints["aligned"], options.config)
+        except ExpoError as error:
+            refusals.append(error)
+    return Inspection(
+        alpha=options.config.alpha,
+        alpha_rules=[rule.text for rule in options.config.alpha_rules],
+        sources={side: _source(source, checkpoints.get(side)) for side, source in sources.items()},
+        refusals=[Refusal(message=error.message, details=list(error.details)) for error in refusals],
+        **(_planned(plan, options, tensor_parallel_size) if plan else {}),
+    )
+
+
+def _source(source: Source, checkpoint: Checkpoint | None) -> InspectedSource:
+    return InspectedSource(
+        name=source.name,
+        path=source.path,
+        revision=source.revision,
+        fingerprint=checkpoint.source.fingerprint if checkpoint else "",
+        files=len(checkpoint.files) if checkpoint else 0,
+        tensors=len(checkpoint.tensors) if checkpoint else 0,
+        bytes=checkpoint.nbytes if checkpoint else 0,
+        dtypes=sorted({record.dtype for record in checkpoint.tensors.values()}) if checkpoint else [],
+    )
+
+
+def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
+    weights = sum(_share(tensor, tensor.aligned.nbytes, ranks) for tensor in plan.tensors.values())
+    reads = {
+        side: sum(_share(tensor, tensor.read_bytes[side], ranks) for tensor in plan.tensors.values())
+        for side in ("base", "aligned")
+    }
+    available = memory.available_bytes()
+    aligned = plan.aligned.source
+    return {
+        "served_model_name": f"{aligned.short_name}-expo-{options.config.alpha_text}",
+        "tokenizer": _first_there(aligned, _TOKENIZERS),
+        "chat_template": _chat_template(aligned),
+        "counts": {"extrapolated": len(plan.extrapolated), "copied": len(plan.copied)},
+        "alphas": plan.alphas,
+        "copied_unmatched": list(plan.copied_unmatched),
+        "ignored_base": list(plan.ignored_base),
+        "tensor_parallel_size": ranks,
+        "read_bytes_per_rank": reads,
+        "memory": InspectedMemory(
+            weight_bytes_per_rank=weights,
+            weight_bytes=weights * ranks,
+            available_host_bytes=available,
+            fits_host=weights * ranks <= available,
+        ),
+        "warnings": list(plan.warnings),
+        "tensors": [_tensor(tensor) for tensor in plan.tensors.values()],
+    }
+
+
+def _share(tensor: PlannedTensor, size: int, ranks: int) -> int:
+    """A rank's share: vLLM cuts matrices among the ranks and repeats vectors on each."""
+    return -(-size // ranks) if len(tensor.aligned.shape) > 1 else size
+
+
+def _tensor(tensor: PlannedTensor) -> InspectedTensor:
+    return InspectedTensor(
+        name=tensor.name,
+        shape=list(tensor.aligned.shape),
+        dtype=tensor.aligned.dtype,
+        base_name=tensor.base.name if tensor.base else None,
+        base_dtype=tensor.base.dtype if tensor.base else None,
+        kind="extrapolated" if tensor.base else "copied",
+        alpha=tensor.alpha if tensor.base else None,
+        grown_rows=tensor.grown_rows,
+    )
+
+
+def _first_there(source: Source, names: tuple[str, ...]) -> str | None:
+    return next((f"aligned: {name}" for name in names if Path(source.path, name).is_file()), None)
+
+
+def _chat_template(source: Source) -> str | None:
+    if found := _first_there(source, ("chat_template.jinja", "chat_template.json")):
+        return found
+    try:
+        settings = read_config("aligned", source, "tokenizer_config.json")
+    except ExpoError:
+        return None
+    return "aligned: tokenizer_config.json" if settings.get("chat_template") else None
