@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,18 @@ import torch
 
 
 @contextmanager
-def vllm_model(path: Path | str, **engine_arguments: Any) -> Iterator[torch.nn.Module]:
-    """Load ``path`` as a vLLM worker does and give the model; parallel state is one rank's."""
+def vllm_model(
+    path: Path | str, role: str = "target", rank: int = 0, store: Path | None = None, **engine_arguments: Any
+) -> Iterator[torch.nn.Module]:
+    """Load ``path`` as a vLLM worker does and give the model.
+
+    Args:
+        path: the checkpoint.
+        role: with ``draft`` it is the draft model of the given ``speculative_config`` that is loaded.
+        rank: this process's, when ``tensor_parallel_size`` is over 1.
+        store: a file by which the ranks find each other.
+        engine_arguments: as for vLLM's ``EngineArgs``.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.config import set_current_vllm_config
@@ -31,15 +42,21 @@ def vllm_model(path: Path | str, **engine_arguments: Any) -> Iterator[torch.nn.M
     config = EngineArgs(model=str(path), **arguments).create_engine_config()
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
-            store = f"file:///tmp/expo-test-store-{os.getpid()}"
             init_distributed_environment(
-                world_size=1, rank=0, distributed_init_method=store, local_rank=0, backend="gloo"
+                world_size=config.parallel_config.world_size,
+                rank=rank,
+                distributed_init_method=f"file://{store or Path(tempfile.mkdtemp(), 'store')}",
+                local_rank=rank,
+                backend="gloo",
             )
-        initialize_model_parallel(1, 1)  # anew for each model: its groups depend on the model
+        initialize_model_parallel(
+            config.parallel_config.tensor_parallel_size
+        )  # anew for each model: its groups depend on the model
         empty_cache = torch.accelerator.empty_cache
         torch.accelerator.empty_cache = lambda: None  # raises on a machine without an accelerator
         try:
-            yield get_model(vllm_config=config)
+            draft = config.speculative_config.draft_model_config if role == "draft" else None
+            yield get_model(vllm_config=config, model_config=draft, load_config=config.load_config)
         finally:
             torch.accelerator.empty_cache = empty_cache
             destroy_model_parallel()

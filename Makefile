@@ -1,0 +1,55 @@
+# The two commands of a fresh machine are `make demo` and `make test`; both install what they need.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ALPHA ?= 0.5
+PORT ?= 8000
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo models serve test test-fast lint lock clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: .venv/.ready ## the locked CPU environment, in .venv
+
+# torch's CPU build comes from a wheel folder that pip knows of, else from PyTorch's own index.
+# --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt).
+.venv/.ready: pyproject.toml requirements/cpu.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "Python 3.11 is needed (the locked wheels are for it); found: $(PYTHON)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) --require-hashes -r requirements/cpu.txt
+	$(PIP) --require-hashes -r requirements/dev.txt
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+models: setup ## the demo's two models, made once in .demo
+	$(BIN)/python deploy/demo/prepare.py --out .demo
+
+demo: models ## serve a real pair, ask it, show the answers and the metrics
+	$(BIN)/python deploy/demo/demo.py --models .demo --alpha $(ALPHA)
+
+serve: models ## the demo's server, left running (ALPHA=0.5 PORT=8000)
+	exec $(BIN)/expo-serve --base .demo/base --aligned .demo/aligned --alpha $(ALPHA) --port $(PORT) --max-model-len 2048
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint models ## everything: lint, fast tests, tests with real engines
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the tests that start no engine
+	$(BIN)/python -m pytest -m 'not engine'
+
+lock: ## make the locks anew from requirements/*.in
+	requirements/lock.sh
+
+clean: ## remove the environment and the demo's models
+	rm -rf .venv .demo

@@ -1,0 +1,69 @@
+"""Fixtures that tests of several rooms share. A server costs half a minute: one serves a whole session."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import build_pair
+from tests.server import Server
+from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / ".demo"
+API_KEY = "a-key-for-tests"
+ALPHA = "0.5"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what the caller's environment says."""
+    for name in ("EXPO_DEBUG", "HF_TOKEN", "VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_pair() -> tuple[Path, Path]:
+    """The demo's real base and aligned checkpoints."""
+    prepare = [sys.executable, str(ROOT / "deploy/demo/prepare.py"), "--out", str(DEMO)]
+    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    return DEMO / "base", DEMO / "aligned"
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny pair with eight heads and a real tokenizer, for servers whose answers do not matter."""
+    base, aligned = build_pair(tmp_path_factory.mktemp("tiny"), "llama-wide")
+    for file in demo_pair[1].glob("tokenizer*"):
+        shutil.copy(file, aligned)
+    return base, aligned
+
+
+@pytest.fixture(scope="session")
+def server(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo pair served by the real command at alpha 0.5, with an API key and two served names.
+
+    Without --enforce-eager, but with a compiler that is not there: it must start all the same. Its end
+    is a test too: SIGTERM while serving drains, leaves no process, and exits 0.
+    """
+    base, aligned = demo_pair
+    arguments = ["--base", str(base), "--aligned", str(aligned), "--alpha", ALPHA, "--max-model-len", "512"]
+    arguments += ["--served-model-name", "first", "second", "--shutdown-timeout", "5"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    running = Server(arguments, log, VLLM_API_KEY=API_KEY, CXX="no-such-compiler")
+    running.api_key = API_KEY
+    try:
+        yield running.wait_ready()
+        family, started = running.family(), time.monotonic()
+        assert running.stop() == 0
+        assert_all_gone(family)
+        assert time.monotonic() - started < LIMIT_SECONDS
+    finally:
+        running.process.kill()

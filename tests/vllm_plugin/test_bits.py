@@ -1,0 +1,136 @@
+"""Every parameter, bit for bit: expo against plain vLLM on the reference's checkpoint, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expo_serve.report import LoadReport
+from tests.inprocess import state_of, vllm_model
+from tests.models import FAMILIES, build_pair, reference_checkpoint
+
+pytestmark = pytest.mark.engine
+ALPHAS = (-1, 0, 0.5, 1.7)
+
+
+def assert_same_bits(base: Path, aligned: Path, alpha: float, scratch: Path, **arguments: Any) -> LoadReport:
+    """Load both ways and compare; returns expo's report."""
+    merged = reference_checkpoint(base, aligned, alpha, scratch / f"merged-{alpha}")
+    with vllm_model(merged, **arguments) as model:
+        expected = state_of(model)
+    extra = {"base": str(base), "alpha": alpha}
+    with vllm_model(aligned, load_format="expo", model_loader_extra_config=extra, **arguments) as model:
+        found = state_of(model)
+        report: LoadReport = model.expo_load_report  # type: ignore[assignment]
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    return report
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_demo_pair(demo_pair: tuple[Path, Path], alpha: float, tmp_path: Path) -> None:
+    report = assert_same_bits(*demo_pair, alpha, tmp_path)
+    size = (demo_pair[1] / "model.safetensors").stat().st_size
+    assert report.tensors == {"extrapolated": 272, "materialized": 0, "copied": 0}
+    for side, unread in (("base", 0), ("aligned", -1)):
+        assert report.read_bytes[side] == pytest.approx(0 if alpha == unread else size, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path, family)
+    for alpha in (0.5, 1.7):
+        report = assert_same_bits(base, aligned, alpha, tmp_path)
+        assert report.tensors["materialized"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_served_in_another_dtype(dtype: str, tmp_path: Path) -> None:
+    assert_same_bits(*build_pair(tmp_path), 0.5, tmp_path, dtype=dtype)
+
+
+def test_base_in_fp32_and_other_shards(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path, base_dtype=torch.float32, base_shard_size="60KB", aligned_shard_size="100KB")
+    assert len(list(base.glob("*.safetensors"))) != len(list(aligned.glob("*.safetensors"))) > 1
+    for alpha in ALPHAS:
+        assert_same_bits(base, aligned, alpha, tmp_path)
+
+
+def test_planted_values(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path)
+    largest = torch.finfo(torch.bfloat16).max
+    planted = torch.tensor([-0.0, 0.0, -0.0, 0.0, largest, -largest, 1e-40, largest], dtype=torch.bfloat16)
+    beside = torch.tensor([-0.0, -0.0, 0.0, 0.0, largest, -largest, -1e-40, largest], dtype=torch.bfloat16)
+    for folder, values in ((base, planted), (aligned, beside)):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.down_proj.weight"][0, :8] = values
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for alpha in ALPHAS:
+        assert_same_bits(base, aligned, alpha, tmp_path)
+
+
+def test_grown_vocabulary(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (base / name).chmod(0o644)
+    tensors = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:250].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    report = assert_same_bits(base, aligned, 0.5, tmp_path)
+    assert report.grown_rows == {"model.embed_tokens.weight": 6, "lm_head.weight": 6}
+
+
+def test_draft_model_loads_as_it_is(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path / "target")
+    draft, _ = build_pair(tmp_path / "draft", "llama-tied")
+    with vllm_model(draft) as model:
+        expected = state_of(model)
+    extra = {"base": str(base), "alpha": 0.5}
+    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    expo: dict[str, Any] = {"load_format": "expo", "model_loader_extra_config": extra}
+    with vllm_model(aligned, role="draft", speculative_config=speculative, **expo) as model:
+        found = state_of(model)
+        assert not hasattr(model, "expo_load_report")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path)
+    for folder in (base, aligned):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.self_attn.k_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    extra = {"base": str(base), "alpha": 0.5}
+    with (
+        pytest.raises(Exception, match=r"model\.layers\.1\.self_attn\.qkv_proj\.weight: 8192 of 12288 elements"),
+        vllm_model(aligned, load_format="expo", model_loader_extra_config=extra),
+    ):
+        pass
+
+
+def test_nan_names_tensor_and_file(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    extra = {"base": str(base), "alpha": 0.5}
+    with (
+        pytest.raises(Exception, match=r"'model\.norm\.weight' in .*base/model\.safetensors holds NaN or Inf"),
+        vllm_model(aligned, load_format="expo", model_loader_extra_config=extra),
+    ):
+        pass
+
+
+def test_unknown_key_of_the_extra_config(tmp_path: Path) -> None:
+    base, aligned = build_pair(tmp_path)
+    extra = {"base": str(base), "alpha": 0.5, "aplha": 1}
+    with (
+        pytest.raises(Exception, match="unknown key 'aplha'"),
+        vllm_model(aligned, load_format="expo", model_loader_extra_config=extra),
+    ):
+        pass

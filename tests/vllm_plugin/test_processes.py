@@ -1,0 +1,113 @@
+"""The command answers for its whole tree of processes, however it ends. Tiny models: the load is not the point."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.server import Server
+from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone, last_line, shared_memory
+
+pytestmark = pytest.mark.engine
+LOADING = "Initializing a V1 LLM engine"
+LOADED = "expo: loaded with alpha"
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Start]:
+    """Start the real command on the tiny pair; whatever is left in the end is a failure, and killed."""
+    segments = shared_memory()
+    servers: list[Server] = []
+
+    def start_server(*flags: str, base: Path | None = None) -> Server:
+        arguments = ["--base", str(base or tiny_pair[0]), "--aligned", str(tiny_pair[1]), "--alpha", "0.5"]
+        arguments += ["--enforce-eager", "--max-model-len", "64", *flags]
+        servers.append(Server(arguments, tmp_path / "log"))
+        return servers[-1]
+
+    try:
+        yield start_server
+    finally:
+        for server in servers:
+            server.process.kill()
+            server.process.wait()
+    assert shared_memory() - segments == set()
+
+
+def end_and_time(server: Server, number: int) -> tuple[int, float]:
+    family = server.family()
+    started = time.monotonic()
+    code = server.stop(number)
+    assert_all_gone(family)
+    return code, time.monotonic() - started
+
+
+def test_sigterm_while_resolving(start: Start) -> None:
+    server = start()
+    time.sleep(0.15)
+    code, seconds = end_and_time(server, signal.SIGTERM)
+    assert code in (143, -signal.SIGTERM)
+    assert seconds < LIMIT_SECONDS
+
+
+def test_second_signal_ends_at_once(start: Start) -> None:
+    server = start()
+    server.wait_for_line("vLLM")
+    family = server.family()
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    started = time.monotonic()
+    assert server.stop() == 143
+    assert time.monotonic() - started < 3
+    assert_all_gone(family)
+
+
+def test_interrupt_while_loading(start: Start) -> None:
+    server = start()
+    server.wait_for_line(LOADING)
+    time.sleep(4)
+    code, seconds = end_and_time(server, signal.SIGINT)
+    assert code == 130
+    assert seconds < LIMIT_SECONDS
+
+
+def test_sigterm_while_warming_up(start: Start) -> None:
+    server = start()
+    server.wait_for_line(LOADED)
+    code, seconds = end_and_time(server, signal.SIGTERM)
+    assert code == 143
+    assert seconds < LIMIT_SECONDS
+
+
+def test_a_load_that_fails_names_the_cause_last(start: Start, tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_pair[0], damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    server = start(base=damaged)
+    assert server.process.wait(90) == 1
+    line = last_line(server)
+    assert line.startswith("expo-serve: error: tensor 'model.norm.weight' in ")
+    assert line.endswith("damaged/model.safetensors holds NaN or Inf; the checkpoint is damaged")
+
+
+def test_a_wrong_flag_of_vllm_is_answered_by_vllm(start: Start) -> None:
+    server = start("--no-such-flag", "1")
+    assert server.process.wait(60) == 2
+    assert "unrecognized arguments: --no-such-flag 1" in server.text()
+
+
+def test_an_abbreviated_flag_of_ours_to_set_is_refused(start: Start) -> None:
+    server = start("--load-form", "dummy")
+    assert server.process.wait(60) == 2
+    assert last_line(server).startswith("expo-serve: error: --load-format is set by expo-serve")
