@@ -29,11 +29,11 @@ def parse_alpha(value: object) -> float:
     if isinstance(value, str):
         number = float(value) if _DECIMAL.fullmatch(value.strip()) else math.nan
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
+        number = float(value) if abs(value) <= MAX_ALPHA else math.inf  # float() of a huge integer overflows
     else:
         number = math.nan
     if not math.isfinite(number) or abs(number) > MAX_ALPHA:
-        raise ValueError(f"alpha must be {ALPHA_RANGE}; found {value!r}")
+        raise ValueError(f"alpha must be {ALPHA_RANGE}; found {value!r:.100}")
     return number
 
 
@@ -71,8 +71,8 @@ def parse_alpha_rule(value: object) -> AlphaRule:
     """
     if isinstance(value, AlphaRule):
         return value
-    if isinstance(value, Mapping):
-        value = f"{value.get('pattern', '')}={value.get('alpha', '')}"
+    if isinstance(value, Mapping) and set(value) == {"pattern", "alpha"}:
+        value = f"{value['pattern']}={value['alpha']}"
     pattern, divider, number = str(value).rpartition("=")
     if not divider or not pattern:
         raise ValueError(f"an alpha rule is REGEX=VALUE, such as 'embed_tokens|lm_head=0'; found {value!r}")
@@ -191,13 +191,13 @@ def alpha_from_flag(text: str) -> float:
         raise UsageError(f"--alpha: {error}") from None
 
 
-def rules_from_flags(texts: list[str]) -> tuple[AlphaRule, ...]:
-    """Read every ``--alpha-rule``.
+def rules_from_flags(given: object) -> tuple[AlphaRule, ...]:
+    """Read every ``--alpha-rule``; a configuration file may give one text or a list.
 
     Raises:
         UsageError: one is not ``REGEX=VALUE``.
     """
     try:
-        return tuple(parse_alpha_rule(text) for text in texts)
+        return tuple(parse_alpha_rule(text) for text in (given if isinstance(given, list) else [given]))
     except ValueError as error:
         raise UsageError(f"--alpha-rule: {error}") from None

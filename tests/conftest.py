@@ -40,7 +40,7 @@ def demo_pair() -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def tiny_pair(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny pair with eight heads and a real tokenizer, for servers whose answers do not matter."""
-    base, aligned = build_pair(tmp_path_factory.mktemp("tiny"), "llama-wide")
+    base, aligned = build_pair(tmp_path_factory.mktemp("tiny"), "llama-served")
     for file in demo_pair[1].glob("tokenizer*"):
         shutil.copy(file, aligned)
     return base, aligned

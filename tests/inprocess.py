@@ -13,14 +13,27 @@ import torch
 
 
 @contextmanager
-def vllm_model(
-    path: Path | str, role: str = "target", rank: int = 0, store: Path | None = None, **engine_arguments: Any
-) -> Iterator[torch.nn.Module]:
+def vllm_model(path: Path | str, role: str = "target", **arguments: Any) -> Iterator[torch.nn.Module]:
     """Load ``path`` as a vLLM worker does and give the model.
 
     Args:
         path: the checkpoint.
         role: with ``draft`` it is the draft model of the given ``speculative_config`` that is loaded.
+        arguments: as for :func:`worker_config`.
+    """
+    from vllm.model_executor.model_loader import get_model
+
+    with worker_config(path, **arguments) as config:
+        draft = config.speculative_config.draft_model_config if role == "draft" else None
+        yield get_model(vllm_config=config, model_config=draft, load_config=config.load_config)
+
+
+@contextmanager
+def worker_config(path: Path | str, rank: int = 0, store: Path | None = None, **engine_arguments: Any) -> Iterator[Any]:
+    """The state that a vLLM worker has before it builds a model; gives vLLM's configuration.
+
+    Args:
+        path: the checkpoint.
         rank: this process's, when ``tensor_parallel_size`` is over 1.
         store: a file by which the ranks find each other.
         engine_arguments: as for vLLM's ``EngineArgs``.
@@ -28,13 +41,8 @@ def vllm_model(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
+    from vllm.distributed import destroy_model_parallel, init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -49,14 +57,12 @@ def vllm_model(
                 local_rank=rank,
                 backend="gloo",
             )
-        initialize_model_parallel(
-            config.parallel_config.tensor_parallel_size
-        )  # anew for each model: its groups depend on the model
+        # Anew for each model: its groups depend on the model.
+        initialize_model_parallel(config.parallel_config.tensor_parallel_size)
         empty_cache = torch.accelerator.empty_cache
         torch.accelerator.empty_cache = lambda: None  # raises on a machine without an accelerator
         try:
-            draft = config.speculative_config.draft_model_config if role == "draft" else None
-            yield get_model(vllm_config=config, model_config=draft, load_config=config.load_config)
+            yield config
         finally:
             torch.accelerator.empty_cache = empty_cache
             destroy_model_parallel()

@@ -80,7 +80,7 @@ def download_package(folder: Path) -> Path:
     command += ["--requirement", str(REQUIREMENTS), "--dest", str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode != 0:
-        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = next((line for line in finished.stderr.splitlines() if line.startswith("ERROR")), "no reason")
         raise DemoError(f"pip could not download the package in {REQUIREMENTS.name}: {reason}")
     return next(folder.glob("*.whl"))
 

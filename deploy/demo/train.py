@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 SEED = 7
 SAMPLES = 3
 TEMPERATURE = 0.8
-STEPS = 40
+# After 40 steps alpha 0.5 already repeats itself (reward 0.96, different words 0.29): no room to show anything.
+STEPS = 24
 PAIRS_A_STEP = 4
 LEARNING_RATE = 3e-5
 BETA = 0.1

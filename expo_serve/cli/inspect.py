@@ -41,9 +41,18 @@ def run(arguments: list[str]) -> int:
         from expo_serve.cli.inspect_table import show
 
         show(inspection)
-    for refusal in inspection.refusals:
-        print(f"expo-serve: error: {refusal.message}", file=sys.stderr)
+    if inspection.refusals:
+        sys.stdout.flush()
+        _say_refused([refusal.message for refusal in inspection.refusals])
     return 2 if inspection.refusals else 0
+
+
+def _say_refused(messages: list[str]) -> None:
+    """One summary line, last; where there is more than one refusal, each before it."""
+    for message in messages if len(messages) > 1 else []:
+        print(f"  {message}", file=sys.stderr)
+    summary = messages[0] if len(messages) == 1 else f"the pair is refused for {len(messages)} reasons"
+    print(f"expo-serve: error: {summary}", file=sys.stderr)
 
 
 def _read(arguments: list[str]) -> tuple[Options, int, bool]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import MAX_DETAILS
@@ -15,26 +17,41 @@ from expo_serve.report import Inspection
 def show(inspection: Inspection) -> None:
     """Print an inspection on standard output."""
     console = Console(highlight=False)
-    console.print(_sources(inspection))
+    if inspection.sources:
+        console.print(_sources(inspection))
     if inspection.memory:
         console.print(_plan(inspection))
+    for line in _remarks(inspection):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _remarks(inspection: Inspection) -> Iterator[str]:
+    """Warnings and refusals, whose paths and names must not be cut."""
     for warning in inspection.warnings:
-        console.print(f"warning: {escape(warning)}")
+        yield f"warning: {warning}"
     for refusal in inspection.refusals:
-        console.print(f"refused: {escape(refusal.message)}")
+        yield f"refused: {refusal.message}"
         for line in refusal.details[:MAX_DETAILS]:
-            console.print(f"  {escape(line)}")
+            yield f"  {line}"
         if len(refusal.details) > MAX_DETAILS:
-            console.print(f"  ... and {len(refusal.details) - MAX_DETAILS} more")
+            yield f"  ... and {len(refusal.details) - MAX_DETAILS} more"
 
 
 def _sources(inspection: Inspection) -> Table:
-    table = Table("source", "name", "revision", "fingerprint", "files", "tensors", "size", "dtypes")
-    for side, source in inspection.sources.items():
-        table.add_row(
-            side, source.name, source.revision or "-", source.fingerprint, str(source.files),
-            str(source.tensors), decimal(source.bytes), ", ".join(source.dtypes),
-        )  # fmt: skip
+    """A column for each side: names, commits and fingerprints are too long to stand side by side."""
+    table = Table("source", *(Column(side, overflow="fold") for side in inspection.sources))
+    sides = inspection.sources.values()
+    rows = {
+        "name": [source.name for source in sides],
+        "revision": [source.revision or "-" for source in sides],
+        "fingerprint": [source.fingerprint or "-" for source in sides],
+        "files": [str(source.files) for source in sides],
+        "tensors": [str(source.tensors) for source in sides],
+        "size": [decimal(source.bytes) for source in sides],
+        "dtypes": [", ".join(source.dtypes) or "-" for source in sides],
+    }
+    for key, values in rows.items():
+        table.add_row(key, *(escape(value) for value in values))
     return table
 
 
@@ -42,7 +59,7 @@ def _plan(inspection: Inspection) -> Table:
     assert inspection.memory is not None
     room = inspection.memory
     reads = inspection.read_bytes_per_rank
-    table = Table("plan", "")
+    table = Table("plan", Column("", overflow="fold"))
     rows = {
         "alpha": format_alpha(inspection.alpha),
         "alpha rules": ", ".join(inspection.alpha_rules) or "-",

@@ -16,13 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from expo_serve.cli import processes
 from expo_serve.cli.log_tail import PREFIX_OF_OURS, LogTail
 
 _POLL_SECONDS = 0.2
-_WATCH_SECONDS = 1.0
+_WATCH_SECONDS = 2.0
 _END_BY_ITSELF_SECONDS = 10.0
 """How long vLLM may take to end by itself after one of its processes died or said it failed."""
 _STOP_SECONDS = 4.0
@@ -39,7 +40,8 @@ class Keeper:
         self._log = LogTail()
         self._status: dict[str, Any] | None = None
         self._serving = False
-        self._titles: set[str] = set()
+        self._known: dict[int, str] = {}
+        self._segments: set[Path] = set()
         self._next_watch = 0.0
         self._give_up_at: float | None = None
         self._stopping_since: float | None = None
@@ -51,7 +53,7 @@ class Keeper:
         self._start()
         while (code := self._step()) is None:
             time.sleep(_POLL_SECONDS)
-        processes.end_descendants(os.getpid())
+        processes.end_descendants(os.getpid(), self._segments)
         self._log.finish()
         if self._cause and not self._log.says_error():
             print(f"{PREFIX_OF_OURS}{self._cause}", file=sys.stderr, flush=True)
@@ -145,17 +147,23 @@ class Keeper:
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
         if now >= self._next_watch:
             self._next_watch = now + _WATCH_SECONDS
-            self._compare_titles(now)
+            self._look_for_deaths(now)
         return None
 
-    def _compare_titles(self, now: float) -> None:
-        prefix = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
-        seen = processes.titles(self._server.pid, prefix)
-        if lost := self._titles - seen:
+    def _look_for_deaths(self, now: float) -> None:
+        living = {process.pid for process in processes.descendants(self._server.pid)}
+        if lost := {title for pid, title in self._known.items() if pid not in living}:
             state = "while serving" if self._serving else "before serving"
             self._cause = f"vLLM's process {', '.join(sorted(lost))} died {state}"
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
-        self._titles |= seen
+            return
+        self._known |= processes.titled(self._server.pid, _title_prefix())
+        self._segments |= processes.segments_of(self._server.pid)
+
+
+def _title_prefix() -> str:
+    """How the titles of vLLM's processes begin (``VLLM::EngineCore``, ``VLLM::Worker_TP0``)."""
+    return os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
 
 
 def _command_is_gone() -> bool:

@@ -51,12 +51,19 @@ def _read(arguments: list[str]) -> tuple[Options, Path, int]:
     given = options.namespace.out
     if not given:
         raise UsageError("--out is missing: expected a folder that does not exist yet")
-    out = Path(given).expanduser()
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"--out: {out} exists; give a folder that does not exist yet")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out: {out.absolute().parent} does not exist")
-    return options, out, _parse_size(options.namespace.max_shard_size)
+    return options, _new_path(given), _parse_size(options.namespace.max_shard_size)
+
+
+def _new_path(given: str) -> Path:
+    try:
+        out = Path(given).expanduser()
+        if out.exists() or out.is_symlink():
+            raise UsageError(f"--out: {out} exists; give a folder that does not exist yet")
+        if not out.absolute().parent.is_dir():
+            raise UsageError(f"--out: {out.absolute().parent} does not exist")
+    except (OSError, RuntimeError) as error:  # a name too long, no right to look, the home of nobody
+        raise UsageError(f"--out: {given!r:.200} cannot be written: {error}") from None
+    return out
 
 
 def _parse_size(text: str) -> int:
@@ -70,7 +77,10 @@ def _parse_size(text: str) -> int:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder under a temporary name beside ``out``, renamed to it when all went well, else removed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:200]}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise ExpoError(f"merge: {out.absolute().parent} cannot be written to: {error.strerror}") from None
     try:
         yield folder
         _open_up(folder)

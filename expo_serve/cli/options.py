@@ -6,7 +6,7 @@ Precedence: command line, then ``--config`` file, then default.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing a page of usage."""
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def known_flags(self) -> Collection[str]:
+        """Every flag that was added."""
+        return self._option_string_actions.keys()
 
 
 @dataclass(frozen=True)
@@ -81,31 +85,36 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
         UsageError: a flag of ours is wrong, missing, or one of vLLM's that is ours to set.
         ConfigError: the ``--config`` file is wrong.
     """
-    namespace, rest = parser.parse_known_args(_normalise(arguments))
+    namespace, rest = parser.parse_known_args(_normalise(arguments, parser.known_flags()))
     for argument in rest:
         _refuse_ours_to_set(argument.split("=", 1)[0])
-    from_file = _read_file(namespace.config) if namespace.config else {}
+    from_file = {} if namespace.config is None else _read_file(namespace.config)
     for key in from_file:
         _refuse_ours_to_set(f"--{key}")
     values = {key: _pick(namespace, from_file, key) for key in (*_SOURCE_FLAGS, *_SHARED_FLAGS)}
-    hub = HubAccess(values.pop("hf-token"), values.pop("download-dir"))
+    hub = _hub_access(values.pop("hf-token"), values.pop("download-dir"))
     return Options(_validate(values), hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
 
 
-def _normalise(arguments: Sequence[str]) -> list[str]:
-    """Underscores in our flags as vLLM allows them, and values that begin with ``-`` (``--alpha -1e-3``)."""
+def _normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+    """Underscores in our flags as vLLM allows them, and values that begin with ``-`` (``--alpha -1e-3``).
+
+    Args:
+        arguments: the command line.
+        known: the flags that are ours, with their hyphens.
+    """
     result: list[str] = []
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
         flag, equals, value = argument.partition("=")
-        name = flag.replace("_", "-").removeprefix("--")
-        if not flag.startswith("--") or name not in (*_SOURCE_FLAGS, "revision"):
+        name = flag.replace("_", "-")
+        if name not in known:
             result.append(argument)
-        elif equals or not pending or pending[0].startswith("--"):
-            result.append(f"--{name}{equals}{value}")
+        elif equals or not pending or pending[0].startswith("--") or name[2:] not in (*_SOURCE_FLAGS, "revision"):
+            result.append(f"{name}{equals}{value}")
         else:
-            result.append(f"--{name}={pending.pop(0)}")
+            result.append(f"{name}={pending.pop(0)}")
     return result
 
 
@@ -122,16 +131,25 @@ def _read_file(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or an impossible date
         raise ConfigError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config: {path} must map flag names to values")
-    return {key.replace("_", "-"): value for key, value in content.items()}
+    options = {key.replace("_", "-"): value for key, value in content.items()}
+    if len(options) < len(content) or {"revision", "aligned-revision"} <= options.keys():
+        raise ConfigError(
+            f"--config: {path} gives one flag under two names (hyphens and underscores, or revision "
+            "and aligned-revision); leave one out"
+        )
+    return options
 
 
 def _pick(namespace: argparse.Namespace, from_file: dict[str, Any], key: str) -> Any:
-    """One of our values; it is taken out of the file's, which go on to vLLM."""
-    in_file = from_file.pop("revision" if key == "aligned-revision" and "revision" in from_file else key, None)
+    """One of our values; what vLLM does not share is taken out of the file's, which go on to vLLM."""
+    in_file = from_file.get(key)
+    if key not in _SHARED_FLAGS:
+        name = "revision" if key == "aligned-revision" and "revision" in from_file else key
+        in_file = from_file.pop(name, None)
     given = getattr(namespace, key.replace("-", "_"))
     return in_file if given in (None, []) else given
 
@@ -142,11 +160,22 @@ def _validate(values: dict[str, Any]) -> ExpoConfig:
             raise UsageError(f"--{key} is missing: expected {hint}")
         if values[key] == "":
             raise UsageError(f"--{key} is empty: expected {hint}")
-    rules = values.pop("alpha-rule") or []
+    rules = values.pop("alpha-rule")
+    for key, value in values.items():
+        if key != "alpha" and not isinstance(value, str | None):
+            raise UsageError(f"--{key}: expected a text, found {value!r:.100}")
     config = {key.replace("-", "_"): value for key, value in values.items() if value is not None}
     config["alpha"] = alpha_from_flag(values["alpha"])
-    config["alpha_rules"] = rules_from_flags([rules] if isinstance(rules, str) else rules)
+    config["alpha_rules"] = rules_from_flags([] if rules is None else rules)
     return parse_config(config, "flags")
+
+
+def _hub_access(token: Any, download_dir: Any) -> HubAccess:
+    if not isinstance(token, str | bool | None):
+        raise UsageError("--hf-token: expected a text, or nothing for the stored token")
+    if not isinstance(download_dir, str | None):
+        raise UsageError(f"--download-dir: expected a folder, found {download_dir!r:.100}")
+    return HubAccess(token, download_dir)
 
 
 def _forward(namespace: argparse.Namespace) -> list[str]:

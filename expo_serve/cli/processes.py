@@ -14,8 +14,8 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = Path("/dev/shm")
-# Names that Python's multiprocessing and torch give to segments: never a file of the user's.
-_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_)")
+# Names that Python's multiprocessing, torch and vLLM give to segments: never a file of the user's.
+_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_dist_)")
 
 
 def adopt_orphans() -> None:
@@ -43,25 +43,44 @@ def descendants(pid: int) -> list[psutil.Process]:
     return [child for child in children if _state(child) not in (psutil.STATUS_ZOMBIE, None)]
 
 
-def titles(pid: int, prefix: str) -> set[str]:
-    """The titles, of those that begin with ``prefix``, that processes among the descendants gave themselves."""
-    found = set()
-    for process in descendants(pid):
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            continue
-        if command and command[0].startswith(prefix):
-            found.add(command[0].strip())
-    return found
+def titled(pid: int, prefix: str) -> dict[int, str]:
+    """The descendants that gave themselves a title beginning with ``prefix``, by process id.
+
+    A fork inherits its parent's title; helpers that come and go so are left out.
+    """
+    commands = {process.pid: _title(process) for process in descendants(pid)}
+    return {
+        process.pid: title
+        for process in descendants(pid)
+        if (title := commands.get(process.pid, "")).startswith(prefix) and title != commands.get(_parent(process))
+    }
 
 
-def end_descendants(pid: int, wait: float = 2.0) -> None:
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [""])[0].strip()
+    except psutil.Error:
+        return ""
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
+def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) -> None:
     """End every descendant of a process at once, and the shared memory they leave.
 
     Python's resource trackers come last: they end by themselves, cleaning up, once the others are gone.
+
+    Args:
+        pid: the process, which stays.
+        segments: shared memory that descendants held which have ended since (:func:`segments_of`).
+        wait: seconds that the resource trackers get.
     """
-    segments: set[Path] = set()
+    segments = set(segments)
     deadline = time.monotonic() + wait
     while living := descendants(pid):
         segments |= _segments(living)

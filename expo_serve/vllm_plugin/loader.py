@@ -19,7 +19,7 @@ from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
-from expo_serve.weights.coverage import WriteTracker
+from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
@@ -95,18 +95,28 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         """
         plan = self._prepare(model_config)
         reader = Reader()
+        for name in self._names_to_read(plan, model):
+            with unwatched():
+                lazy = lazy_tensor(plan.tensors[name], reader, self._tally)
+            yield name, lazy
+        for source in getattr(model, "secondary_weights", ()):
+            yield from self._get_weights_iterator(source)
+
+    def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
+        """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
         primary = self.Source(
             plan.aligned.source.path,
             None,
             allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
             is_unused_weight=getattr(model, "is_unused_checkpoint_weight", None),
         )
-        for name in [name for name, _ in self._get_weights_iterator(primary)]:
-            if name not in plan.tensors:
-                raise CheckpointError(f"{plan.aligned.source.path}: vLLM reads tensor {name!r}, which was not planned")
-            yield name, lazy_tensor(plan.tensors[name], reader, self._tally)
-        for source in getattr(model, "secondary_weights", ()):
-            yield from self._get_weights_iterator(source)
+        with unwatched():
+            names = [name for name, _ in self._get_weights_iterator(primary)]
+        if unplanned := [name for name in names if name not in plan.tensors]:
+            raise CheckpointError(
+                f"{plan.aligned.source.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
+            )
+        return names
 
     def _is_deployed_model(self, model_config: Any) -> bool:
         """Drafts of speculative decoding get our load config too; only the model itself is a pair."""

@@ -16,6 +16,8 @@ from expo_serve.weights.header import QUANTISED_DTYPES, Header, TensorRecord, re
 from expo_serve.weights.source import INDEX_FILE, hub_repository, read_config, read_weight_map
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Where quantisers said what they did before config.json had a place for it, and some still do.
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def open_checkpoint(side: str, source: Source) -> Checkpoint:
     """
     folder = Path(source.path)
     config = read_config(side, source)
-    _refuse_quantised(side, config)
+    _refuse_quantised(side, config, folder)
     files = tuple(_weight_files(side, folder))
     for file in files:
         _check_inside(file, folder)
@@ -66,15 +68,21 @@ def open_checkpoint(side: str, source: Source) -> Checkpoint:
     return Checkpoint(side, source, config, files, tensors)
 
 
-def _refuse_quantised(side: str, config: dict[str, Any]) -> None:
-    for part in (config, config.get("text_config")):
-        part = part if isinstance(part, dict) else {}
+def _refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
+    method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
+    if method:
+        raise CheckpointError(
+            f"{side}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
+            "give the unquantised one, and quantise while loading with vLLM's --quantization"
+        )
+
+
+def _quantisation(config: dict[str, Any]) -> str | None:
+    """How the weights are quantised, by the config or one of its parts (``text_config`` and the like)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if settings := part.get("quantization_config") or part.get("compression_config"):
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-            raise CheckpointError(
-                f"{side}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
-                "give the unquantised one, and quantise while loading with vLLM's --quantization"
-            )
+            return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
+    return None
 
 
 def _weight_files(side: str, folder: Path) -> Iterator[Path]:

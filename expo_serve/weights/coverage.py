@@ -6,19 +6,59 @@ watches the writes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-_Written = set[tuple[int, torch.Size, tuple[int, ...]]]
+
+@dataclass(frozen=True)
+class _Region:
+    """The bytes of a storage that a tensor covers: runs of ``run`` bytes from ``offset`` on, at the places
+    that ``outer`` (sizes and strides) gives."""
+
+    offset: int
+    run: int
+    outer: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Region:
+        """The region of a tensor with elements."""
+        item = tensor.element_size()
+        run = int(item)
+        outer = []
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride * item == run:
+                run *= size
+            elif size > 1:
+                outer.append((size, stride * item))
+        return _Region(int(tensor.storage_offset()) * item, run, tuple(outer))
+
+    def divisor(self) -> int:
+        """The largest cell in bytes whose borders this region keeps to."""
+        return math.gcd(self.offset, self.run, *(stride for _, stride in self.outer))
+
+    def select(self, cells: torch.Tensor, size: int) -> torch.Tensor:
+        """This region's part of a vector with one element for each cell of ``size`` bytes."""
+        shape = [count for count, _ in self.outer]
+        strides = [stride // size for _, stride in self.outer]
+        return cells.as_strided([*shape, self.run // size], [*strides, 1], self.offset // size)
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """A context for our own reading, which writes to no parameter: watching each of its operations is what costs."""
+    context: AbstractContextManager[Any] = _disable_current_modes()
+    return context
 
 
 class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which every write into the parameters of ``model`` is seen.
 
-    A write is remembered by the view it went to, so writing one place twice counts once. A
+    A write is remembered by the bytes it went to, so writing one place twice counts once. A
     parameter whose storage was replaced counts as written.
     """
 
@@ -26,7 +66,8 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._before = {name: _storage(parameter) for name, parameter in model.named_parameters()}
-        self._written: defaultdict[int, _Written] = defaultdict(set)
+        self._wanted = set(self._before.values()) - {0}
+        self._written: defaultdict[int, set[_Region]] = defaultdict(set)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -39,8 +80,10 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _note(self, dest: Any) -> None:
-        if type(dest) in (torch.Tensor, torch.nn.Parameter) and (key := _storage(dest)):
-            self._written[key].add((dest.storage_offset(), dest.shape, dest.stride()))
+        for tensor in dest if isinstance(dest, (list, tuple)) else [dest]:
+            is_plain = type(tensor) is torch.Tensor or isinstance(tensor, torch.nn.Parameter)
+            if is_plain and (key := _storage(tensor)) in self._wanted and tensor.numel():
+                self._written[key].add(_Region.of(tensor))
 
     def unwritten(self) -> dict[str, tuple[int, int]]:
         """The parameters that were not written whole: name to (elements written, elements there)."""
@@ -49,10 +92,22 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = _storage(parameter)
             if not key or self._before.get(name) != key:
                 continue
-            written = sum(shape.numel() for _, shape, _ in self._written[key])
+            written = _written_elements(parameter, self._written[key])
             if written < parameter.numel():
                 result[name] = (written, parameter.numel())
         return result
+
+
+def _written_elements(parameter: torch.Tensor, regions: set[_Region]) -> int:
+    """Elements that at least one region covers, counted on the coarsest cells that all the regions keep to."""
+    whole = _Region.of(parameter)
+    if whole in regions or not regions:
+        return parameter.numel() if regions else 0
+    size = math.gcd(whole.divisor(), *(region.divisor() for region in regions))
+    cells = torch.zeros(-(-parameter.untyped_storage().nbytes() // size), dtype=torch.bool, device="cpu")
+    for region in regions:
+        region.select(cells, size).fill_(True)
+    return int(whole.select(cells, size).sum()) * size // parameter.element_size()
 
 
 def _storage(tensor: torch.Tensor) -> int:

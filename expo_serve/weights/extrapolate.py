@@ -20,7 +20,7 @@ core's cache: 0.5 MB each in bf16."""
 
 
 class NotFiniteError(ArithmeticError):
-    """A piece of the result, or an operand of it, holds NaN or Inf. Args: which one."""
+    """A piece of the result, or an operand of it, holds NaN or Inf. Args: ``base``, ``aligned`` or ``result``."""
 
 
 def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> None:
@@ -46,7 +46,7 @@ def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: tor
     with torch.no_grad():
         for out, *sides in pieces(*operands):
             if len(sides) == 1:
-                _copy(out, sides[0], aligned.dtype)
+                _copy(out, sides[0], aligned.dtype, "aligned" if operands[1] is aligned else "base")
             else:
                 _lerp(out, sides[0], sides[1], 1 + alpha)
 
@@ -65,9 +65,9 @@ def pieces(*tensors: torch.Tensor, limit: int = PIECE_ELEMENTS) -> Iterator[tupl
         yield from zip(*(torch.split(tensor, limit // row) for tensor in tensors), strict=True)
 
 
-def _copy(out: torch.Tensor, side: torch.Tensor, dtype: torch.dtype) -> None:
+def _copy(out: torch.Tensor, side: torch.Tensor, dtype: torch.dtype, name: str) -> None:
     value = side.to(dtype)
-    _check_finite(value, "operand")
+    _check_finite(value, **{name: side})
     out.copy_(value)
 
 
@@ -76,21 +76,21 @@ def _lerp(out: torch.Tensor, base: torch.Tensor, aligned: torch.Tensor, weight: 
     if base.dtype == aligned.dtype == out.dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
         torch.lerp(base, aligned, weight, out=out)
-        _check_finite(out, "result", base, aligned)
+        _check_finite(out, base=base, aligned=aligned)
         return
     wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
     value = torch.lerp(base.to(wide), aligned.to(wide), weight).to(aligned.dtype)
-    _check_finite(value, "result", base, aligned)
+    _check_finite(value, base=base, aligned=aligned)
     out.copy_(value)
 
 
-def _check_finite(value: torch.Tensor, what: str, *operands: torch.Tensor) -> None:
+def _check_finite(value: torch.Tensor, **operands: torch.Tensor) -> None:
     """A finite sum proves finite terms at a fraction of the price of looking at each; a sum that is
     not finite proves nothing (it may have overflowed), so then each is looked at."""
     if not value.is_floating_point() or math.isfinite(value.sum().item()):
         return
-    for side, operand in zip(("base", "aligned"), operands, strict=False):
+    for side, operand in operands.items():
         if not operand.isfinite().all():
             raise NotFiniteError(side)
     if not value.isfinite().all():
-        raise NotFiniteError(what)
+        raise NotFiniteError("result")

@@ -22,11 +22,13 @@ from expo_serve.errors import CheckpointError
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 500_000
+MAX_DIMENSIONS = 64  # torch's own limit; a product of millions of sizes would take hours
+_MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8,
+    "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 """Bytes of one element, by the format's own dtype names."""
@@ -84,24 +86,32 @@ def read_header(path: Path) -> Header:
 
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(f"{path}: expected a regular file; it was not opened")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(_LENGTH_BYTES)
-        if len(prefix) < _LENGTH_BYTES:
-            raise CheckpointError(
-                f"{path}: not a safetensors file: expected at least {_LENGTH_BYTES} bytes, found {size}"
-            )
-        length = int.from_bytes(prefix, "little")
-        available = size - _LENGTH_BYTES
-        if length > min(available, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: {_length_problem(prefix, length, available)}")
-        return file.read(length), available - length
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: expected a regular file; it was not opened")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(_LENGTH_BYTES)
+            if len(prefix) < _LENGTH_BYTES:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file: expected at least {_LENGTH_BYTES} bytes, found {size}"
+                )
+            length = int.from_bytes(prefix, "little")
+            available = size - _LENGTH_BYTES
+            if length > min(available, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: {_length_problem(prefix, length, available)}")
+            return file.read(length), available - length
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_pickle(prefix: bytes) -> bool:
+    """A zip archive, or the protocol mark of a pickle and an opcode; a short header's length has zeros there."""
+    return prefix.startswith(b"PK\x03\x04") or (prefix[0] == 0x80 and 2 <= prefix[1] <= 5 and prefix[2] != 0)
 
 
 def _length_problem(prefix: bytes, length: int, available: int) -> str:
-    if prefix.startswith((b"PK", b"\x80")):
+    if _is_pickle(prefix):
         return "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it"
     if length > MAX_HEADER_BYTES:
         return f"header length is {length} bytes, at most {MAX_HEADER_BYTES} are read; is it safetensors?"
@@ -112,14 +122,17 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise CheckpointError(f"{path}: header names over {MAX_TENSORS} tensors")
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        # Strictly UTF-8: json would also guess other encodings, which no other reader of the format does.
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{path}: header gives the name {error} twice") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header must be a JSON object, found {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if not (metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))):
+        raise CheckpointError(f"{path}: __metadata__ must map texts to texts, found {metadata!r:.200}")
     return header
 
 
@@ -137,22 +150,26 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
 def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name!r:.200}"
+    if not name.isprintable():
+        raise CheckpointError(f"{where}: the name holds characters that cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is not supported")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise CheckpointError(f"{where}: shape must be a list of sizes, found {shape!r:.200}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
+        raise CheckpointError(f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(value) for value in offsets):
         raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {offsets!r:.200}")
     begin, end = offsets
     record = TensorRecord(name, path, start + begin, dtype, tuple(shape))
+    if math.prod(max(size, 1) for size in shape) > _MAX_BYTES:  # some readers multiply before they meet a zero
+        raise CheckpointError(f"{where}: shape {shape!r:.200} is too large")
     if end - begin != record.nbytes:
         raise CheckpointError(
             f"{where}: {dtype} of shape {list(shape)} takes {record.nbytes} bytes, data_offsets give {end - begin}"

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
 from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
 from expo_serve.weights.pair import PlannedTensor
-from expo_serve.weights.reader import Reader
+from expo_serve.weights.reader import Reader, populate
 from expo_serve.weights.tally import Tally
 
 _aten = torch.ops.aten
@@ -77,10 +78,11 @@ class Operands:
         alpha = self.planned.alpha
         base = _select(self.base, view) if has_base and self.base is not None else None
         aligned = _select(self.aligned, view)
-        if base is None or alpha != -1:
-            self.tally.read_bytes["aligned"] += view.numel() * aligned.element_size()
-        if base is not None and alpha != 0:
-            self.tally.read_bytes["base"] += view.numel() * base.element_size()
+        read = {"base": None if alpha == 0 else base, "aligned": None if base is not None and alpha == -1 else aligned}
+        for side, operand in read.items():
+            if operand is not None:
+                self.tally.read_bytes[side] += operand.nbytes
+                populate(operand)
         try:
             extrapolate_into(dest, base, aligned, alpha)
         except NotFiniteError as error:
@@ -90,11 +92,10 @@ class Operands:
         planned = self.planned
         if what == "result":
             return ValuesError(
-                f"tensor {planned.name!r}: extrapolated with alpha {planned.alpha} it is too large for its dtype "
-                f"({planned.aligned.dtype}); choose a smaller alpha (file {planned.aligned.file})"
+                f"tensor {planned.name!r}: extrapolated with alpha {format_alpha(planned.alpha)} it is too large for "
+                f"its dtype ({planned.aligned.dtype}); choose a smaller alpha (file {planned.aligned.file})"
             )
-        use_base = what == "base" or (what == "operand" and planned.alpha == -1)
-        record = planned.base if use_base and planned.base else planned.aligned
+        record = planned.base if what == "base" and planned.base else planned.aligned
         return ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the checkpoint is damaged")
 
     def materialize(self, view: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,7 @@ class LazyTensor(torch.Tensor):
         first = args[0] if args else None
         if func is _aten.copy_.default and not isinstance(first, LazyTensor):
             return _copy_out(args[0], args[1])
-        if func.is_view and isinstance(first, LazyTensor) and func is not _aten.view.dtype:
+        if func.is_view and isinstance(first, LazyTensor):
             return _take_view(first, func, args[1:], kwargs)
         if func._schema.is_mutable:
             return _run_mutable(func, args, kwargs)
@@ -194,10 +195,10 @@ def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _copy_out(dest: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
     operands, view = lazy._operands, lazy._view
-    if dest.is_meta:  # a dry run, as before online quantisation: nothing is read, nothing counted
-        return dest
     if view.shape != dest.shape:
         view = view.expand(dest.shape)
+    if dest.is_meta:  # a dry run, as before online quantisation: nothing is read, nothing counted
+        return dest
     operands.tally.note(operands.planned.name, "extrapolated" if operands.planned.base else "copied")
     operands.write(dest, view)
     return dest
@@ -205,11 +206,15 @@ def _copy_out(dest: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
 
 def _take_view(lazy: LazyTensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     taken = func(lazy._view, *args, **kwargs)
+    if isinstance(taken, torch.Tensor) and (taken.dtype != lazy.dtype or taken.is_neg() or taken.is_conj()):
+        return func(lazy.materialize(), *args, **kwargs)  # it selects no elements, it reads them otherwise
     return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._operands, view), taken)
 
 
 def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes: where it writes into a lazy tensor, that one becomes real for good."""
+    if torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(f"{func} on {args[0]!r}: take the view that makes a new tensor instead")
 
     def writable(tensor: LazyTensor) -> torch.Tensor:
         return _select(tensor._operands.keep(), tensor._view)

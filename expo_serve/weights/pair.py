@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from expo_serve.config import ExpoConfig, format_alpha
@@ -134,8 +135,8 @@ def _check_architecture(base: Checkpoint, aligned: Checkpoint) -> None:
 
 
 def _partner(record: TensorRecord, base: Checkpoint) -> TensorRecord | None:
-    """The base side's tensor for one of the aligned side; integer tensors have none: they are copied."""
-    if not record.is_float:
+    """The base side's tensor for one of the aligned side; integers and leftovers have none: they are copied."""
+    if not record.is_float or _LEFTOVER.search(record.name):
         return None
     found = base.tensors.get(record.name)
     if found is None and _OUTPUT.search(record.name) and base.config.get("tie_word_embeddings") is not False:
@@ -160,38 +161,47 @@ def _is_redundant(name: str, base: Checkpoint, aligned: Checkpoint) -> bool:
         _OUTPUT.search(name) is not None
         and name not in aligned.tensors
         and base.config.get("tie_word_embeddings") is not False
+        and aligned.config.get("tie_word_embeddings") is not False
         and _embedding(base, record.shape) is not None
     )
     return tied_output or not record.is_float or _LEFTOVER.search(name) is not None
 
 
 def _vocabulary_sizes(config: dict[str, Any]) -> set[int]:
-    parts = [config, config.get("text_config")]
-    return {part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part}
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
 
 
-def _fits(base: TensorRecord, aligned: TensorRecord, vocabulary: set[int]) -> bool:
+def _fits(base: TensorRecord, aligned: TensorRecord, grown: set[tuple[int, int]]) -> bool:
+    """Whether two tensors have one shape, but for the rows of a vocabulary (``grown``: its sizes on both sides)."""
     if base.shape == aligned.shape:
         return True
     if len(base.shape) != len(aligned.shape) or not base.shape or base.shape[1:] != aligned.shape[1:]:
         return False
     of_vocabulary = bool(_EMBEDDING.search(aligned.name) or _OUTPUT.search(aligned.name))
-    return base.shape[0] < aligned.shape[0] and (of_vocabulary or aligned.shape[0] in vocabulary)
+    rows = (base.shape[0], aligned.shape[0])
+    return rows[0] < rows[1] and (of_vocabulary or rows in grown)
 
 
 def _refuse_shapes(base: Checkpoint, aligned: Checkpoint, partners: dict[str, TensorRecord | None]) -> None:
-    vocabulary = _vocabulary_sizes(aligned.config)
+    grown = set(product(_vocabulary_sizes(base.config), _vocabulary_sizes(aligned.config)))
+    both = ((name, partners[name] or base.tensors.get(name)) for name in partners if not _LEFTOVER.search(name))
     wrong = [
         f"{name}: base {_describe(partner)}, aligned {_describe(aligned.tensors[name])}"
-        for name, partner in partners.items()
-        if partner and not (partner.is_float and _fits(partner, aligned.tensors[name], vocabulary))
+        for name, partner in both
+        if partner and not _are_alike(partner, aligned.tensors[name], grown)
     ]
     if wrong:
         raise PairError(
-            f"base and aligned are not a pair: {len(wrong)} of {len(partners)} tensors differ in shape"
+            f"base and aligned are not a pair: {len(wrong)} of {len(partners)} tensors differ in shape or kind"
             f"{_size_differences(base, aligned)}; give two checkpoints of one model",
             wrong,
         )
+
+
+def _are_alike(base: TensorRecord, aligned: TensorRecord, grown: set[tuple[int, int]]) -> bool:
+    """Whether the two can be extrapolated; of integers, which are copied, only that both sides have some."""
+    return base.is_float == aligned.is_float and (not aligned.is_float or _fits(base, aligned, grown))
 
 
 def _describe(record: TensorRecord) -> str:

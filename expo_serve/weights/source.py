@@ -17,6 +17,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
+_MAX_FILE_NAME_BYTES = 255
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
@@ -46,11 +47,16 @@ def find_source(side: str, given: str, revision: str | None, hub: HubAccess) -> 
         raise SourceError(
             f"{side}: {given!r} is not supported: expected a folder or a hub id; download or mount it first"
         )
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        return _local_source(side, folder, revision)
-    if folder.exists():
-        raise SourceError(f"{side}: {given!r} is a file; give the folder that holds the checkpoint")
+    if not given:
+        raise SourceError(f"{side} is empty: expected a folder or a hub id")
+    try:
+        folder = Path(given).expanduser()
+        if folder.is_dir():
+            return _local_source(side, folder, revision)
+        if folder.exists():
+            raise SourceError(f"{side}: {given!r} is a file; give the folder that holds the checkpoint")
+    except (OSError, RuntimeError) as error:  # a name too long, no right to look, the home of nobody
+        raise SourceError(f"{side}: folder {given!r:.200} cannot be found: {error}") from None
     if not _HUB_ID.fullmatch(given):
         raise SourceError(f"{side}: folder {given!r} does not exist")
     return _hub_source(side, given, revision, hub)
@@ -58,9 +64,10 @@ def find_source(side: str, given: str, revision: str | None, hub: HubAccess) -> 
 
 def hub_repository(folder: Path) -> tuple[Path, str] | None:
     """The hub cache's repository folder and hub id for a snapshot in it, else None."""
-    for parent in (folder, *folder.parents):
-        if match := _HUB_FOLDER.fullmatch(parent.name):
-            return parent, match["name"].replace("--", "/")
+    for snapshots in folder.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and (match := _HUB_FOLDER.fullmatch(repository.name)):
+            return repository, match["name"].replace("--", "/")
     return None
 
 
@@ -112,6 +119,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """
     try:
         content = json.loads(index.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not JSON: {error}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -126,7 +135,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_file_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    size = len(name.encode(errors="surrogatepass"))
+    return name not in (".", "..") and 0 < size <= _MAX_FILE_NAME_BYTES and not set(name) & set("/\\\0")
 
 
 def _map_hub_errors(side: str, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
@@ -160,6 +170,8 @@ def read_config(side: str, source: Source, name: str = "config.json") -> dict[st
         raise CheckpointError(f"{side}: {source.path} has no {name}; give the folder of a checkpoint")
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):

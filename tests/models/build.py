@@ -24,7 +24,10 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 
 
 FAMILIES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False),
-    "llama-wide": lambda: transformers.LlamaConfig(**{**_SIZES, "vocab_size": 49152}, tie_word_embeddings=True),
+    # Heads of 32, the smallest that vLLM's CPU attention computes, and the demo tokenizer's vocabulary.
+    "llama-served": lambda: transformers.LlamaConfig(
+        **{**_SIZES, "hidden_size": 256, "vocab_size": 49152}, tie_word_embeddings=True
+    ),
     "llama-tied": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**_SIZES, tie_word_embeddings=False),
     "qwen3": lambda: transformers.Qwen3Config(**_SIZES, head_dim=8, tie_word_embeddings=True),

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from expo_serve.report import DeploymentReport
 from tests.server import Server
-from tests.vllm_plugin.trees import assert_all_gone, last_line, shared_memory
+from tests.vllm_plugin.trees import assert_all_gone, assert_nothing_new, last_line, shared_memory
 
 pytestmark = pytest.mark.engine
 
@@ -24,14 +24,14 @@ def running(request: pytest.FixtureRequest, tiny_pair: tuple[Path, Path], tmp_pa
     segments = shared_memory()
     base, aligned = tiny_pair
     arguments = ["--base", str(base), "--aligned", str(aligned), "--alpha", "-0.25", "--enforce-eager"]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    server = Server([*arguments, "--max-model-len", "64", *request.param], tmp_path / "log", **environment)
+    arguments += ["--max-model-len", "64", *request.param]
+    server = Server(arguments, tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="0|1")
     try:
         yield server.wait_ready()
     finally:
         server.process.kill()
         server.process.wait()
-    assert shared_memory() - segments == set()
+    assert_nothing_new(segments)
 
 
 def labelled(server: Server, name: str) -> dict[tuple[str, str], float]:

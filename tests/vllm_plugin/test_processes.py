@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.server import Server
-from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone, last_line, shared_memory
+from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone, assert_nothing_new, last_line, shared_memory
 
 pytestmark = pytest.mark.engine
 LOADING = "Initializing a V1 LLM engine"
@@ -40,7 +40,7 @@ def start(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Start]:
         for server in servers:
             server.process.kill()
             server.process.wait()
-    assert shared_memory() - segments == set()
+    assert_nothing_new(segments)
 
 
 def end_and_time(server: Server, number: int) -> tuple[int, float]:

@@ -29,10 +29,9 @@ def test_models_are_the_served_names(client: openai.OpenAI) -> None:
 
 
 def test_chat_and_completion(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
     chat = client.chat.completions.create(
         model="second",
-        messages=messages,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
         temperature=0,
         max_tokens=16,
     )

@@ -1,0 +1,151 @@
+"""The rooms of the package and the arrows between them, read off the source: imports in functions count too."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import expo_serve
+
+PACKAGE = Path(expo_serve.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 300
+UNKNOWN = "?"
+
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "errors": set(),
+    "config": {"errors"},
+    "memory": set(),
+    "report": {"__init__", "config"},
+    "metrics": {"__init__", "config", "report"},
+    "weights": {"weights", "config", "errors"},
+    "cli": {"cli", "__init__", "config", "errors", "memory", "report", "weights"},
+    "vllm_plugin": {"vllm_plugin", "__init__", "config", "errors", "memory", "metrics", "report", "weights"},
+}
+"""Room or module of the package: what it may import of the package."""
+
+FORBIDDEN: dict[str, set[str]] = {
+    "errors": {"torch", "vllm", "os"},
+    "config": {"torch", "vllm", "os", "huggingface_hub"},
+    "report": {"torch", "vllm", "os"},
+    "metrics": {"torch", "vllm", "os"},
+    "memory": {"torch", "vllm"},
+    "weights": {"vllm", "logging", "prometheus_client", "transformers", "argparse"},
+    "cli": {"vllm", "transformers"},
+    "__init__": {"vllm", "torch"},
+    "__main__": {"vllm", "torch"},
+}
+"""What a room never imports of the world outside."""
+
+
+def room(file: Path) -> str:
+    """The first part of a file's name within the package."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Full names of all that is imported at or below a node; relative imports are not used here."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative import"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.Call):
+            yield from _dynamic(child)
+
+
+def _dynamic(call: ast.Call) -> Iterator[str]:
+    """Names that ``import_module`` and ``__import__`` are given; computed ones are unknown."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in ("import_module", "__import__") and call.args:
+        yield str(call.args[0].value) if isinstance(call.args[0], ast.Constant) else UNKNOWN
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """Rooms and modules of the package that a file imports."""
+    found = set()
+    for name in imports(ast.parse(file.read_text())):
+        package, _, rest = name.partition(".")
+        if package == "expo_serve":
+            first = rest.split(".")[0]
+            found.add(first if first in ALLOWED else "__init__")
+    return found
+
+
+def packages_imported(file: Path) -> set[str]:
+    """Top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imports(ast.parse(file.read_text()))}
+
+
+def named(file: Path) -> str:
+    """A file's name for the test's report."""
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_arrows_go_one_way(file: Path) -> None:
+    assert rooms_imported(file) <= ALLOWED[room(file)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_room_imports_nothing_that_is_foreign_to_it(file: Path) -> None:
+    assert not packages_imported(file) & FORBIDDEN.get(room(file), set())
+
+
+def test_only_the_plugin_imports_vllm_or_by_computed_names() -> None:
+    found = {room(file) for file in FILES if packages_imported(file) & {"vllm", UNKNOWN}}
+    assert found == {"vllm_plugin"}
+
+
+def test_nothing_else_imports_the_plugin() -> None:
+    assert {room(file) for file in FILES if "vllm_plugin" in rooms_imported(file)} == {"vllm_plugin"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "weights"], ids=named)
+def test_weights_read_no_environment(file: Path) -> None:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & {"environ", "getenv", "environb", "putenv"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_file_is_short_enough_to_read(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < MAX_LINES
+
+
+def _loaded_by(*modules: str) -> set[str]:
+    """Top-level packages that importing these modules brings in, by whatever way."""
+    code = f"import sys, {', '.join(modules)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return set(result.stdout.split())
+
+
+def test_command_line_loads_neither_torch_nor_vllm() -> None:
+    files = [file for file in FILES if room(file) == "cli" and file.name != "__init__.py"]
+    loaded = _loaded_by(*(f"expo_serve.cli.{file.stem}" for file in files))
+    assert "expo_serve" in loaded
+    assert not loaded & {"torch", "vllm"}
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "errors", "report", "metrics", "memory", "weights.source", "weights.prepare"]
+)
+def test_light_module_loads_neither_torch_nor_vllm(module: str) -> None:
+    assert not _loaded_by(f"expo_serve.{module}") & {"torch", "vllm"}
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    changelog = PACKAGE.parent / "CHANGELOG.md"
+    headings = re.findall(r"^## \[?v?(\d[^\s\]]*)", changelog.read_text(), re.MULTILINE)
+    assert headings[:1] == [expo_serve.__version__]

@@ -1,0 +1,167 @@
+"""Alpha's texts, the rules, and what a configuration may hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expo_serve.config import (
+    AlphaRule,
+    ExpoConfig,
+    Source,
+    alpha_for,
+    alpha_from_flag,
+    format_alpha,
+    parse_alpha,
+    parse_alpha_rule,
+    parse_config,
+    rules_from_flags,
+)
+from expo_serve.errors import ConfigError, UsageError
+
+ALPHAS = st.floats(-100, 100)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "text"),
+    [
+        (0.5, "0.5"),
+        (1, "1"),
+        (0, "0"),
+        (-0.25, "-0.25"),
+        (1e-7, "0.0000001"),
+        (-0.0, "0"),
+        (100.0, "100"),
+        (-1, "-1"),
+        (0.1, "0.1"),
+        (1.70, "1.7"),
+        (10.0, "10"),
+    ],
+)
+def test_alpha_has_one_text(alpha: float, text: str) -> None:
+    assert format_alpha(alpha) == text
+    assert ExpoConfig(base="b", alpha=alpha).alpha_text == text
+
+
+@given(ALPHAS)
+def test_text_gives_the_number_back(alpha: float) -> None:
+    text = format_alpha(alpha)
+    assert parse_alpha(text) == alpha
+    assert format_alpha(parse_alpha(text)) == text
+    assert not set(text) & set("eE+ ")
+
+
+@pytest.mark.parametrize(
+    ("given", "alpha"),
+    [("0.50", 0.5), (".5", 0.5), ("5.", 5.0), ("+1", 1.0), ("-1e-3", -0.001), (" 2 ", 2.0), (3, 3.0), (-100, -100.0)],
+)
+def test_alpha_is_any_decimal(given: object, alpha: float) -> None:
+    assert parse_alpha(given) == alpha
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", " ", "nan", "inf", "-inf", "0,5", "1e6", "1e999", "100.01", "0x1", "1_0", "1 2", "--1", "half"),
+        *(math.nan, math.inf, 101, -101, 10**400, True, None, [], {}, b"1"),
+    ],
+)
+def test_anything_else_is_no_alpha(given: object) -> None:
+    with pytest.raises(ValueError, match="from -100 to 100"):
+        parse_alpha(given)
+
+
+@given(st.text(max_size=8) | st.integers() | st.floats())
+def test_parse_never_gives_another_error_nor_a_number_out_of_range(given: object) -> None:
+    try:
+        found = parse_alpha(given)
+    except ValueError:
+        return
+    assert abs(found) <= 100
+
+
+def test_flag_of_alpha_is_named() -> None:
+    with pytest.raises(UsageError, match=r"--alpha: .* found 'x'"):
+        alpha_from_flag("x")
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern", "alpha"),
+    [
+        ("embed|lm_head=0", "embed|lm_head", 0.0),
+        ("a=b=1.5", "a=b", 1.5),
+        (r"\.(?=mlp)=-1", r"\.(?=mlp)", -1.0),
+        ({"pattern": "x", "alpha": 2}, "x", 2.0),
+        (AlphaRule(pattern="x", alpha=1), "x", 1.0),
+    ],
+)
+def test_rule_is_a_pattern_and_an_alpha(given: object, pattern: str, alpha: float) -> None:
+    rule = parse_alpha_rule(given)
+    assert (rule.pattern, rule.alpha) == (pattern, alpha)
+    assert parse_alpha_rule(rule.text) == rule
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "x", "=1", "x=", "x=nan", "x=1e6", "(=1", "*=1", 5, None),
+        *({"embed": 0}, {"pattern": "x"}, {"pattern": "x", "alpha": 1, "more": 2}, {"pattern": "", "alpha": 1}),
+    ],
+)
+def test_anything_else_is_no_rule(given: object) -> None:
+    with pytest.raises(ValueError, match="alpha rule"):
+        parse_alpha_rule(given)
+
+
+@pytest.mark.parametrize("given", [5, ["x"], [["x=1"]], {"a": 1}, [None]])
+def test_rules_of_a_file_that_are_none_are_named(given: object) -> None:
+    with pytest.raises(UsageError, match=r"--alpha-rule: (an )?alpha rule"):
+        rules_from_flags(given)
+
+
+def test_first_rule_that_matches_decides() -> None:
+    rules = rules_from_flags(["b=1", "ab=2"])
+    assert [alpha_for(name, 0.5, rules) for name in ("ab", "b", "a", "xbx")] == [1, 1, 0.5, 1]
+    assert rules_from_flags("b=1") == rules[:1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"alpha": 0.5}, ["'base'", "missing"]),
+        ({"base": "b"}, ["'alpha'", "missing"]),
+        ({"base": "b", "alpha": 0.5, "alhpa": 1}, ["unknown key 'alhpa'", "known keys: base, alpha, aligned"]),
+        ({"base": "b", "alpha": "0,5"}, ["alpha", "from -100 to 100"]),
+        ({"base": 5, "alpha": 0.5}, ["base", "string"]),
+        ({"base": "b", "alpha": 0.5, "unmatched": "ignore"}, ["unmatched", "'refuse' or 'copy'"]),
+        ({"base": "b", "alpha": 0.5, "alpha_rules": ["x"]}, ["alpha_rules.0", "REGEX=VALUE"]),
+        ({"base": "b", "alpha": 0.5, "alpha_rules": [{"x": 1}]}, ["alpha_rules.0", "REGEX=VALUE"]),
+        ({"base": "b", "alpha": 0.5, "alpha_rules": "x=1"}, ["alpha_rules"]),
+        ({"base": "b", "alpha": 0.5, "delta": "d"}, ["unknown key 'delta'"]),
+        ({"base": "b", "alpha": 0.5, "pinned": {}}, ["pinned"]),
+    ],
+)
+def test_wrong_configuration_is_one_line(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, "--model-loader-extra-config")
+    assert caught.value.message.startswith("--model-loader-extra-config: ")
+    assert "\n" not in caught.value.message
+    assert all(word in caught.value.message for word in words), caught.value.message
+
+
+@given(ALPHAS, st.lists(st.tuples(st.sampled_from(["a", "b|c", "=", r"\d="]), ALPHAS), max_size=3))
+def test_configuration_survives_the_way_to_a_worker(alpha: float, rules: list[tuple[str, float]]) -> None:
+    config = ExpoConfig(base="b", alpha=alpha, alpha_rules=tuple(AlphaRule(pattern=p, alpha=a) for p, a in rules))
+    carried = json.loads(config.model_dump_json(exclude_defaults=True))
+    assert parse_config(carried, "there") == config
+
+
+def test_source_tells_its_short_name_and_version() -> None:
+    assert Source(name="org/name", path="/x", revision="abc", fingerprint="f").version == "abc"
+    assert Source(name="org/name", path="/x", fingerprint="f").version == "f"
+    assert Source(name="org/name", path="/x").short_name == "name"
