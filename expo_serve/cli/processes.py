@@ -63,11 +63,11 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _parent(process: psutil.Process) -> int | None:
+def _parent(process: psutil.Process) -> int:
     try:
-        return process.ppid()
+        return int(process.ppid())
     except psutil.Error:
-        return None
+        return 0
 
 
 def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) -> None:

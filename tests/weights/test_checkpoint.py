@@ -105,10 +105,12 @@ def test_link_from_a_snapshot_to_another_repository_is_refused(tmp_path: Path) -
         opened(snapshot)
 
 
-def test_folder_that_is_only_named_like_a_hub_repository_opens_no_door(tmp_path: Path) -> None:
-    folder = write_raw(tmp_path / "models--mine" / "model")
-    (folder / "model.safetensors").rename(tmp_path / "models--mine" / "other.safetensors")
-    (folder / "model.safetensors").symlink_to("../other.safetensors")
+@pytest.mark.parametrize("below", ["model", "all/model"])
+def test_folder_that_is_only_named_like_a_hub_repository_opens_no_door(tmp_path: Path, below: str) -> None:
+    repository = tmp_path / "models--mine"
+    folder = write_raw(repository / below)
+    (folder / "model.safetensors").rename(repository / "other.safetensors")
+    (folder / "model.safetensors").symlink_to(repository / "other.safetensors")
     with pytest.raises(CheckpointError, match="leaves the checkpoint"):
         opened(folder)
 

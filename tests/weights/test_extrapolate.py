@@ -135,8 +135,11 @@ def _at_half(part: tuple[torch.Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("dest_dtype", DTYPES)
-def test_dest_of_another_dtype_is_a_cast_of_the_rounded_result(dest_dtype: torch.dtype) -> None:
-    base, aligned = sides(513, base=torch.float32, aligned=torch.bfloat16)
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_dest_of_another_dtype_is_a_cast_of_the_rounded_result(
+    base_dtype: torch.dtype, dest_dtype: torch.dtype
+) -> None:
+    base, aligned = sides(513, base=base_dtype, aligned=torch.bfloat16)
     for alpha in ALPHAS:
         dest = torch.empty(513, dtype=dest_dtype)
         extrapolate_into(dest, base, aligned, alpha)
