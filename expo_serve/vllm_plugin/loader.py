@@ -19,6 +19,7 @@ from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
+from expo_serve.weights.background import Background, Run, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
@@ -49,6 +50,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self.config = parse_config(extra, "--model-loader-extra-config")
         self._plan: Plan | None = None
         self._tally = Tally()
+        self._run: Run = run_now
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
         super().__init__(
             replace(
@@ -80,8 +82,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         started = time.perf_counter()
         self._prepare(model_config)
         resolved = time.perf_counter()
-        with WriteTracker(model) as tracker:
+        with Background(model) as background, WriteTracker(model, background.wait) as tracker:
+            self._run = background.run
             super().load_weights(model, model_config)
+            background.wait()
+        self._run = run_now
         _check_written(model, tracker)
         ended = time.perf_counter()
         report = self._report(model, resolved - started, ended - resolved, anonymous)
@@ -95,10 +100,10 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         """
         plan = self._prepare(model_config)
         reader = Reader()
-        for name in self._names_to_read(plan, model):
-            with unwatched():
-                lazy = lazy_tensor(plan.tensors[name], reader, self._tally)
-            yield name, lazy
+        with unwatched():
+            names = self._names_to_read(plan, model)
+            lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in names]
+        yield from zip(names, lazies, strict=True)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
 
@@ -110,8 +115,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
             is_unused_weight=getattr(model, "is_unused_checkpoint_weight", None),
         )
-        with unwatched():
-            names = [name for name, _ in self._get_weights_iterator(primary)]
+        names = [name for name, _ in self._get_weights_iterator(primary)]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(
                 f"{plan.aligned.source.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
@@ -188,7 +192,9 @@ def _same_path(one: str, other: str) -> bool:
 
 def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
     """Every parameter must come from the checkpoint; what a checkpoint cannot carry may be absent."""
-    missing = {name: counts for name, counts in tracker.unwritten().items() if name not in _absent_allowed(model)}
+    missing = tracker.unwritten()
+    for name in _absent_allowed(model) if missing else ():
+        missing.pop(name, None)
     if missing:
         raise LoadError(
             f"{len(missing)} parameters were not loaded from the checkpoint; it is not a checkpoint of this model",

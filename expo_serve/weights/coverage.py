@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from expo_serve.weights.lazy import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,17 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A write is remembered by the bytes it went to, so writing one place twice counts once. A
     parameter whose storage was replaced counts as written.
+
+    Args:
+        model: whose parameters are watched.
+        settle: called before any operation that may look at values, while lazy tensors are being copied in the
+            background.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, settle: Callable[[], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
+        self._settle = settle
         self._before = {name: _storage(parameter) for name, parameter in model.named_parameters()}
         self._wanted = set(self._before.values()) - {0}
         self._written: defaultdict[int, set[_Region]] = defaultdict(set)
@@ -73,6 +82,8 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._settle and not func.is_view and not _is_lazy_copy(func, args):
+            self._settle()
         if func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -96,6 +107,10 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if written < parameter.numel():
                 result[name] = (written, parameter.numel())
         return result
+
+
+def _is_lazy_copy(func: Any, args: tuple[Any, ...]) -> bool:
+    return func is torch.ops.aten.copy_.default and isinstance(args[1], LazyTensor) and type(args[0]) is not LazyTensor
 
 
 def _written_elements(parameter: torch.Tensor, regions: set[_Region]) -> int:

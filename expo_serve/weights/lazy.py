@@ -10,6 +10,7 @@ goes on, so a model may do what it likes with its weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
-from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.background import Run, run_now
+from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into, pieces
 from expo_serve.weights.pair import PlannedTensor
-from expo_serve.weights.reader import Reader, populate
+from expo_serve.weights.reader import Reader
 from expo_serve.weights.tally import Tally
 
 _aten = torch.ops.aten
@@ -32,24 +34,31 @@ class Operands:
     ``value`` is None until an operation writes into the lazy tensor; from then on it is the tensor.
     """
 
-    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally) -> None:
+    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally, run: Run) -> None:
         self.planned = planned
         self.tally = tally
+        self._run = run
         self.aligned = reader.tensor(planned.aligned)
         self.base = reader.tensor(planned.base) if planned.base else None
         self.value: torch.Tensor | None = None
 
-    def write(self, dest: torch.Tensor, view: torch.Tensor) -> None:
+    def write(self, dest: torch.Tensor, view: torch.Tensor, run: Run | None = None) -> None:
         """Compute the elements that ``view`` (meta) selects into ``dest`` of the same shape.
+
+        Args:
+            dest: where they go.
+            view: which elements.
+            run: how each piece is done; by default as for all of the load.
 
         Raises:
             ValuesError: one of them is not finite.
         """
-        if self.value is not None:
-            dest.copy_(_select(self.value, view))
+        run = run or self._run
+        if (value := self.value) is not None:
+            run(dest, lambda: _copy_plain(dest, _select(value, view)))
             return
         for out, part, has_base in self._by_base_rows(dest, view):
-            self._write_part(out, part, has_base)
+            self._write_part(out, part, has_base, run)
 
     def _by_base_rows(
         self, dest: torch.Tensor, view: torch.Tensor
@@ -74,7 +83,7 @@ class Operands:
             yield from self._by_base_rows(dest.select(dim, row), view.select(dim, row))
         yield dest.narrow(dim, above, size - above), view.narrow(dim, above, size - above), False
 
-    def _write_part(self, dest: torch.Tensor, view: torch.Tensor, has_base: bool) -> None:
+    def _write_part(self, dest: torch.Tensor, view: torch.Tensor, has_base: bool, run: Run) -> None:
         alpha = self.planned.alpha
         base = _select(self.base, view) if has_base and self.base is not None else None
         aligned = _select(self.aligned, view)
@@ -82,9 +91,13 @@ class Operands:
         for side, operand in read.items():
             if operand is not None:
                 self.tally.read_bytes[side] += operand.nbytes
-                populate(operand)
+        sides = (aligned,) if base is None else (aligned, base)
+        for out, *operands in pieces(dest, *sides):
+            run(out, partial(self._combine, out, *operands))
+
+    def _combine(self, dest: torch.Tensor, aligned: torch.Tensor, base: torch.Tensor | None = None) -> None:
         try:
-            extrapolate_into(dest, base, aligned, alpha)
+            extrapolate_into(dest, base, aligned, self.planned.alpha)
         except NotFiniteError as error:
             raise self._values_error(str(error)) from None
 
@@ -104,7 +117,7 @@ class Operands:
         if self.value is not None:
             return _select(self.value, view)
         result = torch.empty_like(view, device="cpu")  # keeps the strides of a dense view
-        self.write(result, view)
+        self.write(result, view, run_now)
         return result
 
     def keep(self) -> torch.Tensor:
@@ -112,6 +125,11 @@ class Operands:
         if self.value is None:
             self.value = self.materialize(torch.empty_like(self.aligned, device="meta"))
         return self.value
+
+
+def _copy_plain(dest: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        dest.copy_(value)
 
 
 def _select(whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -234,7 +252,14 @@ def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return args[0] if written[0] and isinstance(args[0], LazyTensor) else result
 
 
-def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally) -> LazyTensor:
-    """The tensor that a loader yields for one planned tensor."""
-    operands = Operands(planned, reader, tally)
+def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally, run: Run = run_now) -> LazyTensor:
+    """The tensor that a loader yields for one planned tensor.
+
+    Args:
+        planned: what becomes of it.
+        reader: opens its files.
+        tally: counts what goes through.
+        run: how the pieces of a copy are done; :meth:`Background.run` does them in threads.
+    """
+    operands = Operands(planned, reader, tally, run)
     return LazyTensor(operands, torch.empty_like(operands.aligned, device="meta"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from expo_serve.config import ExpoConfig, Source
+from expo_serve.weights.background import Run, run_now
 from expo_serve.weights.checkpoint import open_checkpoint
 from expo_serve.weights.lazy import LazyTensor, lazy_tensor
 from expo_serve.weights.pair import Plan, plan_pair
@@ -35,11 +36,12 @@ class Lazies:
         self._folder = folder
         self._made = 0
 
-    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5) -> Case:
+    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5, run: Run = run_now) -> Case:
         """A tensor of these two sides; more rows on the aligned side are a grown vocabulary."""
         plan = self.plan({NAME: base}, {NAME: aligned}, alpha)
         tally = Tally()
-        return Case(lazy_tensor(plan.tensors[NAME], Reader(), tally), extrapolate(base, aligned, alpha), tally)
+        lazy = lazy_tensor(plan.tensors[NAME], Reader(), tally, run)
+        return Case(lazy, extrapolate(base, aligned, alpha), tally)
 
     def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:
         """The plan of two sets of tensors."""
