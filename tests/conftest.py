@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.models import build_pair
 from tests.server import Server
@@ -50,14 +51,17 @@ def tiny_pair(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 def server(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo pair served by the real command at alpha 0.5, with an API key and two served names.
 
+    Half of the flags come from a file; its alpha loses to the command line's.
     Without --enforce-eager, but with a compiler that is not there: it must start all the same. Its end
     is a test too: SIGTERM while serving drains, leaves no process, and exits 0.
     """
     base, aligned = demo_pair
-    arguments = ["--base", str(base), "--aligned", str(aligned), "--alpha", ALPHA, "--max-model-len", "512"]
-    arguments += ["--served-model-name", "first", "second", "--shutdown-timeout", "5"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    running = Server(arguments, log, VLLM_API_KEY=API_KEY, CXX="no-such-compiler")
+    folder = tmp_path_factory.mktemp("server")
+    flags = {"base": str(base), "alpha": 9, "served_model_name": ["first", "second"], "max-model-len": 512}
+    (folder / "flags.yaml").write_text(yaml.safe_dump(flags))
+    arguments = ["--config", str(folder / "flags.yaml"), "--aligned", str(aligned), "--alpha", ALPHA]
+    arguments += ["--shutdown-timeout", "5"]
+    running = Server(arguments, folder / "log", VLLM_API_KEY=API_KEY, CXX="no-such-compiler")
     running.api_key = API_KEY
     try:
         yield running.wait_ready()

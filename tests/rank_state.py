@@ -8,7 +8,6 @@ bytes that expo read.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def run_ranks(loads: list[dict[str, Any]], store: Path, ranks: int = 2) -> list[
     Raises:
         AssertionError: a rank failed.
     """
-    environment = {**os.environ, **ENGINE_ENV, "VLLM_DIST_IDENT": store.parent.name}
+    environment = {**ENGINE_ENV, "VLLM_DIST_IDENT": store.parent.name}
     request = {"store": str(store), "loads": [{**load, "tensor_parallel_size": ranks} for load in loads]}
     command = [sys.executable, "-m", "tests.rank_state"]
     processes = [

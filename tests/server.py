@@ -15,7 +15,10 @@ import httpx
 import psutil
 
 EXPO_SERVE = [str(Path(sys.executable).with_name("expo-serve"))]
+# As it was when the tests began: importing vLLM into this process changes it.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("EXPO_", "VLLM_"))}
 ENGINE_ENV = {
+    **_ENVIRONMENT,
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -39,7 +42,7 @@ def run_command(*arguments: str, timeout: float = 60, **environment: str) -> sub
         text=True,
         timeout=timeout,
         check=False,
-        env={**os.environ, **ENGINE_ENV, **environment},
+        env={**ENGINE_ENV, **environment},
     )
 
 
@@ -57,7 +60,7 @@ class Server:
                 [*(command or EXPO_SERVE), *arguments, "--port", str(self.port), "--host", "127.0.0.1"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENGINE_ENV, **environment},
+                env={**ENGINE_ENV, **environment},
             )
 
     @property

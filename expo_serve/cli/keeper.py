@@ -99,7 +99,8 @@ class Keeper:
             return 2  # vLLM refused a flag and said so
         self._log.finish()
         ended = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
-        self._cause = self._log.root_cause() or self._cause or f"vLLM's server {ended}"
+        known = self._log.root_cause() or self._cause or self._log.last_exception()
+        self._cause = known or f"vLLM's server {ended}"
         return 1
 
     def _stop(self) -> int | None:
@@ -151,14 +152,14 @@ class Keeper:
         return None
 
     def _look_for_deaths(self, now: float) -> None:
-        living = {process.pid for process in processes.descendants(self._server.pid)}
+        living = {process.pid for process in processes.descendants(os.getpid())}
         if lost := {title for pid, title in self._known.items() if pid not in living}:
             state = "while serving" if self._serving else "before serving"
             self._cause = f"vLLM's process {', '.join(sorted(lost))} died {state}"
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
             return
-        self._known |= processes.titled(self._server.pid, _title_prefix())
-        self._segments |= processes.segments_of(self._server.pid)
+        self._known |= processes.titled(os.getpid(), _title_prefix())
+        self._segments |= processes.segments_of(os.getpid())
 
 
 def _title_prefix() -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 
 _KEPT_LINES = 2000
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -66,16 +67,21 @@ class LogTail:
         return any(line.startswith(PREFIX_OF_OURS) for line in list(self._lines)[-5:])
 
     def root_cause(self) -> str | None:
-        """The exception that began the failure: one of ours, else the first after vLLM called it fatal,
-        else the last. Without the class when it is ours."""
+        """The exception that began the failure: one of ours, without its class, else the first after vLLM
+        called it fatal."""
         lines = list(self._lines)
         if own := next((line for line in lines if _OURS.match(line)), None):
             return own.partition(": ")[2]
-        start = next((index for index, line in enumerate(lines) if _FATAL.search(line)), None)
-        found = [line.strip() for line in lines[start or 0 :] if _EXCEPTION.match(line) and not _ECHO.search(line)]
-        if not found:
-            return None
-        return found[0] if start is not None else found[-1]
+        start = next((index for index, line in enumerate(lines) if _FATAL.search(line)), len(lines))
+        return next(_exceptions(lines[start:]), None)
+
+    def last_exception(self) -> str | None:
+        """The exception that was printed last, which need not have ended anything."""
+        return next(_exceptions(reversed(self._lines)), None)
+
+
+def _exceptions(lines: Iterable[str]) -> Iterator[str]:
+    return (line.strip() for line in lines if _EXCEPTION.match(line) and not _ECHO.search(line))
 
 
 def _write_all(target: int, data: bytes) -> None:

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -43,6 +44,8 @@ def main() -> int:
     try:
         serve(request)
     except ExpoError as error:
+        if os.environ.get("EXPO_DEBUG") == "1":
+            traceback.print_exception(error)
         for line in error.detail_lines():
             print(f"  {line}", file=sys.stderr)
         print(f"expo-serve: error: {error.message}", file=sys.stderr, flush=True)

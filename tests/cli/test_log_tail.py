@@ -39,18 +39,21 @@ def test_an_error_of_ours_comes_without_its_class() -> None:
     assert follow(WORKER + ours).root_cause() == "tensor 'a' holds NaN"
 
 
-def test_the_last_exception_where_vllm_calls_none_fatal() -> None:
-    assert follow("ValueError: first\nKeyError: 'second'").root_cause() == "KeyError: 'second'"
+def test_where_vllm_calls_none_fatal_there_is_a_last_one() -> None:
+    tail = follow("ValueError: first\nKeyError: 'second'")
+    assert tail.root_cause() is None
+    assert tail.last_exception() == "KeyError: 'second'"
 
 
 def test_colours_and_carriage_returns() -> None:
     line = "\x1b[0;36m(EngineCore pid=7)\x1b[0;0m ERROR 11-23 10:00:01 [core.py:1] OSError: no room\r\n"
-    assert follow(line).root_cause() == "OSError: no room"
+    assert follow(line).last_exception() == "OSError: no room"
 
 
 def test_nothing_to_say() -> None:
     tail = follow("all is well\n")
     assert tail.root_cause() is None
+    assert tail.last_exception() is None
     assert not tail.failed.is_set()
     assert not tail.says_error()
     assert follow("expo-serve: error: no vLLM\n").says_error()
