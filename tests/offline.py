@@ -1,6 +1,6 @@
 """Run vLLM offline in a process of its own: what its ranks hold, and what it answers.
 
-``python -m tests.offline '{"llm": {...}, "prompts": [...]}'`` prints one JSON line,
+``python -m tests.offline '{"llm": {...}, "prompts": [...]}'`` prints one line, ``answer: `` and
 ``{"hashes": [{parameter: sha256}, one of each rank], "tokens": [[token id, ...], one of each prompt]}``.
 """
 
@@ -17,6 +17,7 @@ import torch
 from tests.server import ENGINE_ENV
 
 MAX_TOKENS = 24
+_MARK = "answer: "
 
 
 def run_offline(llm: dict[str, Any], prompts: list[str] | None = None, **environment: str) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def run_offline(llm: dict[str, Any], prompts: list[str] | None = None, **environ
         env={**ENGINE_ENV, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    line = next(line for line in done.stdout.splitlines() if line.startswith(_MARK))
+    answer: dict[str, Any] = json.loads(line.removeprefix(_MARK))
     return answer
 
 
@@ -62,8 +64,7 @@ def _main(request: dict[str, Any]) -> None:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
         outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
         answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
-    print(flush=True)
-    print(json.dumps(answer), flush=True)
+    print(f"\n{_MARK}{json.dumps(answer)}", flush=True)
 
 
 if __name__ == "__main__":
