@@ -110,11 +110,6 @@ class Source(BaseModel):
         """The last part of the name."""
         return self.name.rsplit("/", 1)[-1]
 
-    @property
-    def version(self) -> str:
-        """The revision, or the fingerprint where there is none."""
-        return self.revision or self.fingerprint
-
 
 class Pinned(BaseModel):
     """What the command resolved once, so that no worker reads another version."""

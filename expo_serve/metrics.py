@@ -70,7 +70,7 @@ class _LoadGauges:
         self.anonymous = gauge(
             "expo_load_anonymous_memory_growth_bytes", "Growth of the worker's anonymous memory.", _RANK
         )
-        self.peak_device_help = partial(
+        self.make_peak_device = partial(
             gauge, "expo_load_peak_device_memory_bytes", "Peak device memory during the load.", _RANK
         )
         self.peak_device: Gauge | None = None
@@ -88,5 +88,5 @@ class _LoadGauges:
             for key, value in values.items():
                 gauge.labels(*rank, key).set(value)
         if report.peak_device_memory_bytes is not None:
-            self.peak_device = self.peak_device or self.peak_device_help()
+            self.peak_device = self.peak_device or self.make_peak_device()
             self.peak_device.labels(*rank).set(report.peak_device_memory_bytes)

@@ -7,11 +7,21 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from expo_serve import __version__
-from expo_serve.config import ExpoConfig, Source, format_alpha
+from expo_serve.config import Source, format_alpha
 
 SCHEMA_VERSION: Literal[1] = 1
 # 1 rather than 1.0: alpha has one text.
 Alpha = Annotated[float, PlainSerializer(lambda alpha: int(alpha) if alpha == int(alpha) else alpha)]
+
+
+class PublicSource(BaseModel):
+    """A source as clients see it: no path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    revision: str | None
+    fingerprint: str
 
 
 class LoadReport(BaseModel):
@@ -23,6 +33,8 @@ class LoadReport(BaseModel):
     """Index of the engine (data-parallel rank)."""
     rank: int = 0
     """Rank within the engine (tensor and pipeline parallel)."""
+    sources: dict[str, PublicSource]
+    """What this rank read, by side."""
     alpha: Alpha
     total_seconds: float
     phase_seconds: dict[str, float]
@@ -60,16 +72,6 @@ class LoadReport(BaseModel):
         )
 
 
-class PublicSource(BaseModel):
-    """A source as clients see it: no path."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    revision: str | None
-    fingerprint: str
-
-
 class DeploymentReport(BaseModel):
     """The body of ``GET /v1/expo``."""
 
@@ -86,17 +88,9 @@ class DeploymentReport(BaseModel):
     ranks: list[LoadReport]
 
 
-def public_sources(config: ExpoConfig) -> dict[str, PublicSource]:
-    """The sources without their paths; what was not pinned is known by its last name only."""
-    if config.pinned is None:
-        found = {"base": Source(name=config.base.rstrip("/"), path="", revision=config.base_revision)}
-        names = {side: source.model_copy(update={"name": source.short_name}) for side, source in found.items()}
-    else:
-        names = {"base": config.pinned.base, "aligned": config.pinned.aligned}
-    return {
-        side: PublicSource(name=source.name, revision=source.revision, fingerprint=source.fingerprint)
-        for side, source in names.items()
-    }
+def public_source(source: Source) -> PublicSource:
+    """A source without its path."""
+    return PublicSource(name=source.name, revision=source.revision, fingerprint=source.fingerprint)
 
 
 def _megabytes(size: int) -> str:

@@ -161,7 +161,5 @@ def test_configuration_survives_the_way_to_a_worker(alpha: float, rules: list[tu
     assert parse_config(carried, "there") == config
 
 
-def test_source_tells_its_short_name_and_version() -> None:
-    assert Source(name="org/name", path="/x", revision="abc", fingerprint="f").version == "abc"
-    assert Source(name="org/name", path="/x", fingerprint="f").version == "f"
+def test_source_tells_its_short_name() -> None:
     assert Source(name="org/name", path="/x").short_name == "name"

@@ -51,6 +51,7 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "extra config, dotted, underscores": (["--model_loader_extra_config.alpha=1"], (OURS,)),
     "worker extension": (["--worker-extension-cls", "x.Y"], ("--worker-extension-cls", OURS)),
     "worker extension, underscores, =": (["--worker_extension_cls=x.Y"], ("--worker-extension-cls", OURS)),
+    "a model in the middle": (["some/model"], ("unexpected", "some/model")),
     "rule without value": (["--alpha-rule", "embed"], ("--alpha-rule", "REGEX=VALUE")),
     "rule without pattern": (["--alpha-rule", "=0"], ("--alpha-rule", "REGEX=VALUE")),
     "rule with a bad pattern": (["--alpha-rule", "(embed=0"], ("--alpha-rule", "regular expression")),

@@ -3,7 +3,9 @@
 vLLM's front end was seen alive and silent minutes after its engine had failed, and deaf to a first
 SIGTERM; orphans were seen to keep memory. The keeper is the adopting parent of all of vLLM's
 processes, so it finds each of them, whoever dies first. It reads the request on one line of its
-standard input; the end of that input means that the command itself is gone.
+standard input; after it, each byte is a signal that the command got, and the end of the input means that the
+command itself is gone. Signals sent to the keeper do nothing: whoever signals a whole group of processes would be
+heard twice.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Keeper:
     def _step(self) -> int | None:
         """One look at everything; the exit code once it is known."""
         processes.reap_orphans(keep=self._server.pid)
-        if _command_is_gone():
+        if not self._listen():
             return 1
         if self._server.poll() is not None:
             return self._verdict()
@@ -89,6 +91,14 @@ class Keeper:
             return self._stop()
         self._look_for_serving()
         return self._watch()
+
+    def _listen(self) -> bool:
+        """Take the signals that the command passed on; False when it is gone."""
+        if not select.select([0], [], [], 0)[0]:
+            return True
+        numbers = os.read(0, 1 << 16)
+        self.signals += numbers
+        return bool(numbers)
 
     def _verdict(self) -> int:
         """The server's first process has ended; what does that mean?"""
@@ -144,7 +154,7 @@ class Keeper:
                 return None
             self._cause = self._log.root_cause() or self._cause or "vLLM's engine failed"
             return 1
-        if self._log.failed.is_set():
+        if self._log.failed.is_set() and not self._serving:  # later a dead process says it, and no log line
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
         if now >= self._next_watch:
             self._next_watch = now + _WATCH_SECONDS
@@ -167,11 +177,6 @@ def _title_prefix() -> str:
     return os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
 
 
-def _command_is_gone() -> bool:
-    readable, _, _ = select.select([0], [], [], 0)
-    return bool(readable) and not os.read(0, 1 << 16)
-
-
 def _answers(status: dict[str, Any]) -> bool:
     """Whether somebody listens where vLLM serves."""
     host = {None: "127.0.0.1", "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -190,16 +195,18 @@ def _answers(status: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Read the request and keep the server."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which vLLM's processes would inherit
     processes.adopt_orphans()
-    line = b""
-    while not line.endswith(b"\n"):
+    received = b""
+    while b"\n" not in received:
         chunk = os.read(0, 1 << 16)
         if not chunk:
             return 1
-        line += chunk
+        received += chunk
+    line, _, signals = received.partition(b"\n")
     keeper = Keeper(json.loads(line))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: keeper.signals.append(received))
+    keeper.signals += signals
     return keeper.run()
 
 

@@ -19,9 +19,10 @@ _ECHO = re.compile(
     r"Engine core initialization failed|EngineDeadError|EngineCore encountered an issue|"
     r"WorkerProc initialization failed|Executor failed|CancelledError|Engine process failed"
 )
+# Only where a line begins: requests can put a text into the middle of one.
 _FATAL = re.compile(
     r"EngineCore failed to start|WorkerProc failed to start|EngineCore encountered a fatal error|"
-    r"Engine core initialization failed|WorkerProc hit an exception"
+    r"RuntimeError: Engine core initialization failed"
 )
 PREFIX_OF_OURS = "expo-serve: error: "
 
@@ -59,7 +60,7 @@ class LogTail:
     def _remember(self, raw: bytes) -> None:
         line = _PREFIX.sub("", _ANSI.sub("", raw.decode(errors="replace")).strip("\r"))
         self._lines.append(line)
-        if _FATAL.search(line):
+        if _FATAL.match(line):
             self.failed.set()
 
     def says_error(self) -> bool:
@@ -72,7 +73,7 @@ class LogTail:
         lines = list(self._lines)
         if own := next((line for line in lines if _OURS.match(line)), None):
             return own.partition(": ")[2]
-        start = next((index for index, line in enumerate(lines) if _FATAL.search(line)), len(lines))
+        start = next((index for index, line in enumerate(lines) if _FATAL.match(line)), len(lines))
         return next(_exceptions(lines[start:]), None)
 
     def last_exception(self) -> str | None:

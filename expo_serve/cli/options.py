@@ -86,6 +86,8 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
         ConfigError: the ``--config`` file is wrong.
     """
     namespace, rest = parser.parse_known_args(_normalise(arguments, parser.known_flags()))
+    if rest and not rest[0].startswith("-"):
+        raise UsageError(f"unexpected {rest[0]!r}: the models are named by --base and --aligned")
     for argument in rest:
         _refuse_ours_to_set(argument.split("=", 1)[0])
     from_file = {} if namespace.config is None else _read_file(namespace.config)

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import psutil
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = Path("/dev/shm")
 # Names that Python's multiprocessing, torch and vLLM give to segments: never a file of the user's.
-_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_dist_)")
+_SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_(dist|offload|ec)_)")
 
 
 def adopt_orphans() -> None:
@@ -24,14 +25,13 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def reap_orphans(keep: int) -> None:
-    """Collect the exit of adopted children; ``keep`` is the child whose exit somebody else awaits."""
-    for child in psutil.Process().children():
-        if child.pid != keep and _state(child) == psutil.STATUS_ZOMBIE:
-            try:
-                os.waitpid(child.pid, os.WNOHANG)
-            except ChildProcessError:
-                continue
+def reap_orphans(keep: int = 0) -> None:
+    """Collect the exits of adopted children; ``keep`` is the child whose exit somebody else awaits."""
+    with suppress(ChildProcessError):  # no child at all
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == keep:
+                return
+            os.waitpid(ended.si_pid, 0)
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -48,10 +48,11 @@ def titled(pid: int, prefix: str) -> dict[int, str]:
 
     A fork inherits its parent's title; helpers that come and go so are left out.
     """
-    commands = {process.pid: _title(process) for process in descendants(pid)}
+    living = descendants(pid)
+    commands = {process.pid: _title(process) for process in living}
     return {
         process.pid: title
-        for process in descendants(pid)
+        for process in living
         if (title := commands.get(process.pid, "")).startswith(prefix) and title != commands.get(_parent(process))
     }
 
@@ -92,7 +93,7 @@ def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) 
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(victims or living, timeout=0.2)
-        reap_orphans(keep=0)
+        reap_orphans()
     for segment in segments:
         segment.unlink(missing_ok=True)
 

@@ -11,13 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 from expo_serve.cli import processes
 from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
 from expo_serve.config import ExpoConfig
-from expo_serve.errors import ExpoError, UsageError
+from expo_serve.errors import ExpoError, ServeError, UsageError
 
 _EPILOG = """\
 Every flag of `vllm serve` is accepted too, and means what it means there.
@@ -103,16 +104,30 @@ def _serve(request: dict[str, Any]) -> int:
         start_new_session=True,  # Ctrl-C at a terminal reaches this process alone, which passes it on
         env={**os.environ, "PYTHONSAFEPATH": "1"},  # a folder named like the package must not shadow it
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: keeper.send_signal(received))
     assert keeper.stdin is not None
-    keeper.stdin.write(json.dumps(request).encode() + b"\n")
-    keeper.stdin.flush()  # and left open: its end tells the keeper that this process is gone
-    code = keeper.wait()
-    if code < 0:
-        processes.end_descendants(os.getpid())
-        raise ExpoError(f"the process that watches vLLM was killed by signal {-code}; vLLM was ended")
-    return code
+    pipe = keeper.stdin.fileno()
+    signals: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        signals.append(number)
+        with suppress(BrokenPipeError):
+            os.write(pipe, bytes([number]))
+
+    with suppress(BrokenPipeError):
+        keeper.stdin.write(json.dumps(request).encode() + b"\n")
+        keeper.stdin.flush()  # and left open: its end tells the keeper that this process is gone
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    return _code(keeper.wait(), signals)
+
+
+def _code(code: int, signals: list[int]) -> int:
+    if code >= 0:
+        return code
+    processes.end_descendants(os.getpid())
+    if signals:
+        return 128 + signals[0]
+    raise ServeError(f"the process that watches vLLM was killed by signal {-code}; vLLM was ended")
 
 
 def _vllm_help(topic: str) -> int:

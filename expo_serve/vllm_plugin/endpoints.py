@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expo_serve import metrics
 from expo_serve.config import ExpoConfig, parse_alpha, parse_config
-from expo_serve.errors import LoadError
-from expo_serve.report import DeploymentReport, LoadReport, public_sources
+from expo_serve.errors import CompatError, LoadError
+from expo_serve.report import DeploymentReport, LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.worker import REPORT_METHOD
 
@@ -55,13 +55,14 @@ class ExpoEndpointPlugin:
         if config is None or engine_client is None:
             return
         names = args.served_model_name or [args.model]
+        ranks = await _collect(engine_client)
         report = DeploymentReport(
             alpha=config.alpha,
             alpha_rules=[rule.text for rule in config.alpha_rules],
             served_model_names=list(names),
-            sources=public_sources(config),
+            sources=ranks[0].sources,
             dtype=str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
-            ranks=await _collect(engine_client),
+            ranks=ranks,
             startup_seconds=_since_start(config),
         )
         metrics.publish(report)
@@ -97,6 +98,8 @@ async def _collect(engine_client: Any) -> list[LoadReport]:
     if hasattr(core, "call_utility_all_async"):
         answers = await core.call_utility_all_async("collective_rpc", *call)
         engines = [int.from_bytes(identity, "little") for identity in core.core_engines]
+    elif engine_client.vllm_config.parallel_config.data_parallel_size > 1:
+        raise CompatError("this vLLM's engine client has no call_utility_all_async: not every engine can be asked")
     else:
         answers, engines = [await engine_client.collective_rpc(*call)], [0]
     reports = [

@@ -17,10 +17,10 @@ import torch
 from expo_serve import memory
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
-from expo_serve.report import LoadReport
+from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
 from expo_serve.weights.background import Background, Run, run_now
-from expo_serve.weights.coverage import WriteTracker, unwatched
+from expo_serve.weights.coverage import WriteTracker, still_lazy, unwatched
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
@@ -149,6 +149,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         parallel = compat.get_current_vllm_config().parallel_config
         return LoadReport(
             rank=parallel.rank,
+            sources={side.side: public_source(side.source) for side in (plan.base, plan.aligned)},
             alpha=self.config.alpha,
             total_seconds=resolve + weights,
             phase_seconds={"resolve": resolve, "weights": weights},
@@ -192,6 +193,8 @@ def _same_path(one: str, other: str) -> bool:
 
 def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
     """Every parameter must come from the checkpoint; what a checkpoint cannot carry may be absent."""
+    if kept := still_lazy(model):
+        raise LoadError(f"{len(kept)} parameters were kept lazily instead of being copied; please report it", kept)
     missing = tracker.unwritten()
     for name in _absent_allowed(model) if missing else ():
         missing.pop(name, None)

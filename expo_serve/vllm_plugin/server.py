@@ -5,6 +5,8 @@ It is started by ``expo_serve.cli.keeper``, which writes one JSON object on its 
     {"config": ExpoConfig, "arguments": [flag, ...], "file_options": {key: value},
      "served_model_name": str or null when a flag gives it, "status_fd": int}
 
+or ``{"help": topic}`` for a page of vLLM's own help;
+
 and reads one line from ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``, written when
 vLLM's flags were understood and the engine is about to start.
 """
@@ -109,10 +111,10 @@ def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str
     assert config.pinned is not None
     return [
         config.pinned.aligned.path,
-        "--load-format", "expo",
+        *(["--served-model-name", served_model_name] if served_model_name else []),
         "--model-loader-extra-config", config.model_dump_json(exclude_defaults=True),
         "--worker-extension-cls", EXTENSION,
-        *(["--served-model-name", served_model_name] if served_model_name else []),
+        "--load-format", "expo",
     ]  # fmt: skip
 
 

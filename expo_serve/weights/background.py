@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -42,6 +43,7 @@ class Background:
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[int, int, Future[None]]] = deque()
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> Background:
         threads = min(MAX_THREADS, os.cpu_count() or 1)
@@ -68,7 +70,7 @@ class Background:
         if any(start < other_end and other_start < end for other_start, other_end, _ in self._pending):
             self.wait()
         while len(self._pending) >= _MAX_PENDING:
-            self._pending.popleft()[2].result()
+            self._finish_one()
         self._pending.append((start, end, self._pool.submit(task)))
 
     def wait(self) -> None:
@@ -78,7 +80,16 @@ class Background:
             Exception: what the first task that failed has raised.
         """
         while self._pending:
-            self._pending.popleft()[2].result()
+            self._finish_one()
+        if self._failure:
+            raise self._failure
+
+    def _finish_one(self) -> None:
+        """A failure stays: whoever catches it on its way may not know what it means."""
+        failure = self._pending.popleft()[2].exception()
+        self._failure = self._failure or failure
+        if self._failure:
+            raise self._failure
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -89,5 +100,5 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _leave_core() -> None:
     """vLLM's CPU worker is pinned to its cores, often one; the threads of a load may use the others meanwhile."""
-    if hasattr(os, "sched_setaffinity"):
+    with suppress(AttributeError, OSError):  # not Linux, or not allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # this thread's; the kernel keeps to the cgroup's set

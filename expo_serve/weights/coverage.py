@@ -109,6 +109,12 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def still_lazy(model: torch.nn.Module) -> list[str]:
+    """Parameters and buffers that a model made out of lazy tensors instead of copying from them."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return [name for name, tensor in tensors.items() if isinstance(tensor, LazyTensor)]
+
+
 def _is_lazy_copy(func: Any, args: tuple[Any, ...]) -> bool:
     return func is torch.ops.aten.copy_.default and isinstance(args[1], LazyTensor) and type(args[0]) is not LazyTensor
 
@@ -126,5 +132,5 @@ def _written_elements(parameter: torch.Tensor, regions: set[_Region]) -> int:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Identity of a tensor's memory; 0 for a tensor without any (meta device, no elements)."""
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    """Identity of a tensor's memory; 0 for a tensor without any (meta device, lazy, no elements)."""
+    return 0 if tensor.is_meta or isinstance(tensor, LazyTensor) else tensor.untyped_storage().data_ptr()

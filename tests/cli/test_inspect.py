@@ -182,7 +182,7 @@ def test_names_are_never_taken_for_markup(inspector: Inspector, tmp_path: Path) 
         (["--tensor-parallel-size", "0"], "expected a number from 1"),
         (["--tensor-parallel-size", "two"], "expected a number from 1"),
         (["--port", "8000"], "does not know '--port'"),
-        (["model"], "does not know 'model'"),
+        (["model"], "unexpected 'model'"),
     ],
 )
 def test_wrong_call_is_refused(inspector: Inspector, flags: list[str], words: str) -> None:

@@ -50,6 +50,11 @@ def test_colours_and_carriage_returns() -> None:
     assert follow(line).last_exception() == "OSError: no room"
 
 
+def test_a_request_cannot_call_the_engine_failed() -> None:
+    line = "(APIServer pid=7) ERROR 11-23 10:00:01 [serving.py:274] Error with model EngineCore failed to start\n"
+    assert not follow(line).failed.is_set()
+
+
 def test_nothing_to_say() -> None:
     tail = follow("all is well\n")
     assert tail.root_cause() is None

@@ -35,7 +35,7 @@ def test_our_flags_carry_the_pinned_sources() -> None:
     assert flags[0] == "/m/a"
     extra = json.loads(flags[flags.index("--model-loader-extra-config") + 1])
     assert ExpoConfig.model_validate(extra) == config
-    assert flags[-2:] == ["--served-model-name", "a-expo-0.5"]
+    assert flags[1:3] == ["--served-model-name", "a-expo-0.5"]
     assert "--served-model-name" not in server.our_arguments(config, None)
 
 

@@ -29,6 +29,8 @@ def test_server_module(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
         assert response.headers["X-Expo-Alpha"] == "0.5"
         assert report.alpha_rules == ["embed_tokens=0"]
         assert report.ranks[0].alphas == {"0.5": report.ranks[0].tensors["extrapolated"] - 1, "0": 1}
+        assert {side: source.name for side, source in report.sources.items()} == {"base": "base", "aligned": "aligned"}
+        assert all(len(source.fingerprint) == 16 for source in report.sources.values())
         assert str(base.parent) not in json.dumps(report.model_dump()["sources"])
         assert "expo_alpha{" in server.get("/metrics").text
         assert server.text().count("expo: loaded with alpha 0.5 in ") == 1

@@ -59,8 +59,9 @@ def test_an_error_comes_out_of_wait(model: torch.nn.Linear, background: Backgrou
         raise ArithmeticError("not finite")
 
     background.run(model.weight.data, fail)
-    with pytest.raises(ArithmeticError, match="not finite"):
-        background.wait()
+    for _ in range(2):  # whoever swallows it the first time meets it again
+        with pytest.raises(ArithmeticError, match="not finite"):
+            background.wait()
 
 
 def test_many_tasks_are_bounded_and_all_done(model: torch.nn.Linear, background: Background) -> None:

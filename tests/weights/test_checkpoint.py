@@ -76,7 +76,7 @@ def test_links_of_a_hub_snapshot_are_fine(tmp_path: Path, shards: bool) -> None:
     found = opened(_hub_snapshot(tmp_path, shards))
     assert len(found.tensors) == len(NAMES)
     assert (found.source.name, found.source.revision) == ("org/name", COMMIT)
-    assert (found.source.short_name, found.source.version) == ("name", COMMIT)
+    assert (found.source.short_name, found.source.revision) == ("name", COMMIT)
 
 
 def test_hub_id_in_the_cache_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
