@@ -43,9 +43,8 @@ def test_demo_pair(demo_pair: tuple[Path, Path], alpha: float, tmp_path: Path) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, family)
-    for alpha in (0.5, 1.7):
-        report = assert_same_bits(base, aligned, alpha, tmp_path)
-        assert report.tensors["materialized"] == 0
+    report = assert_same_bits(base, aligned, 1.7, tmp_path)
+    assert report.tensors["materialized"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
