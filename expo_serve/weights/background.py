@@ -92,10 +92,16 @@ class Background:
             raise self._failure
 
 
+def span(tensor: torch.Tensor) -> int:
+    """Elements of the storage from a tensor's first to its last; 0 for a tensor without any."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses between which a tensor's elements lie."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), int(tensor.data_ptr() + (last + 1) * tensor.element_size())
+    return tensor.data_ptr(), int(tensor.data_ptr() + span(tensor) * tensor.element_size())
 
 
 def _leave_core() -> None:

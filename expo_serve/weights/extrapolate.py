@@ -36,19 +36,20 @@ def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: tor
     Raises:
         NotFiniteError: a value of an operand that is used, or of the result, is NaN or Inf.
     """
-    operands: tuple[torch.Tensor, ...]
-    if base is None or alpha == 0:
-        operands = (dest, aligned)
-    elif alpha == -1:
-        operands = (dest, base)
-    else:
-        operands = (dest, base, aligned)
+    used = operands_used(base, aligned, alpha)
     with torch.no_grad():
-        for out, *sides in pieces(*operands):
+        for out, *sides in pieces(dest, *used.values()):
             if len(sides) == 1:
-                _copy(out, sides[0], aligned.dtype, "aligned" if operands[1] is aligned else "base")
+                _copy(out, sides[0], aligned.dtype, *used)
             else:
                 _lerp(out, sides[0], sides[1], 1 + alpha)
+
+
+def operands_used(base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
+    """What is read for a result, by side: ``base`` before ``aligned``, or the one whose bits are copied."""
+    if base is None or alpha == 0:
+        return {"aligned": aligned}
+    return {"base": base} if alpha == -1 else {"base": base, "aligned": aligned}
 
 
 def pieces(*tensors: torch.Tensor, limit: int = PIECE_ELEMENTS) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
-from expo_serve.weights.background import Run, run_now
-from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into, pieces
+from expo_serve.weights.background import Run, run_now, span
+from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into, operands_used, pieces
 from expo_serve.weights.pair import PlannedTensor
 from expo_serve.weights.reader import Reader
 from expo_serve.weights.tally import Tally
@@ -84,13 +84,10 @@ class Operands:
         yield dest.narrow(dim, above, size - above), view.narrow(dim, above, size - above), False
 
     def _write_part(self, dest: torch.Tensor, view: torch.Tensor, has_base: bool, run: Run) -> None:
-        alpha = self.planned.alpha
         base = _select(self.base, view) if has_base and self.base is not None else None
         aligned = _select(self.aligned, view)
-        read = {"base": None if alpha == 0 else base, "aligned": None if base is not None and alpha == -1 else aligned}
-        for side, operand in read.items():
-            if operand is not None:
-                self.tally.read_bytes[side] += operand.nbytes
+        for side, operand in operands_used(base, aligned, self.planned.alpha).items():
+            self.tally.read_bytes[side] += operand.nbytes
         sides = (aligned,) if base is None else (aligned, base)
         for out, *operands in pieces(dest, *sides):
             run(out, partial(self._combine, out, *operands))
@@ -138,10 +135,7 @@ def _select(whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 def _end(view: torch.Tensor) -> int:
     """One past the last element that a view selects."""
-    if view.numel() == 0:
-        return int(view.storage_offset())
-    last = sum((size - 1) * stride for size, stride in zip(view.size(), view.stride(), strict=True))
-    return int(view.storage_offset() + last + 1)
+    return int(view.storage_offset()) + span(view)
 
 
 class LazyTensor(torch.Tensor):
