@@ -17,14 +17,16 @@ help: ## show this list
 setup: .venv/.ready ## the locked CPU environment, in .venv
 
 # torch's CPU build comes from a wheel folder that pip knows of, else from PyTorch's own index.
-# --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt).
-.venv/.ready: pyproject.toml requirements/cpu.txt requirements/dev.txt
+# --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt). torchvision
+# lies apart: tests/conformance needs its Python part, and nothing else may find it.
+.venv/.ready: pyproject.toml requirements/cpu.txt requirements/dev.txt requirements/vision.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "Python 3.11 is needed (the locked wheels are for it); found: $(PYTHON)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) --require-hashes -r requirements/cpu.txt
 	$(PIP) --require-hashes -r requirements/dev.txt
+	$(PIP) --require-hashes --upgrade --target .venv/vision -r requirements/vision.txt
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 

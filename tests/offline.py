@@ -42,9 +42,12 @@ def run_offline(llm: dict[str, Any], prompts: list[str] | None = None, **environ
 
 
 def hash_state(model: torch.nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter's and buffer's bits; runs in a worker."""
+    """SHA-256 of every parameter's and buffer's bits; runs in a worker. With what ``tests.inprocess`` has kept of the
+    state as it was loaded, before vLLM packed it."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: _digest(tensor) for name, tensor in state.items() if tensor.numel()}
+    loaded: dict[str, torch.Tensor] = getattr(model, "loaded_state", {})
+    state |= {f"{name} (loaded)": tensor for name, tensor in loaded.items()}
+    return {name: _digest(tensor) for name, tensor in state.items() if tensor.numel() and not tensor.is_meta}
 
 
 def _digest(tensor: torch.Tensor) -> str:

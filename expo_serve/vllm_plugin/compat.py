@@ -20,29 +20,103 @@ NAMES = {
     "LOADERS": f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER",
     "DefaultModelLoader": f"{_LOADER}.default_loader",
     "BaseKVCacheMethod": "vllm.model_executor.layers.quantization.kv_cache",
+    "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding",
     "get_current_vllm_config": "vllm.config",
     "init_logger": "vllm.logger",
     "configure_logging_from_args": "vllm.logger",
     "current_platform": "vllm.platforms",
     "AuthenticationMiddleware": "vllm.entrypoints.serve.middleware.authenticate",
     "ServeSubcommand": "vllm.entrypoints.cli.serve",
-    "cli_env_setup": "vllm.entrypoints.serve.utils.api_utils",
+    "cli_env_setup": "vllm.entrypoints.common.startup or vllm.entrypoints.serve.utils.api_utils",  # 0.33, 0.32
     "FlexibleArgumentParser": "vllm.utils.argparse_utils",
 }
-"""Our name to ``module`` or ``module:name there``."""
+"""Our name to ``module`` or ``module:name there``; where it has moved, newest first, with ``or`` between."""
+
+MEMBERS = {
+    f"{_LOADER}:register_model_loader": ("(load_format)",),
+    f"{_LOADER}.base_loader:BaseModelLoader": ("load_config", "load_model(self, vllm_config, model_config, prefix)"),
+    f"{_LOADER}.default_loader:DefaultModelLoader": (
+        "Source",
+        "__init__(self, load_config)",
+        "download_model(self, model_config)",
+        "load_weights(self, model, model_config)",
+        "get_all_weights(self, model_config, model)",
+        "_get_weights_iterator(self, source)",
+    ),
+    f"{_LOADER}.default_loader:DefaultModelLoader.Source": (
+        "model_or_path",
+        "revision",
+        "allow_patterns_overrides",
+        "is_unused_weight",
+    ),
+    "vllm.config:LoadConfig": (
+        "load_format",
+        "model_loader_extra_config",
+        "download_dir",
+        "safetensors_load_strategy",
+        "use_tqdm_on_load",
+    ),
+    "vllm.config:ModelConfig": ("model", "revision", "hf_token", "runner_type", "dtype"),
+    "vllm.config:VllmConfig": ("model_config", "parallel_config", "speculative_config"),
+    "vllm.config:SpeculativeConfig": ("target_model_config",),
+    "vllm.config:ParallelConfig": ("rank", "data_parallel_size"),
+    "vllm.config:get_current_vllm_config": ("()",),
+    "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig": (
+        "hidden_dim",
+        "hidden_dim_unpadded",
+        "intermediate_size_per_partition",
+        "intermediate_size_per_partition_unpadded",
+    ),
+    "vllm.model_executor.layers.fused_moe:RoutedExperts": ("moe_config", "quant_method"),
+    "vllm.model_executor.layers.quantization.online.fp8:OnlineLinearBase": ("uses_meta_device",),
+    "vllm.model_executor.layers.quantization.online.moe_base:OnlineMoEMethodBase": ("uses_meta_device",),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": (
+        "name",
+        "required_tasks",
+        "attach_router(self, app)",
+        "init_state(self, engine_client, state, args)",
+    ),
+    "vllm.v1.worker.worker_base:WorkerBase": ("get_model(self)",),
+    "vllm.v1.engine.async_llm:AsyncLLM": (
+        "engine_core",
+        "vllm_config",
+        "collective_rpc(self, method, timeout, args, kwargs)",
+    ),
+    "vllm.v1.engine.core_client:AsyncMPClient": ("core_engines", "call_utility_async(self, method)"),
+    "vllm.v1.engine.core_client:DPLBAsyncMPClient": ("call_utility_all_async(self, method)",),
+    "vllm.v1.engine.core:EngineCore": ("collective_rpc(self, method, timeout, args, kwargs)",),
+    "vllm.entrypoints.cli.serve:ServeSubcommand": (
+        "subparser_init(self, subparsers)",
+        "validate(self, args)",
+        "cmd(args)",
+    ),
+    "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware": (
+        "__init__(self, app, tokens)",
+        "verify_token(self, headers)",
+    ),
+}
+"""What we read, call or override of these: attributes, and methods with their parameters."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(name)
-    module, _, there = NAMES[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), there or name)
-    except (ImportError, AttributeError) as error:
-        raise CompatError(
-            f"vLLM {installed_version()} has no {module}.{there or name} ({error}), which expo-serve builds on; "
-            f"install a vLLM of {SUPPORTED[0]} to {SUPPORTED[-1]}"
-        ) from error
+    problems = []
+    for place in places(name):
+        module, _, there = place.partition(":")
+        try:
+            return getattr(importlib.import_module(module), there)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{module}.{there} ({error})")
+    raise CompatError(
+        f"vLLM {installed_version()} has no {' and no '.join(problems)}, which expo-serve builds on; "
+        f"install a vLLM of {SUPPORTED[0]} to {SUPPORTED[-1]}"
+    )
+
+
+def places(name: str) -> list[str]:
+    """Where a name of ours may be in vLLM, as ``module:name there``."""
+    return [place if ":" in place else f"{place}:{name}" for place in NAMES[name].split(" or ")]
 
 
 def installed_version() -> str:

@@ -7,8 +7,8 @@ its iterator names them, and each name is answered with a lazy tensor instead of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
+from expo_serve.vllm_plugin.written import check_written
 from expo_serve.weights.background import Background, Run, run_now
-from expo_serve.weights.coverage import WriteTracker, still_lazy, unwatched
+from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
@@ -31,6 +32,25 @@ from expo_serve.weights.tally import Tally
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
 logger = compat.init_logger("vllm.expo_serve.loader")
+
+
+@dataclass
+class _Progress:
+    """One load, from its start to its report."""
+
+    anonymous_before: int
+    started: float = field(default_factory=time.perf_counter)
+    resolved: float = 0.0
+    done_bytes: int = 0
+    not_in_checkpoint: list[str] = field(default_factory=list)
+    late: list[torch.nn.Module] = field(default_factory=list)
+    """Layers whose parameters are not there yet when ``load_weights`` is done."""
+
+    def sort(self, model: torch.nn.Module) -> None:
+        """Tell the layers that are loaded from those that vLLM finishes later, if at all."""
+        modules = list(model.modules())
+        self.late = [module for module in modules if any(part.is_meta for part in module.parameters(recurse=False))]
+        self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
 
 class ExpoModelLoader(compat.DefaultModelLoader):
@@ -51,6 +71,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._plan: Plan | None = None
         self._tally = Tally()
         self._run: Run = run_now
+        self._unfinished: _Progress | None = None
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
         super().__init__(
             replace(
@@ -67,6 +88,14 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         """Find both sides, downloading them where they come from the hub."""
         self._prepare(model_config)
 
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        """Build and load a model. Layers that vLLM quantises after all weights have come belong to the report too."""
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished:
+            logger.info("%s", self._report(model, unfinished).line())
+        return model
+
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load the extrapolated weights into ``model``; another model than the deployed one loads plainly.
 
@@ -78,26 +107,35 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             return
         memory.reset_peak()
         _reset_device_peak(model)
-        anonymous = memory.anonymous_bytes()
-        started = time.perf_counter()
+        progress = _Progress(memory.anonymous_bytes())
+        self._tally = Tally()
         self._prepare(model_config)
-        resolved = time.perf_counter()
+        progress.resolved = time.perf_counter()
         with Background(model) as background, WriteTracker(model, background.wait) as tracker:
             self._run = background.run
-            super().load_weights(model, model_config)
-            background.wait()
-        self._run = run_now
-        _check_written(model, tracker)
-        ended = time.perf_counter()
-        report = self._report(model, resolved - started, ended - resolved, anonymous)
-        setattr(model, REPORT_ATTRIBUTE, report)
-        logger.info("%s", report.line())
+            try:
+                super().load_weights(model, model_config)
+                background.wait()
+            finally:
+                self._run = run_now
+        progress.not_in_checkpoint = check_written(model, tracker, model_config.runner_type)
+        if progress.not_in_checkpoint:
+            names = ", ".join(progress.not_in_checkpoint)
+            logger.warning("expo: not in the checkpoint, and left as vLLM made them (as without expo): %s", names)
+        progress.sort(model)
+        report = self._report(model, progress)
+        self._unfinished = progress if progress.late else None
+        if not progress.late:
+            logger.info("%s", report.line())
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor that vLLM would read of the aligned checkpoint, lazily extrapolated.
 
         Weights that the model takes from elsewhere (``secondary_weights``) come as they are.
         """
+        pinned = self.config.pinned
+        if pinned and not self._is_deployed_model(model_config):
+            raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.aligned.path} is deployed")
         plan = self._prepare(model_config)
         reader = Reader()
         with unwatched():
@@ -105,15 +143,19 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in names]
         yield from zip(names, lazies, strict=True)
         for source in getattr(model, "secondary_weights", ()):
+            _refuse_pickles(source)
             yield from self._get_weights_iterator(source)
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
+        chosen = getattr(model, "allow_patterns_overrides", None)
+        unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
         primary = self.Source(
-            plan.aligned.source.path,
-            None,
-            allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
-            is_unused_weight=getattr(model, "is_unused_checkpoint_weight", None),
+            model_or_path=plan.aligned.source.path,
+            revision=None,
+            allow_patterns_overrides=chosen,
+            # A file that the plan leaves out whole repeats the others in Mistral's own format.
+            is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
         names = [name for name, _ in self._get_weights_iterator(primary)]
         if unplanned := [name for name in names if name not in plan.tensors]:
@@ -133,9 +175,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
 
     def _prepare(self, model_config: Any) -> Plan:
         if self._plan is None:
-            config = self.config
-            if not config.pinned:
-                config = _with_aligned(config, model_config)
+            config = self.config if self.config.pinned else _with_aligned(self.config, model_config)
             hub = HubAccess(getattr(model_config, "hf_token", None), self.load_config.download_dir)
             self._plan = prepare(config, hub)
             if not config.pinned:
@@ -143,27 +183,32 @@ class ExpoModelLoader(compat.DefaultModelLoader):
                     logger.warning("expo: %s", warning)
         return self._plan
 
-    def _report(self, model: torch.nn.Module, resolve: float, weights: float, anonymous_before: int) -> LoadReport:
+    def _report(self, model: torch.nn.Module, progress: _Progress) -> LoadReport:
+        """Say what has been done until now, and hang it on the model."""
         plan = self._plan
         assert plan is not None
+        ended = time.perf_counter()
         parallel = compat.get_current_vllm_config().parallel_config
-        return LoadReport(
+        report = LoadReport(
             rank=parallel.rank,
             sources={side.side: public_source(side.source) for side in (plan.base, plan.aligned)},
             alpha=self.config.alpha,
-            total_seconds=resolve + weights,
-            phase_seconds={"resolve": resolve, "weights": weights},
+            total_seconds=ended - progress.started,
+            phase_seconds={"resolve": progress.resolved - progress.started, "weights": ended - progress.resolved},
             read_bytes={side: self._tally.read_bytes[side] for side in ("base", "aligned")},
-            weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            weight_bytes=progress.done_bytes + _parameter_bytes(progress.late),
             tensors={str(kind): count for kind, count in self._tally.count().items()},
             alphas=plan.alphas,
             grown_rows=plan.grown,
             copied_unmatched=len(plan.copied_unmatched),
             ignored_base=len(plan.ignored_base),
+            not_in_checkpoint=progress.not_in_checkpoint,
             peak_host_memory_bytes=memory.peak_resident_bytes(),
-            anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - anonymous_before),
+            anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - progress.anonymous_before),
             peak_device_memory_bytes=_device_peak(model),
         )
+        setattr(model, REPORT_ATTRIBUTE, report)
+        return report
 
 
 def register_loader() -> None:
@@ -179,40 +224,28 @@ def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
             f"--model-loader-extra-config: aligned is the model itself ({model_config.model!r}); "
             f"leave the key out or give the same, found {config.aligned!r}"
         )
-    return config.model_copy(
-        update={
-            "aligned": model_config.model,
-            "aligned_revision": config.aligned_revision or model_config.revision,
-        }
-    )
+    revision = config.aligned_revision or model_config.revision
+    return config.model_copy(update={"aligned": model_config.model, "aligned_revision": revision})
 
 
 def _same_path(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _check_written(model: torch.nn.Module, tracker: WriteTracker) -> None:
-    """Every parameter must come from the checkpoint; what a checkpoint cannot carry may be absent."""
-    if kept := still_lazy(model):
-        raise LoadError(f"{len(kept)} parameters were kept lazily instead of being copied; please report it", kept)
-    missing = tracker.unwritten()
-    for name in _absent_allowed(model) if missing else ():
-        missing.pop(name, None)
-    if missing:
-        raise LoadError(
-            f"{len(missing)} parameters were not loaded from the checkpoint; it is not a checkpoint of this model",
-            [f"{name}: {written} of {there} elements" for name, (written, there) in missing.items()],
+def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
+    """Size of the parameters that the modules themselves hold in memory, shared ones counted once."""
+    own = {id(parameter): parameter for module in modules for parameter in module.parameters(recurse=False)}
+    return sum(parameter.nbytes for parameter in own.values() if not parameter.is_meta)
+
+
+def _refuse_pickles(source: Any) -> None:
+    """A model may take weights from further files, some of them pickles: those are never opened."""
+    patterns = source.allow_patterns_overrides or ()
+    if pickles := [pattern for pattern in patterns if not pattern.endswith(".safetensors")]:
+        raise CheckpointError(
+            f"{source.model_or_path}: the model takes further weights from {', '.join(pickles)}: pickle files can run "
+            "code and are never opened; this model cannot be extrapolated"
         )
-
-
-def _absent_allowed(model: torch.nn.Module) -> set[str]:
-    """KV-cache scales have defaults, and online quantisation makes its parameters itself."""
-    names: set[str] = set()
-    for prefix, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "uses_meta_device", False) or isinstance(method, compat.BaseKVCacheMethod):
-            names.update(f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters())
-    return names
 
 
 def _cuda_device(model: torch.nn.Module) -> torch.device | None:

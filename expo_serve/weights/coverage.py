@@ -61,8 +61,9 @@ def unwatched() -> AbstractContextManager[Any]:
 class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which every write into the parameters of ``model`` is seen.
 
-    A write is remembered by the bytes it went to, so writing one place twice counts once. A
-    parameter whose storage was replaced counts as written.
+    A write is remembered by the bytes it went to, so writing one place twice counts once. A parameter whose storage
+    was replaced counts as written, but not one that began on the meta device: there vLLM tries every write before it
+    makes the layer and quantises it, and what was tried is what will have been written.
 
     Args:
         model: whose parameters are watched.
@@ -75,6 +76,8 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._model = model
         self._settle = settle
         self._before = {name: _storage(parameter) for name, parameter in model.named_parameters()}
+        # Held, so that no other storage gets the identity of one that is replaced.
+        self._on_meta = {name: part.detach() for name, part in model.named_parameters() if part.is_meta}
         self._wanted = set(self._before.values()) - {0}
         self._written: defaultdict[int, set[_Region]] = defaultdict(set)
 
@@ -97,16 +100,26 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._written[key].add(_Region.of(tensor))
 
     def unwritten(self) -> dict[str, tuple[int, int]]:
-        """The parameters that were not written whole: name to (elements written, elements there)."""
+        """The parameters that were not written whole: name to (elements written, elements there).
+
+        One that began on the meta device is not missed when nothing was written to it: see :meth:`untouched_on_meta`.
+        """
+        kept = {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if (key := _storage(parameter)) and self._before.get(name) == key
+        }
         result = {}
-        for name, parameter in self._model.named_parameters():
-            key = _storage(parameter)
-            if not key or self._before.get(name) != key:
-                continue
-            written = _written_elements(parameter, self._written[key])
-            if written < parameter.numel():
+        for name, parameter in {**kept, **self._on_meta}.items():
+            written = _written_elements(parameter, self._written[_storage(parameter)])
+            if written < parameter.numel() and not (parameter.is_meta and not written):
                 result[name] = (written, parameter.numel())
         return result
+
+    def untouched_on_meta(self) -> dict[str, int]:
+        """The parameters that began on the meta device and to which nothing was written: name to elements."""
+        untouched = {name: part for name, part in self._on_meta.items() if not self._written[_storage(part)]}
+        return {name: part.numel() for name, part in untouched.items() if part.numel()}
 
 
 def still_lazy(model: torch.nn.Module) -> list[str]:
@@ -132,5 +145,9 @@ def _written_elements(parameter: torch.Tensor, regions: set[_Region]) -> int:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Identity of a tensor's memory; 0 for a tensor without any (meta device, lazy, no elements)."""
-    return 0 if tensor.is_meta or isinstance(tensor, LazyTensor) else tensor.untyped_storage().data_ptr()
+    """Identity of a tensor's memory, also of what stands for it on the meta device; 0 for a tensor without any."""
+    if isinstance(tensor, LazyTensor) or not tensor.numel():
+        return 0
+    storage = tensor.untyped_storage()
+    identity: int = storage._cdata if tensor.is_meta else storage.data_ptr()
+    return identity

@@ -10,6 +10,7 @@ goes on, so a model may do what it likes with its weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,12 @@ class Operands:
         self.aligned = reader.tensor(planned.aligned)
         self.base = reader.tensor(planned.base) if planned.base else None
         self.value: torch.Tensor | None = None
+
+    def clone(self) -> Operands:
+        """The same elements, to be written into apart."""
+        other = copy(self)
+        other.value = None if self.value is None else self.value.clone()
+        return other
 
     def write(self, dest: torch.Tensor, view: torch.Tensor, run: Run | None = None) -> None:
         """Compute the elements that ``view`` (meta) selects into ``dest`` of the same shape.
@@ -193,11 +200,19 @@ class LazyTensor(torch.Tensor):
         first = args[0] if args else None
         if func is _aten.copy_.default and not isinstance(first, LazyTensor):
             return _copy_out(args[0], args[1])
+        if func is _aten.clone.default and isinstance(first, LazyTensor) and _clones_layout(first, kwargs):
+            return LazyTensor(first._operands.clone(), first._view)
         if func.is_view and isinstance(first, LazyTensor):
             return _take_view(first, func, args[1:], kwargs)
         if func._schema.is_mutable:
             return _run_mutable(func, args, kwargs)
         return func(*tree_map_only(LazyTensor, LazyTensor.materialize, args), **_real(kwargs))
+
+
+def _clones_layout(lazy: LazyTensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a clone has the strides of what it is made from: not so for a part with gaps in between."""
+    preserves = kwargs.get("memory_format") in (None, torch.preserve_format)
+    return preserves and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
 
 
 def _real(kwargs: dict[str, Any]) -> dict[str, Any]:

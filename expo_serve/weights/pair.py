@@ -5,23 +5,16 @@ All refusals but one (values that are not finite) happen here, from headers alon
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from dataclasses import dataclass, replace
 
 from expo_serve.config import ExpoConfig, format_alpha
-from expo_serve.errors import PairError, UsageError
+from expo_serve.errors import UsageError
 from expo_serve.weights.checkpoint import Checkpoint
 from expo_serve.weights.header import TensorRecord
-
-# Field-wide names of the input embedding and of the output projection that may be tied to it.
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?|shared)\.weight$")
-_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|head)\.(weight|bias)$")
-# Buffers that old checkpoints carry along and no model loads.
-_LEFTOVER = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.rotary_emb\..*|position_ids)$")
+from expo_serve.weights.matching import Matching, match
+from expo_serve.weights.refusals import refuse_architectures, refuse_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,129 +97,17 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan
         PairError: other architectures, shapes or tensors than a pair has; the first ten are named.
         UsageError: an alpha rule that matches no tensor.
     """
-    _check_architecture(base, aligned)
-    partners = {name: _partner(record, base) for name, record in aligned.tensors.items()}
-    used = {partner.name for partner in partners.values() if partner}
-    only_base = [name for name in base.tensors if name not in used and not _is_redundant(name, base, aligned)]
-    only_aligned = [
-        name
-        for name, partner in partners.items()
-        if partner is None and aligned.tensors[name].is_float and not _LEFTOVER.search(name)
-    ]
-    _refuse_shapes(base, aligned, partners)
-    if config.unmatched == "refuse":
-        _refuse_one_sided(base, aligned, only_base, only_aligned)
+    refuse_architectures(base, aligned)
+    matching = match(base, aligned)
+    refuse_tensors(base, aligned, matching, config)
+    _check_rules(config, aligned.tensors)
     tensors = {
-        name: PlannedTensor(record, partners[name], config.alpha_for(name)) for name, record in aligned.tensors.items()
+        name: PlannedTensor(record, matching.partners[name], config.alpha_for(name))
+        for name, record in aligned.tensors.items()
     }
-    _check_rules(config, tensors)
-    plan = Plan(base, aligned, tensors, tuple(only_aligned), tuple(only_base), ())
-    return Plan(**{**plan.__dict__, "warnings": tuple(_warnings(plan))})
-
-
-def _check_architecture(base: Checkpoint, aligned: Checkpoint) -> None:
-    for key in ("model_type", "architectures"):
-        ours, theirs = base.config.get(key), aligned.config.get(key)
-        if ours != theirs:
-            raise PairError(
-                f"base and aligned have different architectures: {key} is {ours!r} in base "
-                f"({base.source.name}), {theirs!r} in aligned ({aligned.source.name})"
-            )
-
-
-def _partner(record: TensorRecord, base: Checkpoint) -> TensorRecord | None:
-    """The base side's tensor for one of the aligned side; integers and leftovers have none: they are copied."""
-    if not record.is_float or _LEFTOVER.search(record.name):
-        return None
-    found = base.tensors.get(record.name)
-    if found is None and _OUTPUT.search(record.name) and base.config.get("tie_word_embeddings") is not False:
-        found = _embedding(base, record.shape)
-    return found
-
-
-def _embedding(checkpoint: Checkpoint, like: tuple[int, ...]) -> TensorRecord | None:
-    """The input embedding that stands in for a tied output of shape ``like``, if there is just one."""
-    found = [
-        record
-        for record in checkpoint.tensors.values()
-        if _EMBEDDING.search(record.name) and len(record.shape) == 2 and record.shape[1:] == like[1:]
-    ]
-    return found[0] if len(found) == 1 else None
-
-
-def _is_redundant(name: str, base: Checkpoint, aligned: Checkpoint) -> bool:
-    """Whether a tensor that only base has carries nothing: a leftover, an integer buffer, a tied output."""
-    record = base.tensors[name]
-    tied_output = (
-        _OUTPUT.search(name) is not None
-        and name not in aligned.tensors
-        and base.config.get("tie_word_embeddings") is not False
-        and aligned.config.get("tie_word_embeddings") is not False
-        and _embedding(base, record.shape) is not None
-    )
-    return tied_output or not record.is_float or _LEFTOVER.search(name) is not None
-
-
-def _vocabulary_sizes(config: dict[str, Any]) -> set[int]:
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
-
-
-def _fits(base: TensorRecord, aligned: TensorRecord, grown: set[tuple[int, int]]) -> bool:
-    """Whether two tensors have one shape, but for the rows of a vocabulary (``grown``: its sizes on both sides)."""
-    if base.shape == aligned.shape:
-        return True
-    if len(base.shape) != len(aligned.shape) or not base.shape or base.shape[1:] != aligned.shape[1:]:
-        return False
-    of_vocabulary = bool(_EMBEDDING.search(aligned.name) or _OUTPUT.search(aligned.name))
-    rows = (base.shape[0], aligned.shape[0])
-    return rows[0] < rows[1] and (of_vocabulary or rows in grown)
-
-
-def _refuse_shapes(base: Checkpoint, aligned: Checkpoint, partners: dict[str, TensorRecord | None]) -> None:
-    grown = set(product(_vocabulary_sizes(base.config), _vocabulary_sizes(aligned.config)))
-    both = ((name, partners[name] or base.tensors.get(name)) for name in partners if not _LEFTOVER.search(name))
-    wrong = [
-        f"{name}: base {_describe(partner)}, aligned {_describe(aligned.tensors[name])}"
-        for name, partner in both
-        if partner and not _are_alike(partner, aligned.tensors[name], grown)
-    ]
-    if wrong:
-        raise PairError(
-            f"base and aligned are not a pair: {len(wrong)} of {len(partners)} tensors differ in shape or kind"
-            f"{_size_differences(base, aligned)}; give two checkpoints of one model",
-            wrong,
-        )
-
-
-def _are_alike(base: TensorRecord, aligned: TensorRecord, grown: set[tuple[int, int]]) -> bool:
-    """Whether the two can be extrapolated; of integers, which are copied, only that both sides have some."""
-    return base.is_float == aligned.is_float and (not aligned.is_float or _fits(base, aligned, grown))
-
-
-def _describe(record: TensorRecord) -> str:
-    return f"{record.dtype} {list(record.shape)}"
-
-
-def _size_differences(base: Checkpoint, aligned: Checkpoint) -> str:
-    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    pairs = ((key, base.config.get(key), aligned.config.get(key)) for key in keys)
-    texts = [f"{key} {ours} against {theirs}" for key, ours, theirs in pairs if ours != theirs]
-    return f" ({', '.join(texts)})" if texts else ""
-
-
-def _refuse_one_sided(base: Checkpoint, aligned: Checkpoint, only_base: list[str], only_aligned: list[str]) -> None:
-    total = len(only_base) + len(only_aligned)
-    if not total:
-        return
-    details = [f"only in aligned: {name} {list(aligned.tensors[name].shape)}" for name in only_aligned]
-    details += [f"only in base: {name} {list(base.tensors[name].shape)}" for name in only_base]
-    raise PairError(
-        f"{total} tensors are on one side only ({len(only_aligned)} in aligned, {len(only_base)} in base)"
-        f"{_size_differences(base, aligned)}; --unmatched copy takes those of aligned over and ignores "
-        "those of base",
-        details,
-    )
+    ignored = tuple(record.name for record in matching.only_base.values())
+    plan = Plan(base, aligned, tensors, tuple(matching.only_aligned), ignored, ())
+    return replace(plan, warnings=tuple(_warnings(plan, matching)))
 
 
 def _check_rules(config: ExpoConfig, names: Iterable[str]) -> None:
@@ -235,10 +116,15 @@ def _check_rules(config: ExpoConfig, names: Iterable[str]) -> None:
             raise UsageError(f"alpha rule {rule.text!r} matches no tensor of the aligned checkpoint")
 
 
-def _warnings(plan: Plan) -> Iterable[str]:
+def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
     if grown := plan.grown:
         names = ", ".join(f"{name} (+{rows} rows)" for name, rows in grown.items())
         yield f"aligned has a larger vocabulary than base: new rows are taken over from aligned: {names}"
+    if matching.mtp_aligned:
+        yield (
+            f"only aligned has multi-token prediction layers ({len(matching.mtp_aligned)} tensors): they are not "
+            "extrapolated; the model itself does not load them"
+        )
     if plan.copied_unmatched or plan.ignored_base:
         yield (
             f"--unmatched copy: {len(plan.copied_unmatched)} tensors that only aligned has are taken over, "

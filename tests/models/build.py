@@ -38,15 +38,24 @@ FAMILIES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 def build_pair(
     folder: Path,
-    family: str = "llama",
+    family: str | transformers.PretrainedConfig = "llama",
     *,
     base_dtype: torch.dtype = torch.bfloat16,
     aligned_dtype: torch.dtype = torch.bfloat16,
     base_shard_size: str = "5GB",
     aligned_shard_size: str = "5GB",
 ) -> tuple[Path, Path]:
-    """Write ``folder/base`` and ``folder/aligned``: the second is the first after a small random step."""
-    config = FAMILIES[family]()
+    """Write ``folder/base`` and ``folder/aligned``: the second is the first after a small random step.
+
+    Args:
+        folder: where to.
+        family: one of :data:`FAMILIES`, or a config of its own.
+        base_dtype: of base's tensors.
+        aligned_dtype: of aligned's.
+        base_shard_size: as ``save_pretrained`` takes it.
+        aligned_shard_size: likewise.
+    """
+    config = FAMILIES[family]() if isinstance(family, str) else family
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
     write_checkpoint(model, folder / "base", base_dtype, base_shard_size)

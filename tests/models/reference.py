@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,17 +35,48 @@ def extrapolate(base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) 
     return values
 
 
-def reference_tensors(base: Path, aligned: Path, alpha: float) -> dict[str, torch.Tensor]:
-    """Every tensor of the extrapolated checkpoint."""
+def same_name(name: str) -> str:
+    """What base calls a tensor of aligned, most often."""
+    return name
+
+
+def reference_tensors(
+    base: Path,
+    aligned: Path,
+    alpha: float,
+    base_name: Callable[[str], str] = same_name,
+    alphas: Mapping[str, float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the extrapolated checkpoint.
+
+    Args:
+        base: a folder.
+        aligned: a folder.
+        alpha: how far.
+        base_name: aligned's name of a tensor to base's; what base does not have is taken over.
+        alphas: of tensors that get another one.
+    """
     before, after = read_tensors(base), read_tensors(aligned)
-    return {name: extrapolate(before.get(name), tensor, alpha) for name, tensor in after.items()}
+    alphas = alphas or {}
+    return {
+        name: extrapolate(before.get(base_name(name)), tensor, alphas.get(name, alpha))
+        for name, tensor in after.items()
+    }
 
 
-def reference_checkpoint(base: Path, aligned: Path, alpha: float, out: Path) -> Path:
+def reference_checkpoint(
+    base: Path,
+    aligned: Path,
+    alpha: float,
+    out: Path,
+    base_name: Callable[[str], str] = same_name,
+    alphas: Mapping[str, float] | None = None,
+) -> Path:
     """Write the extrapolated checkpoint as one plain file, with the aligned side's other files."""
     out.mkdir(parents=True)
     for file in aligned.iterdir():
         if not file.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copy(file, out / file.name)
-    save_file(reference_tensors(base, aligned, alpha), out / "model.safetensors", metadata={"format": "pt"})
+    tensors = reference_tensors(base, aligned, alpha, base_name, alphas)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out

@@ -70,7 +70,8 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "stack": lambda t: torch.stack([t[0], t[1]]),
     "float": lambda t: t.float(),
     "to": lambda t: t.to(torch.float16),
-    "clone": lambda t: t.clone(),
+    "clone of a part": lambda t: t[:, 2:5].clone(),
+    "contiguous clone of a transpose": lambda t: t.t().clone(memory_format=torch.contiguous_format),
     "contiguous": lambda t: t.t().contiguous(),
     "reshape of a transpose": lambda t: t.t().reshape(-1),
     "flip": lambda t: t.flip(0),
@@ -147,6 +148,26 @@ def test_write_into_a_lazy_tensor_stays(case: Case, write: Callable[[torch.Tenso
     write(case.expected)
     assert same_bits(copied(case.lazy), case.expected)
     assert same_bits(copied(before), case.expected[2:])
+
+
+@pytest.mark.parametrize("view", [lambda t: t, torch.t, lambda t: t[2:4]], ids=["whole", "transpose", "rows"])
+def test_clone_stays_lazy(case: Case, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    clone, expected = view(case.lazy).clone(), view(case.expected).clone()
+    assert isinstance(clone, LazyTensor)
+    assert clone.stride() == expected.stride()
+    assert same_bits(copied(clone), expected)
+    assert case.tally.count()["materialized"] == 0
+
+
+def test_write_into_a_clone_or_its_origin_stays_there(case: Case) -> None:
+    clone = case.lazy.clone()
+    clone.add_(1)
+    assert same_bits(copied(case.lazy), case.expected)
+    second = clone.clone()
+    clone.zero_()
+    assert same_bits(copied(second), case.expected + 1)
+    case.lazy.zero_()
+    assert same_bits(copied(second), case.expected + 1)
 
 
 def test_in_place_operation_returns_the_lazy_tensor(case: Case) -> None:

@@ -1,0 +1,137 @@
+"""Real engines, one after another in one process of their own: two seconds each instead of thirty.
+
+``python -m tests.engines '{"runs": [{"llm": {...}, "lora": null}, ...]}'`` prints one line, ``answer: `` and one
+object for each run: what its ranks hold, what it answers, and what expo's report says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from tests.server import ENGINE_ENV
+
+MAX_TOKENS = 8
+PROMPTS = [[5, 6, 7, 8, 9], [9, 100, 200], [1, 42]]
+_MARK = "answer: "
+
+
+def run_engines(runs: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
+    """Run engines in another process.
+
+    Args:
+        runs: for each ``llm``, the arguments of ``vllm.LLM``, and ``lora``, the folder of an adapter that the prompts
+            are asked with a second time.
+        environment: more variables.
+
+    Returns:
+        For each run ``hashes`` and ``reports`` of its ranks, and ``tokens`` of the prompts; with data parallelism the
+        tokens only, one engine after the other.
+
+    Raises:
+        AssertionError: one failed; the end of the output is in the message.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engines", json.dumps({"runs": runs})],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={
+            **ENGINE_ENV,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            **environment,
+        },
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith(_MARK))
+    answers: list[dict[str, Any]] = json.loads(line.removeprefix(_MARK))
+    return answers
+
+
+def read_report(model: torch.nn.Module) -> dict[str, Any] | None:
+    """Expo's report of one rank; runs in a worker."""
+    report = getattr(model, "expo_load_report", None)
+    return report.model_dump(mode="json") if report else None
+
+
+def _run(llm: dict[str, Any], lora: str | None) -> dict[str, Any]:
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    # The workers find the functions by their modules' names, which __main__ is not for them.
+    from tests.engines import read_report
+    from tests.inprocess import loaded_state_kept
+    from tests.offline import hash_state
+
+    with loaded_state_kept():
+        engine = vllm.LLM(**{"max_model_len": 64, "skip_tokenizer_init": True, **llm})
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    tokens = []
+    for adapter in [None, LoRARequest("adapter", 1, lora)] if lora else [None]:
+        outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
+        tokens += [list(output.outputs[0].token_ids) for output in outputs]
+    answer = {
+        "hashes": engine.apply_model(hash_state),
+        "reports": engine.apply_model(read_report),
+        "tokens": tokens,
+    }
+    engine.llm_engine.engine_core.shutdown()
+    return answer
+
+
+async def _run_data_parallel(llm: dict[str, Any]) -> dict[str, Any]:
+    """``vllm.LLM`` drives one engine only; the asynchronous client drives all, and can ask a given one."""
+    import vllm
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(
+        vllm.AsyncEngineArgs(**{"max_model_len": 64, "skip_tokenizer_init": True, **llm})
+    )
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
+    tokens = []
+    try:
+        for rank in range(llm["data_parallel_size"]):
+            for prompt in PROMPTS:
+                request: Any = {"prompt_token_ids": prompt}
+                async for output in engine.generate(request, sampling, f"{rank} {prompt}", data_parallel_rank=rank):
+                    last = output
+                tokens.append(list(last.outputs[0].token_ids))
+    finally:
+        engine.shutdown()
+    return {"tokens": tokens}
+
+
+def _clean_up() -> None:
+    """Leave no trace of an engine for the next one."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    torch.accelerator.empty_cache = lambda: None  # raises on a machine without an accelerator
+    cleanup_dist_env_and_memory()
+
+
+def _main(runs: list[dict[str, Any]]) -> None:
+    answers = []
+    for run in runs:
+        started = time.monotonic()
+        if "data_parallel_size" in run["llm"]:
+            answers.append(asyncio.run(_run_data_parallel(run["llm"])))
+        else:
+            answers.append(_run(run["llm"], run.get("lora")))
+        _clean_up()
+        print(f"took {time.monotonic() - started:.1f} s", file=sys.stderr)
+    print(f"\n{_MARK}{json.dumps(answers)}", flush=True)
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1])["runs"])
