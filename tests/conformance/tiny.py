@@ -16,7 +16,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_attention_groups"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 32),
+    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "qk_nope_head_dim"), 32),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2
@@ -31,7 +31,9 @@ _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 32,
-    "kv_lora_rank": 64,
+    # 512 and 64: the only latent attention (MLA) that vLLM computes on CPU.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "sliding_window": 64,
     "num_kv_shared_layers": 0,
 }
