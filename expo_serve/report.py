@@ -110,7 +110,8 @@ class InspectedSource(PublicSource):
 
 
 class InspectedTensor(BaseModel):
-    """One tensor of the plan; ``base_name`` differs from ``name`` where a tied tensor stands in."""
+    """One tensor of the plan; ``base_name`` differs from ``name`` where a tied tensor stands in, or
+    one side was saved under a prefix."""
 
     name: str
     shape: list[int]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import expo_serve
+from tests.conformance.families import FAMILIES
 
 PACKAGE = Path(expo_serve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -117,6 +118,15 @@ def test_weights_read_no_environment(file: Path) -> None:
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert not names & {"environ", "getenv", "environb", "putenv"}
+
+
+def test_no_model_family_is_named() -> None:
+    """Every architecture goes the same way: what only one of them needs has no place in the package."""
+    families = {re.split(r"For[A-Z]|Model|LMHead|\d|_", family.architecture)[0] for family in FAMILIES}
+    words = sorted(name for name in families - {"Param"} if len(name) > 3)
+    named_families = re.compile(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", re.IGNORECASE)
+    found = {f"{named(file)}: {match.group()}" for file in FILES for match in named_families.finditer(file.read_text())}
+    assert found == set()
 
 
 @pytest.mark.parametrize("file", FILES, ids=named)

@@ -154,7 +154,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             model_or_path=plan.aligned.source.path,
             revision=None,
             allow_patterns_overrides=chosen,
-            # A file that the plan leaves out whole repeats the others in Mistral's own format.
+            # A file that the plan leaves out whole repeats the others in a publisher's own format.
             is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
         names = [name for name, _ in self._get_weights_iterator(primary)]

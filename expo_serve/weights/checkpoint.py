@@ -94,7 +94,7 @@ def _weight_files(side: str, folder: Path) -> Iterator[Path]:
             yield _present(folder / shard, index)
         return
     found = sorted(folder.glob("*.safetensors"))
-    # Mistral's own format stands beside the Hugging Face one and repeats it under other names.
+    # A publisher's own format may stand beside the Hugging Face one and repeat it under other names.
     files = [file for file in found if not fnmatch(file.name, "consolidated*")] or found
     if not files:
         raise CheckpointError(f"{side}: {_nothing_to_read(folder)}")
