@@ -23,6 +23,7 @@ from expo_serve.vllm_plugin.written import check_written
 from expo_serve.weights.background import Background, Run, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.lazy import lazy_tensor
+from expo_serve.weights.names import is_value_head
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
 from expo_serve.weights.reader import Reader
@@ -157,7 +158,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             # A file that the plan leaves out whole repeats the others in a publisher's own format.
             is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
-        names = [name for name, _ in self._get_weights_iterator(primary)]
+        names = [name for name, _ in self._get_weights_iterator(primary) if not _has_no_value_head(model, name)]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(
                 f"{plan.aligned.source.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
@@ -230,6 +231,11 @@ def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
 
 def _same_path(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
+
+
+def _has_no_value_head(model: torch.nn.Module, name: str) -> bool:
+    """Whether ``name`` is of a value head and ``model`` has none. Plain vLLM stops there, though it needs none."""
+    return is_value_head(name) and not hasattr(model, name.partition(".")[0])
 
 
 def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:

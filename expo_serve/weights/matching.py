@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from expo_serve.weights.checkpoint import Checkpoint
 from expo_serve.weights.header import TensorRecord
-from expo_serve.weights.names import is_embedding, is_leftover, is_mtp, is_output, ties_embeddings
+from expo_serve.weights.names import is_embedding, is_leftover, is_mtp, is_output, is_spare, ties_embeddings
 
 Tensors = Mapping[str, TensorRecord]
 
@@ -23,8 +23,8 @@ class Matching:
     """Base's tensors whose name aligned has too, paired or not."""
     only_aligned: dict[str, TensorRecord]
     only_base: dict[str, TensorRecord]
-    mtp_aligned: tuple[str, ...]
-    """What only aligned has of multi-token prediction layers. The model does not miss them."""
+    spare: tuple[str, ...]
+    """What only aligned has and the model itself does not load: multi-token prediction layers, a value head."""
 
 
 def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
@@ -36,18 +36,18 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
         for name, record in aligned.tensors.items()
         if partners[name] is None and record.is_float and not is_leftover(record)
     }
-    mtp = {name for name, record in unpaired.items() if is_mtp(record, aligned.config)}
+    spare = {name for name, record in unpaired.items() if is_spare(record, aligned.config)}
     used = {partner.name for partner in partners.values() if partner}
     return Matching(
         partners=partners,
         same_name={name: record for name, record in renamed.items() if name in aligned.tensors},
-        only_aligned={name: record for name, record in unpaired.items() if name not in mtp},
+        only_aligned={name: record for name, record in unpaired.items() if name not in spare},
         only_base={
             name: record
             for name, record in renamed.items()
             if record.name not in used and not _carries_nothing(name, record, base, aligned)
         },
-        mtp_aligned=tuple(name for name in unpaired if name in mtp),
+        spare=tuple(name for name in unpaired if name in spare),
     )
 
 
@@ -78,7 +78,7 @@ def _can_be_tied(embedding: TensorRecord, output: TensorRecord) -> bool:
 
 def _carries_nothing(name: str, record: TensorRecord, base: Checkpoint, aligned: Checkpoint) -> bool:
     """Whether a tensor of base without a partner is no loss."""
-    if not record.is_float or is_leftover(record) or is_mtp(record, base.config):
+    if not record.is_float or is_leftover(record) or is_spare(record, base.config):
         return True
     is_tied_output = (
         is_output(record)

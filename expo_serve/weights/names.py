@@ -14,6 +14,8 @@ _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|head)\.(weight|bias)$")
 # Buffers that old checkpoints carry along and no model loads.
 _LEFTOVER = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|rotary_emb\..*)$")
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_VALUE_HEAD = re.compile(r"(^|\.)v_head\.")
+_GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _LAYER = re.compile(r"(^|\.)layers\.(?P<index>\d+)\.")
 _MTP_SIZES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
@@ -50,6 +52,18 @@ def is_mtp(record: TensorRecord, config: dict[str, Any]) -> bool:
         return True
     layer = _LAYER.search(record.name)
     return layer is not None and int(layer["index"]) in _mtp_layers(config)
+
+
+def is_value_head(name: str) -> bool:
+    """Whether it belongs to the head that a trainer of policy and value puts beside the output projection."""
+    return _VALUE_HEAD.search(name) is not None
+
+
+def is_spare(record: TensorRecord, config: dict[str, Any]) -> bool:
+    """Whether the model itself does not load it: further prediction layers, a value head where text is generated."""
+    architectures = config.get("architectures")
+    generates = isinstance(architectures, list) and any(_GENERATES.search(str(name)) for name in architectures)
+    return is_mtp(record, config) or (generates and is_value_head(record.name))
 
 
 def _mtp_layers(config: dict[str, Any]) -> range:

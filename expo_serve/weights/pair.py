@@ -106,7 +106,8 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan
         for name, record in aligned.tensors.items()
     }
     ignored = tuple(record.name for record in matching.only_base.values())
-    plan = Plan(base, aligned, tensors, tuple(matching.only_aligned), ignored, ())
+    copied = (*matching.only_aligned, *(matching.spare if config.unmatched == "copy" else ()))
+    plan = Plan(base, aligned, tensors, copied, ignored, ())
     return replace(plan, warnings=tuple(_warnings(plan, matching)))
 
 
@@ -120,10 +121,10 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
     if grown := plan.grown:
         names = ", ".join(f"{name} (+{rows} rows)" for name, rows in grown.items())
         yield f"aligned has a larger vocabulary than base: new rows are taken over from aligned: {names}"
-    if matching.mtp_aligned:
+    if matching.spare and not plan.copied_unmatched:
         yield (
-            f"only aligned has multi-token prediction layers ({len(matching.mtp_aligned)} tensors): they are not "
-            "extrapolated; the model itself does not load them"
+            f"{len(matching.spare)} tensors that only aligned has are taken over, since the model itself does not load "
+            f"them (multi-token prediction layers, a value head), such as {matching.spare[0]}"
         )
     if plan.copied_unmatched or plan.ignored_base:
         yield (

@@ -198,13 +198,28 @@ def test_reward_model_takes_its_head_over(pairs: Pairs) -> None:
     assert (plan.copied_unmatched, plan.ignored_base) == (("score.weight",), (HEAD,))
 
 
-def test_value_head_is_refused_or_taken_over(pairs: Pairs) -> None:
+VALUE_HEAD = ["v_head.summary.bias", "v_head.summary.weight"]
+
+
+def test_value_head_does_not_matter_where_text_is_generated(pairs: Pairs) -> None:
     value = changed(v_head__summary__weight=torch.zeros(1, 8), v_head__summary__bias=torch.zeros(1))
+    plan = pairs.plan(aligned=value)
+    assert [tensor.name for tensor in plan.copied] == VALUE_HEAD
+    assert (plan.copied_unmatched, len(plan.extrapolated)) == ((), 8)
+    (warning,) = plan.warnings
+    assert warning.startswith("2 tensors that only aligned has are taken over, since the model itself does not load")
+    assert sorted(pairs.plan(aligned=value, unmatched="copy").copied_unmatched) == VALUE_HEAD
+    assert pairs.plan(value).ignored_base == ()
+
+
+def test_value_head_is_refused_or_taken_over_where_values_are_wanted(pairs: Pairs) -> None:
+    value = changed(v_head__summary__weight=torch.zeros(1, 8), v_head__summary__bias=torch.zeros(1))
+    config = {"architectures": ["LlamaForRewardModel"]}
     with pytest.raises(PairError, match=r"2 tensors are on one side only \(2 in aligned, 0 in base\)") as caught:
-        pairs.plan(aligned=value)
+        pairs.plan(aligned=value, base_config=config, aligned_config=config)
     assert "only in aligned: v_head.summary.weight [1, 8]" in caught.value.details
-    plan = pairs.plan(aligned=value, unmatched="copy")
-    assert sorted(plan.copied_unmatched) == ["v_head.summary.bias", "v_head.summary.weight"]
+    plan = pairs.plan(aligned=value, base_config=config, aligned_config=config, unmatched="copy")
+    assert sorted(plan.copied_unmatched) == VALUE_HEAD
 
 
 # What only training leaves behind, and what only speculative decoding reads
@@ -266,10 +281,11 @@ def test_mtp_layers_of_one_side_do_not_matter(
         without_head(), with_mtp, base_config=TIED, aligned_config={**config, **TIED}, unmatched=unmatched
     )
     assert [tensor.name for tensor in plan.copied] == sorted(mtp_layer(prefix))
-    assert (plan.copied_unmatched, len(plan.extrapolated)) == ((), 7)
-    assert [warning.split(":")[0] for warning in plan.warnings] == [
-        "only aligned has multi-token prediction layers (3 tensors)"
-    ]
+    taken_over = sorted(mtp_layer(prefix)) if unmatched == "copy" else []
+    assert (sorted(plan.copied_unmatched), len(plan.extrapolated)) == (taken_over, 7)
+    (warning,) = plan.warnings
+    assert "3 tensors that only aligned has are taken over" in warning
+    assert ("--unmatched copy" in warning) == (unmatched == "copy")
     plan = pairs.plan(with_mtp, base_config={**config, **TIED}, unmatched=unmatched)
     assert (plan.ignored_base, plan.warnings) == ((), ())
     assert base_name(plan, HEAD) == EMBED
