@@ -51,8 +51,8 @@ class LoadReport(BaseModel):
     """Rows that only the aligned side has, by tensor."""
     copied_unmatched: int
     ignored_base: int
-    not_in_checkpoint: list[str] = []
-    """Parameters that no tensor of the checkpoint fills; they keep what vLLM made them with, as without expo."""
+    unfilled: list[str] = []
+    """Parameters that vLLM's code fills from no tensor, with or without expo."""
     peak_host_memory_bytes: int
     """Peak resident size of the worker during the load."""
     anonymous_memory_growth_bytes: int

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes cpu.txt (what serving on CPU needs) and dev.txt (what tests and demo need beyond it) anew.
+# Makes cpu.txt (what serving on CPU needs), dev.txt (what tests and demo need beyond it) and vision.txt anew.
 # WHEELS: a folder or page that holds torch's CPU wheel, which stands on no common index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,8 @@ compile() {
 
 compile requirements/cpu.in requirements/cpu.txt
 compile requirements/dev.in requirements/dev.txt
+uvx --from uv==0.13.9 uv pip compile requirements/vision.in -o requirements/vision.txt --python-version 3.11 --no-deps \
+  --generate-hashes --no-header --no-annotate --quiet
 # dev.in is resolved under the constraint of cpu.txt; what cpu.txt has need not stand twice.
 python3 - <<'PY'
 import re

@@ -20,6 +20,7 @@ NAMES = {
     "LOADERS": f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER",
     "DefaultModelLoader": f"{_LOADER}.default_loader",
     "BaseKVCacheMethod": "vllm.model_executor.layers.quantization.kv_cache",
+    "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding",
     "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding",
     "get_current_vllm_config": "vllm.config",
     "init_logger": "vllm.logger",

@@ -19,11 +19,10 @@ from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.written import check_written
+from expo_serve.vllm_plugin.written import check_written, made_late
 from expo_serve.weights.background import Background, Run, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.lazy import lazy_tensor
-from expo_serve.weights.names import is_value_head
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
 from expo_serve.weights.reader import Reader
@@ -43,14 +42,18 @@ class _Progress:
     started: float = field(default_factory=time.perf_counter)
     resolved: float = 0.0
     done_bytes: int = 0
-    not_in_checkpoint: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
     late: list[torch.nn.Module] = field(default_factory=list)
     """Layers whose parameters are not there yet when ``load_weights`` is done."""
 
     def sort(self, model: torch.nn.Module) -> None:
-        """Tell the layers that are loaded from those that vLLM finishes later, if at all."""
+        """Tell the layers that are loaded from those that vLLM quantises later."""
         modules = list(model.modules())
-        self.late = [module for module in modules if any(part.is_meta for part in module.parameters(recurse=False))]
+        self.late = [
+            module
+            for module in modules
+            if made_late(module) and any(part.is_meta for part in module.parameters(recurse=False))
+        ]
         self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
 
@@ -72,6 +75,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._plan: Plan | None = None
         self._tally = Tally()
         self._run: Run = run_now
+        self._given: list[str] = []
         self._unfinished: _Progress | None = None
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
         super().__init__(
@@ -91,11 +95,15 @@ class ExpoModelLoader(compat.DefaultModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         """Build and load a model. Layers that vLLM quantises after all weights have come belong to the report too."""
+        self._take_unfinished()  # of a load that failed
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-        unfinished, self._unfinished = self._unfinished, None
-        if unfinished:
+        if unfinished := self._take_unfinished():
             logger.info("%s", self._report(model, unfinished).line())
         return model
+
+    def _take_unfinished(self) -> _Progress | None:
+        unfinished, self._unfinished = self._unfinished, None
+        return unfinished
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load the extrapolated weights into ``model``; another model than the deployed one loads plainly.
@@ -119,10 +127,10 @@ class ExpoModelLoader(compat.DefaultModelLoader):
                 background.wait()
             finally:
                 self._run = run_now
-        progress.not_in_checkpoint = check_written(model, tracker, model_config.runner_type)
-        if progress.not_in_checkpoint:
-            names = ", ".join(progress.not_in_checkpoint)
-            logger.warning("expo: not in the checkpoint, and left as vLLM made them (as without expo): %s", names)
+        progress.unfilled = check_written(model, tracker, model_config.runner_type, self._dropped())
+        if progress.unfilled:
+            names = ", ".join(progress.unfilled)
+            logger.warning("expo: vLLM fills these parameters from no tensor, with or without expo: %s", names)
         progress.sort(model)
         report = self._report(model, progress)
         self._unfinished = progress if progress.late else None
@@ -138,14 +146,21 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         if pinned and not self._is_deployed_model(model_config):
             raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.aligned.path} is deployed")
         plan = self._prepare(model_config)
+        further = getattr(model, "secondary_weights", ())
+        for source in further:
+            _refuse_pickles(source)
         reader = Reader()
         with unwatched():
-            names = self._names_to_read(plan, model)
-            lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in names]
-        yield from zip(names, lazies, strict=True)
-        for source in getattr(model, "secondary_weights", ()):
-            _refuse_pickles(source)
+            self._given = self._names_to_read(plan, model)
+            lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in self._given]
+        yield from zip(self._given, lazies, strict=True)
+        for source in further:
             yield from self._get_weights_iterator(source)
+
+    def _dropped(self) -> dict[str, int]:
+        """What the model was given and took nothing of, by name: numbers of elements."""
+        planned = self._plan.tensors if self._plan else {}
+        return {name: planned[name].aligned.numel for name in self._given if name not in self._tally.kinds}
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
@@ -158,7 +173,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             # A file that the plan leaves out whole repeats the others in a publisher's own format.
             is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
-        names = [name for name, _ in self._get_weights_iterator(primary) if not _has_no_value_head(model, name)]
+        names = [name for name, _ in self._get_weights_iterator(primary) if name not in plan.left_out]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(
                 f"{plan.aligned.source.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
@@ -203,7 +218,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             grown_rows=plan.grown,
             copied_unmatched=len(plan.copied_unmatched),
             ignored_base=len(plan.ignored_base),
-            not_in_checkpoint=progress.not_in_checkpoint,
+            unfilled=progress.unfilled,
             peak_host_memory_bytes=memory.peak_resident_bytes(),
             anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - progress.anonymous_before),
             peak_device_memory_bytes=_device_peak(model),
@@ -231,11 +246,6 @@ def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
 
 def _same_path(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
-
-
-def _has_no_value_head(model: torch.nn.Module, name: str) -> bool:
-    """Whether ``name`` is of a value head and ``model`` has none. Plain vLLM stops there, though it needs none."""
-    return is_value_head(name) and not hasattr(model, name.partition(".")[0])
 
 
 def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:

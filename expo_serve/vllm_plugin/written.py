@@ -1,8 +1,9 @@
-"""After a load: was every parameter of the model filled from the checkpoint, and if not, may that be?"""
+"""After a load: was every parameter of the model filled from the checkpoint, and where not, may that be?"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,18 +14,20 @@ from expo_serve.weights.coverage import WriteTracker, still_lazy
 
 Hole = tuple[int, int]
 """Elements of a parameter that were written, and that are there."""
+_COMMON_LEAVES = ("weight", "bias")
 
 
-def check_written(model: torch.nn.Module, tracker: WriteTracker, runner: str) -> list[str]:
-    """Tell the parameters that the checkpoint should have filled from those that no checkpoint of this model fills.
+def check_written(model: torch.nn.Module, tracker: WriteTracker, runner: str, dropped: Mapping[str, int]) -> list[str]:
+    """Every parameter must come from the checkpoint, but for what no checkpoint can carry.
 
     Args:
         model: just loaded.
         tracker: has seen the writes.
         runner: vLLM's ``runner_type`` of the model: ``generate``, ``pooling`` or ``draft``.
+        dropped: tensors that the model was given and took nothing of, and their numbers of elements.
 
     Returns:
-        The parameters that keep what vLLM made them with, as they do without expo.
+        The parameters that stay as vLLM made them because its code leaves them so, with or without us.
 
     Raises:
         LoadError: a parameter, or a part of it, was left out.
@@ -32,8 +35,9 @@ def check_written(model: torch.nn.Module, tracker: WriteTracker, runner: str) ->
     if kept := still_lazy(model):
         raise LoadError(f"{len(kept)} parameters were kept lazily instead of being copied; please report it", kept)
     holes = {name: hole for name, hole in tracker.unwritten().items() if not _may_lack(model, name, hole, runner)}
-    quantised = {name: (0, there) for name, there in tracker.untouched_on_meta().items() if _made_late(model, name)}
-    unfilled = _never_filled(model, holes, runner)
+    unfilled = [name for name, hole in holes.items() if _is_left_by_vllm(model, name, hole, runner, dropped)]
+    untouched = {name: (0, there) for name, there in tracker.untouched_on_meta().items()}
+    quantised = {name: hole for name, hole in untouched.items() if made_late(_owner(model, name))}
     missing = {name: hole for name, hole in {**holes, **quantised}.items() if name not in unfilled}
     if missing:
         raise LoadError(
@@ -48,42 +52,38 @@ def _may_lack(model: torch.nn.Module, name: str, hole: Hole, runner: str) -> boo
     none of its own."""
     module = _owner(model, name)
     if hole[0]:
-        return _is_padded(module)
+        return hole[0] in _unpadded_sizes(module, hole[1])
     borrows = runner == "draft" and isinstance(module, compat.VocabParallelEmbedding)
     return borrows or isinstance(getattr(module, "quant_method", None), compat.BaseKVCacheMethod)
 
 
-def _never_filled(model: torch.nn.Module, holes: dict[str, Hole], runner: str) -> list[str]:
-    """The holes that are a trait of the model's code, not of this checkpoint: a bias that no file has, a head that is
-    not used when tokens are not generated. Then the same parameter is empty in every layer; a lost tensor leaves a
-    hole in one. A matrix is never optional where tokens are generated."""
-    parameters = dict(model.named_parameters())
-    empty = {name for name, (written, _) in holes.items() if not written}
-    filled = {_in_any_layer(name) for name in parameters if name not in empty}
-    return [
-        name
-        for name in holes
-        if name in empty and _in_any_layer(name) not in filled and (runner == "pooling" or parameters[name].dim() < 2)
-    ]
+def _is_left_by_vllm(model: torch.nn.Module, name: str, hole: Hole, runner: str, dropped: Mapping[str, int]) -> bool:
+    """An output projection that a pooling model does not use, or a parameter whose tensor vLLM's code does not find:
+    it was given one of this very name and size."""
+    if hole[0]:
+        return False
+    leaf = name.rpartition(".")[2]
+    is_lost = leaf not in _COMMON_LEAVES and any(
+        other.rpartition(".")[2] == leaf and size == hole[1] for other, size in dropped.items()
+    )
+    return is_lost or (runner == "pooling" and isinstance(_owner(model, name), compat.ParallelLMHead))
 
 
-def _in_any_layer(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
-def _made_late(model: torch.nn.Module, name: str) -> bool:
-    """Online quantisation begins on meta; whatever else is on meta was left out of this rank's model on purpose."""
-    return bool(getattr(getattr(_owner(model, name), "quant_method", None), "uses_meta_device", False))
+def made_late(module: torch.nn.Module) -> bool:
+    """Whether online quantisation makes a layer, beginning on meta; what else is on meta was left out on purpose."""
+    return bool(getattr(getattr(module, "quant_method", None), "uses_meta_device", False))
 
 
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _is_padded(module: Any) -> bool:
-    """Whether vLLM made a layer of experts larger than the model's, for its kernels."""
+def _unpadded_sizes(module: Any, elements: int) -> set[int]:
+    """How many elements a checkpoint has for a parameter of experts that vLLM made larger, for its kernels."""
     moe = getattr(module, "moe_config", None)
-    return moe is not None and (
-        moe.hidden_dim != moe.hidden_dim_unpadded
-        or moe.intermediate_size_per_partition != moe.intermediate_size_per_partition_unpadded
-    )
+    if moe is None:
+        return set()
+    hidden = Fraction(moe.hidden_dim_unpadded, moe.hidden_dim)
+    inner = Fraction(moe.intermediate_size_per_partition_unpadded, moe.intermediate_size_per_partition)
+    # Matrices have both sizes, biases one of them.
+    return {int(elements * share) for share in (hidden * inner, hidden, inner)}

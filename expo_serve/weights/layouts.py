@@ -47,7 +47,7 @@ def different_layouts(only_base: Tensors, only_aligned: Tensors) -> list[Layouts
             {name: only_base[name] for name in base if name not in settled},
             {name: only_aligned[name] for name in aligned if name not in settled},
         )
-        if same:
+        if same and (module or len(same[0]) + len(same[1]) > 2):  # two lone tensors are no layout
             found.append(Layouts(module, *same))
             settled.update(*same)
     position = {name: number for number, name in enumerate(only_aligned)}

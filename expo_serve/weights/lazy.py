@@ -210,9 +210,10 @@ class LazyTensor(torch.Tensor):
 
 
 def _clones_layout(lazy: LazyTensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a clone has the strides of what it is made from: not so for a part with gaps in between."""
+    """Whether a clone has the strides and offset of what it is made from: so for a whole tensor, whatever its order."""
     preserves = kwargs.get("memory_format") in (None, torch.preserve_format)
-    return preserves and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
+    is_whole = lazy.numel() == lazy._operands.aligned.numel()
+    return preserves and is_whole and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
 
 
 def _real(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from expo_serve.weights.checkpoint import Checkpoint
 from expo_serve.weights.header import TensorRecord
-from expo_serve.weights.names import is_embedding, is_leftover, is_mtp, is_output, is_spare, ties_embeddings
+from expo_serve.weights.names import (
+    is_embedding,
+    is_foreign_head,
+    is_leftover,
+    is_mtp,
+    is_output,
+    may_tie_output,
+    ties_embeddings,
+)
 
 Tensors = Mapping[str, TensorRecord]
 
@@ -24,19 +32,23 @@ class Matching:
     only_aligned: dict[str, TensorRecord]
     only_base: dict[str, TensorRecord]
     spare: tuple[str, ...]
-    """What only aligned has and the model itself does not load: multi-token prediction layers, a value head."""
+    """What only aligned has of multi-token prediction layers. The model itself does not load them."""
+    left_out: tuple[str, ...]
+    """A value head where text is generated: no model of that kind can load it."""
 
 
 def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
     """Pair the tensors of two checkpoints by name, by prefixed name, and by tied embeddings."""
-    renamed = _under_aligned_names(base.tensors, aligned.tensors)
-    partners = {name: _partner(record, renamed, base, aligned) for name, record in aligned.tensors.items()}
+    left_out = tuple(name for name in aligned.tensors if is_foreign_head(name, aligned.config))
+    wanted = {name: record for name, record in aligned.tensors.items() if name not in left_out}
+    renamed = _under_aligned_names(base.tensors, wanted)
+    partners = {name: _partner(record, renamed, base, aligned) for name, record in wanted.items()}
     unpaired = {
         name: record
-        for name, record in aligned.tensors.items()
+        for name, record in wanted.items()
         if partners[name] is None and record.is_float and not is_leftover(record)
     }
-    spare = {name for name, record in unpaired.items() if is_spare(record, aligned.config)}
+    spare = {name for name, record in unpaired.items() if is_mtp(record, aligned.config)}
     used = {partner.name for partner in partners.values() if partner}
     return Matching(
         partners=partners,
@@ -48,6 +60,7 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
             if record.name not in used and not _carries_nothing(name, record, base, aligned)
         },
         spare=tuple(name for name in unpaired if name in spare),
+        left_out=left_out,
     )
 
 
@@ -57,7 +70,7 @@ def _partner(record: TensorRecord, renamed: Tensors, base: Checkpoint, aligned: 
     if found := renamed.get(record.name):
         return found
     may_be_tied = is_output(record) and not is_mtp(record, aligned.config)
-    return _embedding(base, record) if may_be_tied and ties_embeddings(base.config) is not False else None
+    return _embedding(base, record) if may_be_tied and may_tie_output(base.config) else None
 
 
 def _embedding(checkpoint: Checkpoint, output: TensorRecord) -> TensorRecord | None:
@@ -78,7 +91,8 @@ def _can_be_tied(embedding: TensorRecord, output: TensorRecord) -> bool:
 
 def _carries_nothing(name: str, record: TensorRecord, base: Checkpoint, aligned: Checkpoint) -> bool:
     """Whether a tensor of base without a partner is no loss."""
-    if not record.is_float or is_leftover(record) or is_spare(record, base.config):
+    is_unused = is_leftover(record) or is_mtp(record, base.config) or is_foreign_head(name, base.config)
+    if is_unused or not record.is_float:
         return True
     is_tied_output = (
         is_output(record)
@@ -116,13 +130,14 @@ class _Renaming:
 
 
 def _find_renaming(base: Tensors, aligned: Tensors) -> _Renaming:
-    """The prefix that pairs the most tensors; none, unless it pairs more of them than the names as they are."""
+    """The one prefix that pairs the most tensors, more of them than the names as they are, and most of base's."""
     only_base = dict.fromkeys(name for name in base if name not in aligned)
     only_aligned = dict.fromkeys(name for name in aligned if name not in base)
     votes = Counter(_Renaming(put=prefix) for prefix in _prefixes(only_aligned, only_base))
     votes.update(_Renaming(cut=prefix) for prefix in _prefixes(only_base, only_aligned))
-    best, count = next(iter(votes.most_common(1)), (_Renaming(), 0))
-    return best if count > len(base) - len(only_base) else _Renaming()
+    (best, count), (_, second) = [*votes.most_common(2), (_Renaming(), 0), (_Renaming(), 0)][:2]
+    is_clear = count > second and count > len(base) - len(only_base) and 2 * count > len(only_base)
+    return best if is_clear else _Renaming()
 
 
 def _prefixes(longer: Iterable[str], shorter: Mapping[str, None]) -> Iterator[str]:

@@ -16,10 +16,12 @@ _LEFTOVER = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|rotary_emb\..*
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _VALUE_HEAD = re.compile(r"(^|\.)v_head\.")
 _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
-_LAYER = re.compile(r"(^|\.)layers\.(?P<index>\d+)\.")
+# Of the language model, whatever it is wrapped in; a tower's layers have numbers of their own.
+_LAYER = re.compile(r"^((model|language_model|text_model|llm|transformer|decoder)\.)*layers\.(?P<index>\d+)\.")
 _MTP_SIZES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 _HEAD = re.compile(r"(?<=.)(LMHeadModel|Model|For[A-Z]\w*)$")
+_BODY = re.compile(r"(?<!LMHead)Model$")
 
 
 def is_embedding(record: TensorRecord) -> bool:
@@ -38,7 +40,7 @@ def is_leftover(record: TensorRecord) -> bool:
         record.name.endswith(".bias")
         and len(record.shape) == 4
         and record.shape[:2] == (1, 1)
-        and record.shape[2] == record.shape[3]
+        and record.shape[2] == record.shape[3] > 1
     )
     return is_causal_mask or _LEFTOVER.search(record.name) is not None
 
@@ -54,16 +56,11 @@ def is_mtp(record: TensorRecord, config: dict[str, Any]) -> bool:
     return layer is not None and int(layer["index"]) in _mtp_layers(config)
 
 
-def is_value_head(name: str) -> bool:
-    """Whether it belongs to the head that a trainer of policy and value puts beside the output projection."""
-    return _VALUE_HEAD.search(name) is not None
-
-
-def is_spare(record: TensorRecord, config: dict[str, Any]) -> bool:
-    """Whether the model itself does not load it: further prediction layers, a value head where text is generated."""
+def is_foreign_head(name: str, config: dict[str, Any]) -> bool:
+    """Whether it is of the value head that a trainer puts beside the output, in a model that only generates text."""
     architectures = config.get("architectures")
-    generates = isinstance(architectures, list) and any(_GENERATES.search(str(name)) for name in architectures)
-    return is_mtp(record, config) or (generates and is_value_head(record.name))
+    generates = isinstance(architectures, list) and any(_GENERATES.search(str(kind)) for kind in architectures)
+    return generates and _VALUE_HEAD.search(name) is not None
 
 
 def _mtp_layers(config: dict[str, Any]) -> range:
@@ -84,6 +81,14 @@ def ties_embeddings(config: dict[str, Any]) -> bool | None:
     """
     said = [part.get("tie_word_embeddings") for part in _parts(config)]
     return True if True in said else False if False in said else None
+
+
+def may_tie_output(base: dict[str, Any]) -> bool:
+    """Whether an output that base does not store can be its embedding. A body saved alone had one of its own or not."""
+    architectures = base.get("architectures")
+    is_body = isinstance(architectures, list) and all(_BODY.search(str(name)) for name in architectures)
+    says = ties_embeddings(base)
+    return says is True or (says is None and not is_body)
 
 
 def architecture_stems(config: dict[str, Any]) -> object:

@@ -54,6 +54,8 @@ class Plan:
     tensors: dict[str, PlannedTensor]
     copied_unmatched: tuple[str, ...]
     ignored_base: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Tensors of the aligned side that no model of its kind can load, and that the result does not have."""
     warnings: tuple[str, ...]
 
     @property
@@ -102,12 +104,12 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan
     refuse_tensors(base, aligned, matching, config)
     _check_rules(config, aligned.tensors)
     tensors = {
-        name: PlannedTensor(record, matching.partners[name], config.alpha_for(name))
-        for name, record in aligned.tensors.items()
+        name: PlannedTensor(aligned.tensors[name], partner, config.alpha_for(name))
+        for name, partner in matching.partners.items()
     }
     ignored = tuple(record.name for record in matching.only_base.values())
     copied = (*matching.only_aligned, *(matching.spare if config.unmatched == "copy" else ()))
-    plan = Plan(base, aligned, tensors, copied, ignored, ())
+    plan = Plan(base, aligned, tensors, copied, ignored, matching.left_out, ())
     return replace(plan, warnings=tuple(_warnings(plan, matching)))
 
 
@@ -121,11 +123,13 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
     if grown := plan.grown:
         names = ", ".join(f"{name} (+{rows} rows)" for name, rows in grown.items())
         yield f"aligned has a larger vocabulary than base: new rows are taken over from aligned: {names}"
-    if matching.spare and not plan.copied_unmatched:
+    if matching.spare:
         yield (
-            f"{len(matching.spare)} tensors that only aligned has are taken over, since the model itself does not load "
-            f"them (multi-token prediction layers, a value head), such as {matching.spare[0]}"
+            f"only aligned has multi-token prediction layers ({len(matching.spare)} tensors): they are not "
+            "extrapolated; the model itself does not load them"
         )
+    if plan.left_out:
+        yield f"a value head is left out, since a model that generates text cannot load it: {', '.join(plan.left_out)}"
     if plan.copied_unmatched or plan.ignored_base:
         yield (
             f"--unmatched copy: {len(plan.copied_unmatched)} tensors that only aligned has are taken over, "

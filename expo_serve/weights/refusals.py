@@ -44,6 +44,7 @@ def refuse_tensors(base: Checkpoint, aligned: Checkpoint, matching: Matching, co
     """
     _refuse_shapes(base, aligned, matching)
     _refuse_layouts(matching)
+    _refuse_strangers(base, aligned, matching)
     if config.unmatched == "refuse" and (matching.only_base or matching.only_aligned):
         _refuse_untied_output(base, aligned, matching)
         _refuse_one_sided(base, aligned, matching)
@@ -95,6 +96,15 @@ def _refuse_layouts(matching: Matching) -> None:
             f"other names), the first {found[0]}; save both sides in the same way, such as with one version of one "
             "library; --unmatched copy does not apply, as they would not be extrapolated",
             [str(layouts) for layouts in found],
+        )
+
+
+def _refuse_strangers(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
+    """Also with ``--unmatched copy``: with nothing to extrapolate it is aligned that would be served."""
+    if matching.only_aligned and not any(matching.partners.values()):
+        raise PairError(
+            f"base and aligned are not a pair: of {len(aligned.tensors)} tensors of aligned and {len(base.tensors)} of "
+            "base no two have one name; give two checkpoints of one model"
         )
 
 

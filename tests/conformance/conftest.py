@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 
+from tests.conformance.running import many_engines
+
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -18,8 +20,8 @@ _ENVIRONMENT = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def engine_environment() -> Iterator[None]:
-    """vLLM sets further variables by itself: none of them outlives the module."""
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
+@pytest.fixture(scope="module")
+def engines() -> Iterator[None]:
+    """This process may run many engines. vLLM sets further variables by itself: none of them outlives the module."""
+    with mock.patch.dict(os.environ, _ENVIRONMENT), many_engines():
         yield

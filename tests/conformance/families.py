@@ -17,6 +17,8 @@ _PAGES = "pages of its two kinds of attention do not fit together on CPU"
 _SIGMOID = "vLLM's expert router for CPU knows softmax only"
 _POOLS = "gives vectors or scores, not tokens"
 _TOP_K = "vLLM's top-k of its zero experts is for GPUs"
+# vLLM 0.32 looks for this one under another name and drops it.
+_LAGUNA_BIAS = ("model.layers.1.mlp.experts.routed_experts.e_score_correction_bias",)
 _SOUND = "wants sound"
 # Changes the class of transformers for good: its line stands after the one that writes the same checkpoint.
 _BACKEND = {"model_impl": "transformers"}
@@ -86,7 +88,7 @@ TEXT = (
     Family("Jais2ForCausalLM"),
     Family("JambaForCausalLM", not_run=_MAMBA, materialized=2),
     Family("IQuestLoopCoderForCausalLM", {"loop_num": 2, "loop_window_size": 64}, hub_names=_LOOP_GATES),
-    Family("LagunaForCausalLM", not_run=_SIGMOID),
+    Family("LagunaForCausalLM", unfilled=_LAGUNA_BIAS, not_run=_SIGMOID),
     Family("Lfm2ForCausalLM", sizes.LFM2),
     Family("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     Family("LlamaForCausalLM"),
@@ -152,6 +154,7 @@ _POOLERS = (
     Family("BertForTokenClassification"),
     Family("BertSpladeSparseEmbeddingModel", {"tie_word_embeddings": False}, like="BertForMaskedLM"),
     Family("CLIPModel"),
+    Family("ColBERTLfm2Model", sizes.LFM2, like="Lfm2Model", engine=_POOLING),
     Family("ColBERTModernBertModel", like="ModernBertModel"),
     Family("DeepseekV3BidirectionalModel", {"topk_method": "noaux_tc"}, like="DeepseekV3Model", engine=_POOLING),
     Family("EmbeddingGemma2Model", sizes.TEXT_GLOBAL_HEADS, engine=_POOLING),
@@ -160,7 +163,7 @@ _POOLERS = (
     Family("GPT2ForSequenceClassification"),
     Family("GteModel", {"position_embedding_type": "rope"}, engine=_POOLING),
     Family("InternLM2ForRewardModel", {"bias": False}),
-    Family("JambaForSequenceClassification", materialized=2),
+    Family("JambaForSequenceClassification", materialized=2, unfilled=("lm_head.weight",)),
     Family("JinaEmbeddingsV5Model", like="Qwen3Model", engine=_POOLING),
     Family("LlamaModel", engine=_POOLING),
     Family("LlamaForCausalLM", layout="embeds", engine=_POOLING),
@@ -232,7 +235,9 @@ _TOWERS = (
     Family("Qwen2VLForConditionalGeneration"),
     Family("Qwen2_5_VLForConditionalGeneration"),
     Family("Qwen2_5OmniForConditionalGeneration"),
+    Family("Qwen2_5OmniModel", like="Qwen2_5OmniForConditionalGeneration"),
     Family("Qwen3ASRForConditionalGeneration"),
+    Family("Qwen3ASRRealtimeGeneration", like="Qwen3ASRForConditionalGeneration"),
     Family("Qwen3VLForConditionalGeneration"),
     Family(
         "Qwen3VLMoeForConditionalGeneration", {"text_config__norm_topk_prob": True}, transposed=r"experts\.\w+_proj$"

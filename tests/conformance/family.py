@@ -23,6 +23,7 @@ class Family:
         engine: engine arguments that it needs.
         multimodal: the weights are checked with its towers, the tokens without them.
         materialized: how many of its tensors are made real before they are copied, since the model computes with them.
+        unfilled: parameters that vLLM's own code leaves without values.
         not_run: why no tokens are generated; without a reason both engines must give the same ones.
     """
 
@@ -36,6 +37,7 @@ class Family:
     engine: Mapping[str, Any] = field(default_factory=dict)
     multimodal: bool = False
     materialized: int = 0
+    unfilled: tuple[str, ...] = ()
     not_run: str = ""
 
     @property

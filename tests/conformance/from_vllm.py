@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm.transformers_utils.configs
 from safetensors.torch import save_file
 
 from tests.conformance.family import Family
@@ -49,6 +48,8 @@ def write_config(folder: Path, family: Family) -> None:
     """Write config.json and the class that it names."""
     folder.mkdir(parents=True)
     if family.config:
+        import vllm.transformers_utils.configs
+
         config = getattr(vllm.transformers_utils.configs, family.config)
         sizes = shrink(config().to_dict(), **family.sizes)
         named = {"architectures": [family.architecture], "dtype": "bfloat16", "model_type": config.model_type}

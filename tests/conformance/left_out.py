@@ -12,6 +12,7 @@ _SPARSE = "vLLM has no sparse attention for CPU"
 _PROCESSOR = "wants the image processor or tokenizer of a real checkpoint while it is built"
 _CONFIG = "vLLM reads keys that the config class of transformers does not have: "
 _CONFIG_CLASS = "the config that vLLM's own class makes by default lacks "
+_PROJECTION = "has a projection that no class of transformers writes"
 _MISTRAL = "ships in Mistral's own format (params.json), which has no config.json"
 
 
@@ -22,23 +23,22 @@ def _each(names: str, reason: str) -> dict[str, str]:
 LEFT_OUT: dict[str, str] = {
     **_each(
         "BeeForConditionalGeneration ClefOmniForJointSchema ColBERTJinaRobertaModel "
-        "ColBERTLfm2Model ColQwen3_5 Cosmos3ForConditionalGeneration DeciLMForCausalLM DeepseekOCRForCausalLM "
-        "DeepseekOCR2ForCausalLM DeepseekV4ForConditionalGeneration Eagle2_5_VLForConditionalGeneration "
+        "DeciLMForCausalLM "
+        "Eagle2_5_VLForConditionalGeneration "
         "FireRedASR2ForConditionalGeneration FunASRForConditionalGeneration GLM4VForCausalLM GteNewModel "
-        "GteNewForSequenceClassification H2OVLChatModel HCXVisionV2ForCausalLM HF_ColBERT HfMoondream "
+        "GteNewForSequenceClassification H2OVLChatModel HCXVisionV2ForCausalLM HfMoondream "
         "InternVLChatModel InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration "
-        "InternS2PreviewForConditionalGeneration JinaForRanking JinaVLForRanking "
+        "InternS2PreviewForConditionalGeneration JinaVLForRanking "
         "K2HorizonForCausalLM KananaVForConditionalGeneration KeyeForConditionalGeneration "
         "KeyeVL1_5ForConditionalGeneration LlamaNemotronVLForSequenceClassification LlamaNemotronVLModel "
-        "Llama_Nemotron_Nano_VL LlavaOnevision2ForConditionalGeneration LongcatFlashNgramForCausalLM "
+        "Llama_Nemotron_Nano_VL LlavaOnevision2ForConditionalGeneration "
         "MiMoV2OmniForCausalLM MiniCPMO MiniCPMV MolmoForCausalLM Molmo2ForConditionalGeneration "
         "MoonshotKimiaForCausalLM MossAudioModel NVLM_D NanbeigeForCausalLM NemotronH_Nano_Omni_Reasoning_V3 "
         "NemotronH_Nano_VL_V2 NemotronH_Super_Omni_Reasoning_V3 NemotronParseForConditionalGeneration "
         "OpenCUAForConditionalGeneration OpenPanguVLForConditionalGeneration Ovis2_5 Ovis2_6ForCausalLM "
-        "Ovis2_6_MoeForCausalLM Phi3VForCausalLM Phi4ForCausalLMV Phi4MMForCausalLM Qwen2_5OmniModel "
-        "Qwen3ASRForcedAlignerForTokenClassification Qwen3ASRRealtimeGeneration RForConditionalGeneration "
-        "SarvamMLAForCausalLM SkyworkR1VChatModel StepVLForConditionalGeneration TeleChat2ForCausalLM Terratorch "
-        "VoyageQwen3BidirectionalEmbedModel",
+        "Ovis2_6_MoeForCausalLM Phi3VForCausalLM Phi4ForCausalLMV Phi4MMForCausalLM "
+        "RForConditionalGeneration "
+        "SarvamMLAForCausalLM SkyworkR1VChatModel StepVLForConditionalGeneration TeleChat2ForCausalLM ",
         REMOTE_CODE,
     ),
     **_each(
@@ -65,14 +65,22 @@ LEFT_OUT: dict[str, str] = {
     ),
     **_each("DeepseekV32ForCausalLM GlmMoeDsaForCausalLM HYV4ForCausalLM", _SPARSE),
     **_each(
-        "ColModernVBertForRetrieval ColQwen3 HunYuanVLForConditionalGeneration OpsColQwen3Model "
+        "ColModernVBertForRetrieval ColQwen3 ColQwen3_5 HunYuanVLForConditionalGeneration OpsColQwen3Model "
         "Qwen3VLNemotronEmbedModel VibeVoiceAsrForConditionalGeneration",
         _PROCESSOR,
     ),
+    **_each("HF_ColBERT JinaForRanking VoyageQwen3BidirectionalEmbedModel", _PROJECTION),
     **_each("MistralLarge3ForCausalLM PixtralForConditionalGeneration VoxtralRealtimeGeneration", _MISTRAL),
     "BailingMoeV3VLForConditionalGeneration": "vLLM refuses the default config: layer_types against layer_group_size",
     "BailingMoeV3ForCausalLM": "transformers does not know vLLM's own config class for it",
     "BgeM3EmbeddingModel": "takes further weights from pickle files (sparse_linear.pt), which are never opened",
+    "Cosmos3ForConditionalGeneration": "ships its weights in folders of their own (transformer, vision_encoder)",
+    "DeepseekOCR2ForCausalLM": _CONFIG_CLASS + "num_attention_heads",
+    "DeepseekOCRForCausalLM": _CONFIG_CLASS + "num_attention_heads",
+    "DeepseekV4ForConditionalGeneration": "plain vLLM 0.32 refuses it: it does not support generating with this class",
+    "LongcatFlashNgramForCausalLM": "needs the V2 model runner of vLLM, which is for GPUs",
+    "Qwen3ASRForcedAlignerForTokenClassification": _CONFIG + "the number of classes",
+    "Terratorch": "needs the package terratorch",
     "CohereAsrForConditionalGeneration": "needs torchaudio, which has no build for this torch",
     "CohereCompassForConditionalGeneration": "transformers refuses its own default config: KeyError full_attention",
     "Cosmos3EdgeForConditionalGeneration": _CONFIG + "rope_parameters of its text part",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from tests.conformance.checkpoints import has_transformers_class
 from tests.conformance.combinations import COMBINATIONS
 from tests.conformance.families import FAMILIES, MULTIMODAL, POOLING, TEXT
 from tests.conformance.family import Family
@@ -34,7 +35,8 @@ def _summary() -> str:
         "merged checkpoint\nand by expo from the pair: all parameters and buffers have the same bits, and "
         f"the {run} that run give the same greedy tokens.\nIn {straight} every byte is combined straight into the "
         "parameter; elsewhere a number in parentheses says how many tensors\nare made real first, since the model "
-        "computes with them.\n\n<details><summary>The families</summary>\n"
+        "computes with them. The checkpoints are those that transformers writes, named as on the hub; where it has no\n"
+        "class (\\*), they are named after what vLLM's own model loads.\n\n<details><summary>The families</summary>\n"
     )
 
 
@@ -56,7 +58,8 @@ def _reason(family: Family) -> str:
 def _described(family: Family) -> str:
     details = [family.layout, f"{family.materialized}" if family.materialized else ""]
     text = ", ".join(detail for detail in details if detail)
-    return f"{family.architecture} ({text})" if text else family.architecture
+    mark = "" if has_transformers_class(family) else "\\*"
+    return f"{family.architecture}{mark} ({text})" if text else f"{family.architecture}{mark}"
 
 
 def _left_out() -> Iterator[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -78,30 +81,6 @@ def _describe(model: torch.nn.Module) -> Loaded:
 
 
 def prepare(path: Path) -> None:
-    """What many models in one process need; nothing here touches how weights are loaded."""
-    _prepare_process()
-    _register_architectures(path)
-
-
-@cache
-def _prepare_process() -> None:
-    import vllm.platforms
-    import vllm.v1.engine.core
-
-    _make_torchvision_importable()
-    torch.accelerator.empty_cache = lambda: None  # raises on a machine without an accelerator
-    vllm.v1.engine.core.enable_envs_cache = lambda: None  # the tests after this one set other variables
-    # vLLM replaces its Triton kernels anew for every worker, which takes half a second and fails after some models.
-    platform = vllm.platforms.current_platform
-    platform.register_triton_kernel_overrides()
-    type(platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
-    # vLLM collects garbage eight times for each engine; what was imported is none.
-    gc.collect()
-    gc.freeze()
-    gc.unfreeze = lambda: None
-
-
-def _register_architectures(path: Path) -> None:
     """vLLM looks at a model's class in a process of its own, which takes seconds; here it is imported anyway."""
     from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
 
@@ -111,14 +90,49 @@ def _register_architectures(path: Path) -> None:
             ModelRegistry.models[name] = _RegisteredModel.from_model_cls(entry.load_model_cls())
 
 
-def _make_torchvision_importable() -> None:
+@contextmanager
+def many_engines() -> Iterator[None]:
+    """What many engines in one process need, for as long as they do; nothing here touches how weights are loaded."""
+    import vllm.v1.engine.core
+    from vllm.platforms import current_platform
+
+    # vLLM replaces its Triton kernels anew for every worker, which takes half a second and fails after some models.
+    current_platform.register_triton_kernel_overrides()
+    with ExitStack() as stack:
+        for owner, name in (
+            (torch.accelerator, "empty_cache"),  # raises on a machine without an accelerator
+            (vllm.v1.engine.core, "enable_envs_cache"),  # the tests after this one set other variables
+            (type(current_platform), "register_triton_kernel_overrides"),
+            (gc, "unfreeze"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, _do_nothing))
+        stack.enter_context(_torchvision_importable())
+        # vLLM collects garbage eight times for each engine; what was imported is none.
+        gc.collect()
+        gc.freeze()
+        yield
+    gc.unfreeze()
+
+
+def _do_nothing(*_: object) -> None:
+    pass
+
+
+@contextmanager
+def _torchvision_importable() -> Iterator[None]:
     """vLLM's models with images import torchvision at their top, and no build of it fits the CPU build of torch.
 
     Its Python part does, in a folder of its own (``make setup``), once the operators are declared that its compiled
     part would bring. Loading weights calls none of them.
     """
-    import sys
-
-    sys.path.append(str(Path(sys.prefix) / "vision"))
-    for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    operators = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        operators.define(  # type: ignore[no-untyped-call]
+            f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+    folder = str(Path(sys.prefix) / "vision")
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)  # a process that is started later must not find it

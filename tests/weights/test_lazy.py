@@ -71,6 +71,7 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "float": lambda t: t.float(),
     "to": lambda t: t.to(torch.float16),
     "clone of a part": lambda t: t[:, 2:5].clone(),
+    "clone of rows": lambda t: t[2:4].clone(),
     "contiguous clone of a transpose": lambda t: t.t().clone(memory_format=torch.contiguous_format),
     "contiguous": lambda t: t.t().contiguous(),
     "reshape of a transpose": lambda t: t.t().reshape(-1),
@@ -150,7 +151,7 @@ def test_write_into_a_lazy_tensor_stays(case: Case, write: Callable[[torch.Tenso
     assert same_bits(copied(before), case.expected[2:])
 
 
-@pytest.mark.parametrize("view", [lambda t: t, torch.t, lambda t: t[2:4]], ids=["whole", "transpose", "rows"])
+@pytest.mark.parametrize("view", [lambda t: t, torch.t], ids=["whole", "transpose"])
 def test_clone_stays_lazy(case: Case, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
     clone, expected = view(case.lazy).clone(), view(case.expected).clone()
     assert isinstance(clone, LazyTensor)

@@ -147,8 +147,35 @@ def test_few_names_that_fit_make_no_prefix(pairs: Pairs) -> None:
     base, aligned = changed(x__weight=torch.zeros(4)), changed(tower__x__weight=torch.zeros(4), y=torch.zeros(1))
     plan = pairs.plan(base, changed(tower__x__weight=torch.zeros(5)), unmatched="copy")
     assert (plan.copied_unmatched, plan.ignored_base) == (("tower.x.weight",), ("x.weight",))
-    with pytest.raises(PairError, match="under other names"):
+    with pytest.raises(PairError, match="3 tensors are on one side only"):
         pairs.plan(base, aligned)
+
+
+def test_a_prefix_that_two_parts_could_have_is_none(pairs: Pairs) -> None:
+    body = {f"layers.{layer}.up.weight": torch.zeros(12, 8) for layer in range(2)}
+    aligned = {prefix + name: tensor.clone() for prefix in ("text.", "vision.") for name, tensor in body.items()}
+    with pytest.raises(PairError, match="no two have one name"):
+        pairs.plan(body, aligned, unmatched="copy")
+
+
+def test_nothing_in_common_is_no_pair(pairs: Pairs) -> None:
+    with pytest.raises(PairError, match="no two have one name"):
+        pairs.plan({"x.y": torch.zeros(3)}, unmatched="copy")
+
+
+def test_lone_tensors_of_one_size_are_no_layout(pairs: Pairs) -> None:
+    base, aligned = changed(value__weight=torch.zeros(1, 8)), changed(score__weight=torch.zeros(1, 8))
+    plan = pairs.plan(base, aligned, unmatched="copy")
+    assert (plan.copied_unmatched, plan.ignored_base) == (("score.weight",), ("value.weight",))
+
+
+def test_a_body_alone_says_whether_its_output_was_tied(pairs: Pairs) -> None:
+    whole = {"architectures": ["LlamaForCausalLM"]}
+    body: dict[str, Any] = {"architectures": ["LlamaModel"], "tie_word_embeddings": None}
+    with pytest.raises(PairError, match="1 tensors are on one side only"):
+        pairs.plan(bare(), base_config=body, aligned_config=whole)
+    plan = pairs.plan(bare(), base_config={**body, "tie_word_embeddings": True}, aligned_config=whole)
+    assert base_name(plan, HEAD) == "embed_tokens.weight"
 
 
 def test_no_tensor_takes_the_name_of_another(pairs: Pairs) -> None:
@@ -203,13 +230,14 @@ VALUE_HEAD = ["v_head.summary.bias", "v_head.summary.weight"]
 
 def test_value_head_does_not_matter_where_text_is_generated(pairs: Pairs) -> None:
     value = changed(v_head__summary__weight=torch.zeros(1, 8), v_head__summary__bias=torch.zeros(1))
-    plan = pairs.plan(aligned=value)
-    assert [tensor.name for tensor in plan.copied] == VALUE_HEAD
-    assert (plan.copied_unmatched, len(plan.extrapolated)) == ((), 8)
-    (warning,) = plan.warnings
-    assert warning.startswith("2 tensors that only aligned has are taken over, since the model itself does not load")
-    assert sorted(pairs.plan(aligned=value, unmatched="copy").copied_unmatched) == VALUE_HEAD
-    assert pairs.plan(value).ignored_base == ()
+    for base, unmatched in ((None, "refuse"), (None, "copy"), (value, "refuse")):
+        plan = pairs.plan(base, value, unmatched=unmatched)
+        assert sorted(plan.left_out) == VALUE_HEAD
+        assert (plan.copied, plan.copied_unmatched, len(plan.extrapolated)) == ([], (), 8)
+        (warning,) = plan.warnings
+        assert warning.startswith("a value head is left out, since a model that generates text cannot load it: v_head.")
+    plan = pairs.plan(value)
+    assert (plan.left_out, plan.ignored_base) == ((), ())
 
 
 def test_value_head_is_refused_or_taken_over_where_values_are_wanted(pairs: Pairs) -> None:
@@ -283,9 +311,8 @@ def test_mtp_layers_of_one_side_do_not_matter(
     assert [tensor.name for tensor in plan.copied] == sorted(mtp_layer(prefix))
     taken_over = sorted(mtp_layer(prefix)) if unmatched == "copy" else []
     assert (sorted(plan.copied_unmatched), len(plan.extrapolated)) == (taken_over, 7)
-    (warning,) = plan.warnings
-    assert "3 tensors that only aligned has are taken over" in warning
-    assert ("--unmatched copy" in warning) == (unmatched == "copy")
+    assert plan.warnings[0].startswith("only aligned has multi-token prediction layers (3 tensors)")
+    assert len(plan.warnings) == 1 + (unmatched == "copy")
     plan = pairs.plan(with_mtp, base_config={**config, **TIED}, unmatched=unmatched)
     assert (plan.ignored_base, plan.warnings) == ((), ())
     assert base_name(plan, HEAD) == EMBED
@@ -308,3 +335,10 @@ def test_mtp_layers_of_one_side_do_not_matter(
 def test_other_layers_of_one_side_do_matter(pairs: Pairs, prefix: str, config: dict[str, Any]) -> None:
     with pytest.raises(PairError, match="3 tensors are on one side only"):
         pairs.plan(aligned={**changed(), **mtp_layer(prefix)}, aligned_config=config)
+
+
+def test_a_towers_layers_are_no_mtp_layers(pairs: Pairs) -> None:
+    tower = {f"vision.encoder.layers.{layer}.w.weight": torch.zeros(4, 4) for layer in range(3)}
+    config = {"num_nextn_predict_layers": 1}
+    with pytest.raises(PairError, match="3 tensors are on one side only"):
+        pairs.plan(aligned={**changed(), **tower}, base_config=config, aligned_config=config)
