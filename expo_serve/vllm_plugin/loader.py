@@ -1,7 +1,7 @@
 """The load format ``expo``: vLLM's default loader, fed with lazy tensors.
 
 Which files and tensors are read stays vLLM's decision (index, patterns, expert and encoder filters):
-its iterator names them, and each name is answered with a lazy tensor instead of the aligned one.
+its iterator names them, and each name that the plan has is answered with a lazy tensor instead of the aligned one.
 """
 
 from __future__ import annotations

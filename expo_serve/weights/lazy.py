@@ -22,6 +22,7 @@ from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
 from expo_serve.weights.background import Run, run_now, span
 from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into, operands_used, pieces
+from expo_serve.weights.names import is_leftover
 from expo_serve.weights.pair import PlannedTensor
 from expo_serve.weights.reader import Reader
 from expo_serve.weights.tally import Tally
@@ -100,6 +101,9 @@ class Operands:
             run(out, partial(self._combine, out, *operands))
 
     def _combine(self, dest: torch.Tensor, aligned: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        if is_leftover(self.planned.aligned):  # a mask may be minus infinity
+            _copy_plain(dest, aligned)
+            return
         try:
             extrapolate_into(dest, base, aligned, self.planned.alpha)
         except NotFiniteError as error:

@@ -57,6 +57,18 @@ def test_tied_output_of_one_side_is_paired(tmp_path: Path) -> None:
     assert same_bits(found, torch.lerp(tied.float(), aligned.float(), 1.5).bfloat16())
 
 
+def test_mask_of_infinity_comes_along(tmp_path: Path) -> None:
+    name, mask = "model.layers.0.self_attn.masked_bias", torch.tensor(-torch.inf, dtype=torch.float16)
+    pair = tuple(write_raw(tmp_path / side, {**tiny_tensors(), name: mask}) for side in ("base", "aligned"))
+    assert same_bits(read_tensors(merged((pair[0], pair[1]), tmp_path / "out"))[name], mask)
+
+
+def test_value_head_stays_behind(tmp_path: Path) -> None:
+    head = {"v_head.summary.weight": torch.ones(1, 8)}
+    pair = write_raw(tmp_path / "base"), write_raw(tmp_path / "aligned", {**tiny_tensors(), **head})
+    assert read_tensors(merged(pair, tmp_path / "out")).keys() == tiny_tensors().keys()
+
+
 @pytest.mark.parametrize("flag", ["--max-shard-size", "--max_shard_size"])
 def test_shards_are_cut_and_indexed(tmp_path: Path, pair: tuple[Path, Path], flag: str) -> None:
     out = merged(pair, tmp_path / "out", flag, "0.5KB")
