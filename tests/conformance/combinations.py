@@ -95,6 +95,12 @@ COMBINATIONS = (
         "quantised: nvfp4_per_token", ("--quantization", "nvfp4_per_token"), "bits", "dense model; experts need a GPU"
     ),
     Combination(
+        "quantised: fp8, fp8_per_tensor",
+        ("--quantization", "fp8"),
+        "bits",
+        "dense model; the CPU build lacks the kernel, so both sides round in torch",
+    ),
+    Combination(
         "draft model",
         _speculative(method="draft_model", model="...", num_speculative_tokens=2),
         "bits, tokens",

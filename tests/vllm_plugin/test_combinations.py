@@ -116,6 +116,21 @@ def test_quantised(method: str, tmp_path: Path) -> None:
     assert differ == []
 
 
+@covers("quantised: fp8, fp8_per_tensor", "bits")
+@pytest.mark.parametrize("method", ["fp8", "fp8_per_tensor"])
+def test_quantised_by_a_kernel_that_the_cpu_build_lacks(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantise(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        return (weight.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+
+    monkeypatch.setattr("vllm._custom_ops.scaled_fp8_quant", quantise)
+    differ, report = load_both(*build_served_pair(tmp_path), tmp_path, quantization=method)
+    assert differ == []
+    assert report.tensors == {"extrapolated": 21, "materialized": 0, "copied": 0}
+
+
 @pytest.mark.parametrize("missing", ["self_attn.k_proj", "self_attn.o_proj"])
 def test_a_quantised_layer_without_a_weight_is_an_error(missing: str, tmp_path: Path) -> None:
     base, aligned = build_served_pair(tmp_path)
