@@ -35,8 +35,9 @@ def _summary() -> str:
         "merged checkpoint\nand by expo from the pair: all parameters and buffers have the same bits, and "
         f"the {run} that run give the same greedy tokens.\nIn {straight} every byte is combined straight into the "
         "parameter; elsewhere a number in parentheses says how many tensors\nare made real first, since the model "
-        "computes with them. The checkpoints are those that transformers writes, named as on the hub; where it has no\n"
-        "class (\\*), they are named after what vLLM's own model loads.\n\n<details><summary>The families</summary>\n"
+        "computes with them. The checkpoints are those that transformers writes, named as\non the hub; where it has "
+        "no class (\\*), they are named after what vLLM's own model loads.\n\n"
+        "<details><summary>The families</summary>\n"
     )
 
 
