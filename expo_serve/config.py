@@ -120,6 +120,8 @@ class Pinned(BaseModel):
     aligned: Source
     started: float | None = None
     """CLOCK_MONOTONIC when the command was called, in seconds."""
+    on_terminal: bool = False
+    """Whether the command's standard error, to which the workers' goes, is a terminal."""
 
 
 class ExpoConfig(BaseModel):

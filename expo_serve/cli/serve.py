@@ -75,7 +75,7 @@ def _resolve(options: Options, started: float) -> ExpoConfig:
     plan = prepare(options.config, options.hub)
     for warning in plan.warnings:
         print(f"expo-serve: warning: {warning}", file=sys.stderr, flush=True)
-    return pin(options.config, plan, started)
+    return pin(options.config, plan, started, on_terminal=sys.stderr.isatty())
 
 
 def _check_vllm() -> None:

@@ -6,55 +6,37 @@ its iterator names them, and each name that the plan has is answered with a lazy
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expo_serve import memory
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
-from expo_serve.report import LoadReport, public_source
+from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.written import check_written, made_late
-from expo_serve.weights.background import Background, Run, run_now
+from expo_serve.vllm_plugin.account import LoadAccount
+from expo_serve.vllm_plugin.progress import LoadProgress
+from expo_serve.vllm_plugin.written import check_written
+from expo_serve.weights.background import Background, Run, default_threads, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
+from expo_serve.weights.fused import fused
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
-from expo_serve.weights.reader import Reader
+from expo_serve.weights.reader import Activity, Reader
 from expo_serve.weights.source import HubAccess
+from expo_serve.weights.storage import is_on_network
 from expo_serve.weights.tally import Tally
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
 logger = compat.init_logger("vllm.expo_serve.loader")
-
-
-@dataclass
-class _Progress:
-    """One load, from its start to its report."""
-
-    anonymous_before: int
-    started: float = field(default_factory=time.perf_counter)
-    resolved: float = 0.0
-    done_bytes: int = 0
-    unfilled: list[str] = field(default_factory=list)
-    late: list[torch.nn.Module] = field(default_factory=list)
-    """Layers whose parameters are not there yet when ``load_weights`` is done."""
-
-    def sort(self, model: torch.nn.Module) -> None:
-        """Tell the layers that are loaded from those that vLLM quantises later."""
-        modules = list(model.modules())
-        self.late = [
-            module
-            for module in modules
-            if made_late(module) and any(part.is_meta for part in module.parameters(recurse=False))
-        ]
-        self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
 
 class ExpoModelLoader(compat.DefaultModelLoader):
@@ -74,9 +56,12 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self.config = parse_config(extra, "--model-loader-extra-config")
         self._plan: Plan | None = None
         self._tally = Tally()
+        self._shows_progress = bool(load_config.use_tqdm_on_load)
         self._run: Run = run_now
+        self._activity = Activity()
+        self._shown: LoadProgress | None = None
         self._given: list[str] = []
-        self._unfinished: _Progress | None = None
+        self._unfinished: LoadAccount | None = None
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
         super().__init__(
             replace(
@@ -88,6 +73,8 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             )
         )
         self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
+        if compat.current_platform.is_cpu():  # ready by the time the model is built
+            threading.Thread(target=fused, name="expo-compile", daemon=True).start()
 
     def download_model(self, model_config: Any) -> None:
         """Find both sides, downloading them where they come from the hub."""
@@ -101,7 +88,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             logger.info("%s", self._report(model, unfinished).line())
         return model
 
-    def _take_unfinished(self) -> _Progress | None:
+    def _take_unfinished(self) -> LoadAccount | None:
         unfinished, self._unfinished = self._unfinished, None
         return unfinished
 
@@ -114,27 +101,29 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         if not self._is_deployed_model(model_config):
             compat.DefaultModelLoader(self._plain_config).load_weights(model, model_config)
             return
-        memory.reset_peak()
-        _reset_device_peak(model)
-        progress = _Progress(memory.anonymous_bytes())
+        account = LoadAccount.open(model)
         self._tally = Tally()
-        self._prepare(model_config)
-        progress.resolved = time.perf_counter()
-        with Background(model) as background, WriteTracker(model, background.wait) as tracker:
+        plan = self._prepare(model_config)
+        account.resolved = time.perf_counter()
+        with (
+            self._show(plan) as self._shown,
+            Background(model, _threads(plan)) as background,
+            WriteTracker(model, background.wait) as tracker,
+        ):
             self._run = background.run
             try:
                 super().load_weights(model, model_config)
                 background.wait()
             finally:
-                self._run = run_now
-        progress.unfilled = check_written(model, tracker, model_config.runner_type, self._dropped())
-        if progress.unfilled:
-            names = ", ".join(progress.unfilled)
+                self._run, self._shown = run_now, None
+        account.unfilled = check_written(model, tracker, model_config.runner_type, self._dropped())
+        if account.unfilled:
+            names = ", ".join(account.unfilled)
             logger.warning("expo: vLLM fills these parameters from no tensor, with or without expo: %s", names)
-        progress.sort(model)
-        report = self._report(model, progress)
-        self._unfinished = progress if progress.late else None
-        if not progress.late:
+        account.sort(model)
+        self._unfinished = account if account.late else None
+        report = self._report(model, account)
+        if not account.late:
             logger.info("%s", report.line())
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,13 +138,25 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         further = getattr(model, "secondary_weights", ())
         for source in further:
             _refuse_pickles(source)
-        reader = Reader()
+        reader = Reader(self._activity)
         with unwatched():
             self._given = self._names_to_read(plan, model)
             lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in self._given]
-        yield from zip(self._given, lazies, strict=True)
+        for name, lazy in zip(self._given, lazies, strict=True):
+            yield name, lazy
+            if self._shown:
+                self._shown.advance(sum(plan.tensors[name].read_bytes.values()))
         for source in further:
             yield from self._get_weights_iterator(source)
+
+    def _show(self, plan: Plan) -> LoadProgress:
+        self._activity = Activity()
+        return LoadProgress(
+            sum(plan.read_bytes.values()),
+            self._activity,
+            on_terminal=self.config.pinned.on_terminal if self.config.pinned else sys.stderr.isatty(),
+            is_shown=self._shows_progress and compat.get_current_vllm_config().parallel_config.rank == 0,
+        )
 
     def _dropped(self) -> dict[str, int]:
         """What the model was given and took nothing of, by name: numbers of elements."""
@@ -199,30 +200,10 @@ class ExpoModelLoader(compat.DefaultModelLoader):
                     logger.warning("expo: %s", warning)
         return self._plan
 
-    def _report(self, model: torch.nn.Module, progress: _Progress) -> LoadReport:
+    def _report(self, model: torch.nn.Module, account: LoadAccount) -> LoadReport:
         """Say what has been done until now, and hang it on the model."""
-        plan = self._plan
-        assert plan is not None
-        ended = time.perf_counter()
-        parallel = compat.get_current_vllm_config().parallel_config
-        report = LoadReport(
-            rank=parallel.rank,
-            sources={side.side: public_source(side.source) for side in (plan.base, plan.aligned)},
-            alpha=self.config.alpha,
-            total_seconds=ended - progress.started,
-            phase_seconds={"resolve": progress.resolved - progress.started, "weights": ended - progress.resolved},
-            read_bytes={side: self._tally.read_bytes[side] for side in ("base", "aligned")},
-            weight_bytes=progress.done_bytes + _parameter_bytes(progress.late),
-            tensors={str(kind): count for kind, count in self._tally.count().items()},
-            alphas=plan.alphas,
-            grown_rows=plan.grown,
-            copied_unmatched=len(plan.copied_unmatched),
-            ignored_base=len(plan.ignored_base),
-            unfilled=progress.unfilled,
-            peak_host_memory_bytes=memory.peak_resident_bytes(),
-            anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - progress.anonymous_before),
-            peak_device_memory_bytes=_device_peak(model),
-        )
+        assert self._plan is not None
+        report = account.report(model, self._plan, self._tally, self.config.alpha)
         setattr(model, REPORT_ATTRIBUTE, report)
         return report
 
@@ -244,14 +225,13 @@ def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
     return config.model_copy(update={"aligned": model_config.model, "aligned_revision": revision})
 
 
+def _threads(plan: Plan) -> int:
+    """How many threads read and combine."""
+    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned)))
+
+
 def _same_path(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
-
-
-def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
-    """Size of the parameters that the modules themselves hold in memory, shared ones counted once."""
-    own = {id(parameter): parameter for module in modules for parameter in module.parameters(recurse=False)}
-    return sum(parameter.nbytes for parameter in own.values() if not parameter.is_meta)
 
 
 def _refuse_pickles(source: Any) -> None:
@@ -262,18 +242,3 @@ def _refuse_pickles(source: Any) -> None:
             f"{source.model_or_path}: the model takes further weights from {', '.join(pickles)}: pickle files can run "
             "code and are never opened; this model cannot be extrapolated"
         )
-
-
-def _cuda_device(model: torch.nn.Module) -> torch.device | None:
-    device = next((parameter.device for parameter in model.parameters()), None)
-    return device if device is not None and device.type == "cuda" else None
-
-
-def _reset_device_peak(model: torch.nn.Module) -> None:
-    if device := _cuda_device(model):
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _device_peak(model: torch.nn.Module) -> int | None:
-    device = _cuda_device(model)
-    return torch.cuda.max_memory_allocated(device) if device else None

@@ -1,25 +1,33 @@
-"""Writes that go on in threads while the model's ``load_weights`` goes on in its own.
+"""Copies that go on in threads while the model's ``load_weights`` goes on in its own.
 
-Walking a model and slicing its parameters is Python's work; combining bytes is not, and holds no lock. So
-``copy_`` of a lazy tensor only hands its pieces over. Whoever looks at a parameter must wait first
-(:meth:`Background.wait`): while a model loads, :class:`~expo_serve.weights.coverage.WriteTracker` sees every
-operation and does that.
+Walking a model and slicing its parameters is Python's work; reading and combining bytes is not, and holds no lock. So
+``copy_`` of a lazy tensor only hands its blocks over, in the checkpoint's order, and the threads read ahead of whoever
+waits for them. Whoever looks at a parameter must wait first (:meth:`Background.wait`): while a model loads,
+:class:`~expo_serve.weights.coverage.WriteTracker` sees every operation and does that.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
+import threading
+import time
+from bisect import bisect_left, insort
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 
-MAX_THREADS = 4
-"""More do not help: a few cores fill the memory's bandwidth."""
-_MAX_PENDING = 64
+from expo_serve.weights.elements import span
 
+MAX_THREADS = 4
+"""More do not help where the page cache or a disk is read: a few cores fill the memory's bandwidth."""
+NETWORK_THREADS = 8
+"""Where each read is a journey, more of them have to be under way; each holds two pieces of memory."""
+PENDING_BYTES = 256 << 20
+"""How much may be handed over and not done. It costs no memory; it keeps an error near its cause."""
+_JOIN_SECONDS = 5.0
 
 Task = Callable[[], None]
 Run = Callable[[torch.Tensor, Task], None]
@@ -31,77 +39,131 @@ def run_now(dest: torch.Tensor, task: Task) -> None:
     task()
 
 
+@dataclass(slots=True)
+class _Handed:
+    """One task, and the addresses between which it writes."""
+
+    start: int
+    end: int
+    task: Task
+    failure: BaseException | None = None
+
+
 class Background:
     """Runs tasks that write into a model's parameters, in threads between entering and leaving the context.
 
     Two tasks that may write to the same place run in the order in which they came. A task runs at once where no
     thread can help or nobody would wait: outside of the context, on a machine with one core, for tensors that are
     not on the CPU or no parameter's.
+
+    Args:
+        model: whose parameters are written.
+        threads: how many; by default as many as help on this machine.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, threads: int | None = None) -> None:
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[tuple[int, int, Future[None]]] = deque()
+        self._wanted = default_threads() if threads is None else threads
+        self._threads: list[threading.Thread] = []
+        self._todo: SimpleQueue[_Handed | None] = SimpleQueue()
+        self._done: SimpleQueue[_Handed] = SimpleQueue()
+        self._pending: list[tuple[int, int]] = []
+        """What is being written: from and to, sorted; no two overlap."""
+        self._pending_bytes = 0
         self._failure: BaseException | None = None
+        self._ended = False
 
     def __enter__(self) -> Background:
-        threads = min(MAX_THREADS, os.cpu_count() or 1)
-        if threads > 1:
-            self._pool = ThreadPoolExecutor(threads, "expo-write", initializer=_leave_core)
+        if self._wanted > 1:
+            self._torch_threads = torch.get_num_threads()
+            for number in range(self._wanted):
+                # Daemons: a read that hangs in the kernel must not keep a process that has failed alive.
+                thread = threading.Thread(target=self._work, name=f"expo-{number}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads to be had: those that run do it
+                    break
+                self._threads.append(thread)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = None
-        self._pending.clear()
+        self._ended = True
+        for _thread in self._threads:
+            self._todo.put(None)
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._threads:
+            torch.set_num_threads(self._torch_threads)  # the threads' own setting is the default of later ones
+        self._threads = []
 
     def run(self, dest: torch.Tensor, task: Task) -> None:
         """Do ``task``, which writes into ``dest`` only, now or soon.
 
         Raises:
-            Exception: what this task, or one handed over before, has raised.
+            BaseException: what this task, or one handed over before, has raised.
         """
-        if not self._pool or dest.device.type != "cpu" or dest.untyped_storage().data_ptr() not in self._storages:
+        if not self._threads or dest.device.type != "cpu" or dest.untyped_storage().data_ptr() not in self._storages:
             task()
             return
-        start, end = _extent(dest)
-        if any(start < other_end and other_start < end for other_start, other_end, _ in self._pending):
+        self.hand_over(dest, task)
+
+    def hand_over(self, dest: torch.Tensor, task: Task) -> None:
+        """Do ``task`` soon, whatever ``dest`` is; whoever looks at it calls :meth:`wait`.
+
+        Raises:
+            BaseException: what a task handed over before has raised.
+        """
+        start = dest.data_ptr()
+        end = start + span(tuple(dest.shape), dest.stride()) * dest.element_size()
+        if self._is_being_written(start, end):
             self.wait()
-        while len(self._pending) >= _MAX_PENDING:
+        while self._pending and self._pending_bytes + end - start > PENDING_BYTES:
             self._finish_one()
-        self._pending.append((start, end, self._pool.submit(task)))
+        insort(self._pending, (start, end))
+        self._pending_bytes += end - start
+        self._todo.put(_Handed(start, end, task))
 
     def wait(self) -> None:
         """Wait until all that was handed over is written.
 
         Raises:
-            Exception: what the first task that failed has raised.
+            BaseException: what the first task that failed has raised.
         """
         while self._pending:
             self._finish_one()
         if self._failure:
             raise self._failure
 
+    def _is_being_written(self, start: int, end: int) -> bool:
+        """Of the tasks that begin before ``end``, the last one reaches farthest, since no two overlap."""
+        index = bisect_left(self._pending, (end,))
+        return index > 0 and self._pending[index - 1][1] > start
+
     def _finish_one(self) -> None:
         """A failure stays: whoever catches it on its way may not know what it means."""
-        failure = self._pending.popleft()[2].exception()
-        self._failure = self._failure or failure
+        done = self._done.get()
+        self._pending.remove((done.start, done.end))
+        self._pending_bytes -= done.end - done.start
+        self._failure = self._failure or done.failure
         if self._failure:
             raise self._failure
 
+    def _work(self) -> None:
+        _leave_core()
+        torch.set_num_threads(1)  # each thread computes alone; teams of teams would fight for the cores
+        while (handed := self._todo.get()) is not None:
+            try:
+                if not self._ended and not self._failure:
+                    handed.task()
+            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+                handed.failure = error
+            self._done.put(handed)
 
-def span(tensor: torch.Tensor) -> int:
-    """Elements of the storage from a tensor's first to its last; 0 for a tensor without any."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor's elements lie."""
-    return tensor.data_ptr(), int(tensor.data_ptr() + span(tensor) * tensor.element_size())
+def default_threads(on_network: bool = False) -> int:
+    """How many threads load best: one a core, but for a few on a large machine, and more where reads have far to go."""
+    return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
 
 
 def _leave_core() -> None:

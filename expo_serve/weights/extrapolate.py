@@ -10,13 +10,14 @@ and could overflow on the way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
-PIECE_ELEMENTS = 1 << 20
-"""Elements combined at a time: 2 MB an operand in bf16. Smaller pieces stay nearer in the cache, but cost more
-calls; 2**18 and 2**22 both took longer (loads of 1.1 B parameters, one and two threads)."""
+from expo_serve.weights.fused import fused
+
+Side = Literal["base", "aligned"]
 
 
 class NotFiniteError(ArithmeticError):
@@ -24,7 +25,7 @@ class NotFiniteError(ArithmeticError):
 
 
 def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> None:
-    """Write the result into ``dest``, piece by piece.
+    """Write the result into ``dest``.
 
     Args:
         dest: any device, dtype and strides. When its dtype is not that of ``aligned``, the rounded
@@ -36,56 +37,65 @@ def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: tor
     Raises:
         NotFiniteError: a value of an operand that is used, or of the result, is NaN or Inf.
     """
-    used = operands_used(base, aligned, alpha)
+    sides = {"aligned": aligned} if base is None else {"base": base, "aligned": aligned}
+    used = {side: sides[side] for side in sides_used(base is not None, alpha)}
     with torch.no_grad():
-        for out, *sides in pieces(dest, *used.values()):
-            if len(sides) == 1:
-                _copy(out, sides[0], aligned.dtype, *used)
-            else:
-                _lerp(out, sides[0], sides[1], 1 + alpha)
+        combine_into(dest, used, aligned.dtype, alpha)
 
 
-def operands_used(base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
-    """What is read for a result, by side: ``base`` before ``aligned``, or the one whose bits are copied."""
-    if base is None or alpha == 0:
-        return {"aligned": aligned}
-    return {"base": base} if alpha == -1 else {"base": base, "aligned": aligned}
+def sides_used(has_base: bool, alpha: float) -> tuple[Side, ...]:
+    """What is read for a result: both sides, ``base`` first, or the one whose bits are copied."""
+    if not has_base or alpha == 0:
+        return ("aligned",)
+    return ("base",) if alpha == -1 else ("base", "aligned")
 
 
-def pieces(*tensors: torch.Tensor, limit: int = PIECE_ELEMENTS) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors of one shape into matching views of at most ``limit`` elements each."""
-    first = tensors[0]
-    if first.numel() <= limit:
-        yield tensors
-    elif all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(torch.split(tensor.view(-1), limit) for tensor in tensors), strict=True)
-    elif (row := first.numel() // first.shape[0]) > limit:
-        for rows in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
-            yield from pieces(*rows, limit=limit)
+def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float) -> None:
+    """Write the result of the sides that :func:`sides_used` names into ``dest``; see :func:`extrapolate_into`.
+
+    Args:
+        dest: where it goes.
+        operands: by side.
+        dtype: the aligned tensor's, which the result is rounded to.
+        alpha: finite.
+
+    Raises:
+        NotFiniteError: a value of an operand, or of the result, is NaN or Inf.
+    """
+    if len(operands) == 1:
+        _copy(dest, operands, dtype)
     else:
-        yield from zip(*(torch.split(tensor, limit // row) for tensor in tensors), strict=True)
+        _lerp(dest, operands["base"], operands["aligned"], dtype, 1 + alpha)
 
 
-def _copy(out: torch.Tensor, side: torch.Tensor, dtype: torch.dtype, name: str) -> None:
-    value = side.to(dtype)
-    _check_finite(value, **{name: side})
+def _copy(out: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype) -> None:
+    value = next(iter(operands.values())).to(dtype)
+    _check_finite(value, operands)
     out.copy_(value)
 
 
-def _lerp(out: torch.Tensor, base: torch.Tensor, aligned: torch.Tensor, weight: float) -> None:
-    base, aligned = base.to(out.device), aligned.to(out.device)
+def _lerp(out: torch.Tensor, base: torch.Tensor, aligned: torch.Tensor, dtype: torch.dtype, weight: float) -> None:
+    operands: dict[Side, torch.Tensor] = {"base": base, "aligned": aligned}
     if base.dtype == aligned.dtype == out.dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
+        if out.dtype == torch.bfloat16 and _are_plain(out, base, aligned):
+            combine = fused()
+            if combine and combine(base, aligned, out, weight):
+                return
         torch.lerp(base, aligned, weight, out=out)
-        _check_finite(out, base=base, aligned=aligned)
+        _check_finite(out, operands)
         return
     wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    value = torch.lerp(base.to(wide), aligned.to(wide), weight).to(aligned.dtype)
-    _check_finite(value, base=base, aligned=aligned)
+    value = torch.lerp(base.to(wide), aligned.to(wide), weight).to(dtype)
+    _check_finite(value, operands)
     out.copy_(value)
 
 
-def _check_finite(value: torch.Tensor, **operands: torch.Tensor) -> None:
+def _are_plain(*tensors: torch.Tensor) -> bool:
+    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+
+
+def _check_finite(value: torch.Tensor, operands: Mapping[Side, torch.Tensor]) -> None:
     """A finite sum proves finite terms at a fraction of the price of looking at each; a sum that is
     not finite proves nothing (it may have overflowed), so then each is looked at."""
     if not value.is_floating_point() or math.isfinite(value.sum().item()):

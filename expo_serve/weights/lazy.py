@@ -20,14 +20,21 @@ from torch.utils._pytree import tree_map_only
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
-from expo_serve.weights.background import Run, run_now, span
-from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into, operands_used, pieces
+from expo_serve.weights.background import Run, run_now
+from expo_serve.weights.elements import Elements, cut
+from expo_serve.weights.extrapolate import NotFiniteError, Side, combine_into, sides_used
+from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 from expo_serve.weights.names import is_leftover
 from expo_serve.weights.pair import PlannedTensor
-from expo_serve.weights.reader import Reader
+from expo_serve.weights.reader import PIECE_BYTES, Reader
 from expo_serve.weights.tally import Tally
 
 _aten = torch.ops.aten
+
+
+BLOCK_BYTES = 4 << 20
+"""Handed to a thread at a time: large enough that handing over costs nothing, small enough that the threads go through
+the files side by side, and end together."""
 
 
 class Operands:
@@ -40,9 +47,15 @@ class Operands:
         self.planned = planned
         self.tally = tally
         self._run = run
-        self.aligned = reader.tensor(planned.aligned)
-        self.base = reader.tensor(planned.base) if planned.base else None
+        self._reader = reader
+        self._records: dict[Side, TensorRecord] = {"aligned": planned.aligned}
+        if planned.base:
+            self._records["base"] = planned.base
+        for record in self._records.values():
+            reader.check(record)
+        self.whole = reader.whole(planned.aligned)
         self.value: torch.Tensor | None = None
+        self._is_leftover = is_leftover(planned.aligned)  # a mask may be minus infinity
 
     def clone(self) -> Operands:
         """The same elements, to be written into apart."""
@@ -56,56 +69,58 @@ class Operands:
         Args:
             dest: where they go.
             view: which elements.
-            run: how each piece is done; by default as for all of the load.
+            run: how each block is done; by default as for all of the load.
 
         Raises:
             ValuesError: one of them is not finite.
+            CheckpointError: a file cannot be read.
         """
         run = run or self._run
         if (value := self.value) is not None:
             run(dest, lambda: _copy_plain(dest, _select(value, view)))
             return
-        for out, part, has_base in self._by_base_rows(dest, view):
-            self._write_part(out, part, has_base, run)
+        block = BLOCK_BYTES // self.whole.element_size()
+        for part, elements, has_base in self._by_base_rows(dest, Elements.of(view)):
+            sides = sides_used(has_base and not self._is_leftover, self.planned.alpha)
+            for out, chosen in cut(part, elements, block):
+                run(out, partial(self._fill, out, chosen, sides))
 
-    def _by_base_rows(
-        self, dest: torch.Tensor, view: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    def _by_base_rows(self, dest: torch.Tensor, elements: Elements) -> Iterator[tuple[torch.Tensor, Elements, bool]]:
         """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
 
         Both sides are row-major with rows of one size, so an element has a partner in base exactly
         when its index lies below base's number of elements.
         """
-        end = self.base.numel() if self.base is not None else 0
-        start = view.storage_offset()
-        if start >= end or _end(view) <= end:
-            yield dest, view, start < end
+        end = self.planned.base.numel if self.planned.base else 0
+        start = elements.offset
+        if start >= end or elements.end <= end:
+            yield dest, elements, start < end
             return
-        dim = max(range(view.dim()), key=view.stride)
-        size, stride = view.shape[dim], view.stride(dim)
-        slice_end = _end(view.select(dim, 0))
-        below = min(size, max(0, (end - slice_end) // stride + 1))
+        dim = elements.outer_dim()
+        size, stride = elements.shape[dim], elements.stride[dim]
+        below = min(size, max(0, (end - elements.select(dim, 0).end) // stride + 1))
         above = min(size, -((start - end) // stride))
-        yield dest.narrow(dim, 0, below), view.narrow(dim, 0, below), True
+        yield dest.narrow(dim, 0, below), elements.narrow(dim, 0, below), True
         for row in range(below, above):  # slices that straddle the cut: none for views along rows
-            yield from self._by_base_rows(dest.select(dim, row), view.select(dim, row))
-        yield dest.narrow(dim, above, size - above), view.narrow(dim, above, size - above), False
+            yield from self._by_base_rows(dest.select(dim, row), elements.select(dim, row))
+        yield dest.narrow(dim, above, size - above), elements.narrow(dim, above, size - above), False
 
-    def _write_part(self, dest: torch.Tensor, view: torch.Tensor, has_base: bool, run: Run) -> None:
-        base = _select(self.base, view) if has_base and self.base is not None else None
-        aligned = _select(self.aligned, view)
-        for side, operand in operands_used(base, aligned, self.planned.alpha).items():
-            self.tally.read_bytes[side] += operand.nbytes
-        sides = (aligned,) if base is None else (aligned, base)
-        for out, *operands in pieces(dest, *sides):
-            run(out, partial(self._combine, out, *operands))
+    def _fill(self, dest: torch.Tensor, elements: Elements, sides: tuple[Side, ...]) -> None:
+        """Read and combine piece by piece, so that every byte is still in the cache when it is combined."""
+        widest = max(DTYPE_BYTES[self._records[side].dtype] for side in sides)
+        with torch.no_grad():
+            for out, piece in cut(dest, elements, PIECE_BYTES // widest):
+                operands = {side: self._reader.read(self._records[side], piece, side) for side in sides}
+                self._combine(out, operands)
+        for side in sides:
+            self.tally.add_read(side, elements.numel * DTYPE_BYTES[self._records[side].dtype])
 
-    def _combine(self, dest: torch.Tensor, aligned: torch.Tensor, base: torch.Tensor | None = None) -> None:
-        if is_leftover(self.planned.aligned):  # a mask may be minus infinity
-            _copy_plain(dest, aligned)
+    def _combine(self, dest: torch.Tensor, operands: dict[Side, torch.Tensor]) -> None:
+        if self._is_leftover:
+            _copy_plain(dest, operands["aligned"])
             return
         try:
-            extrapolate_into(dest, base, aligned, self.planned.alpha)
+            combine_into(dest, operands, self.whole.dtype, self.planned.alpha)
         except NotFiniteError as error:
             raise self._values_error(str(error)) from None
 
@@ -131,7 +146,7 @@ class Operands:
     def keep(self) -> torch.Tensor:
         """Make the whole tensor real, for an operation that writes into it."""
         if self.value is None:
-            self.value = self.materialize(torch.empty_like(self.aligned, device="meta"))
+            self.value = self.materialize(self.whole)
         return self.value
 
 
@@ -142,11 +157,6 @@ def _copy_plain(dest: torch.Tensor, value: torch.Tensor) -> None:
 
 def _select(whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return whole.as_strided(view.size(), view.stride(), whole.storage_offset() + view.storage_offset())
-
-
-def _end(view: torch.Tensor) -> int:
-    """One past the last element that a view selects."""
-    return int(view.storage_offset()) + span(view)
 
 
 class LazyTensor(torch.Tensor):
@@ -216,7 +226,7 @@ class LazyTensor(torch.Tensor):
 def _clones_layout(lazy: LazyTensor, kwargs: dict[str, Any]) -> bool:
     """Whether a clone has the strides and offset of what it is made from: so for a whole tensor, whatever its order."""
     preserves = kwargs.get("memory_format") in (None, torch.preserve_format)
-    is_whole = lazy.numel() == lazy._operands.aligned.numel()
+    is_whole = lazy.numel() == lazy._operands.whole.numel()
     return preserves and is_whole and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
 
 
@@ -276,4 +286,4 @@ def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally, run: Run =
         run: how the pieces of a copy are done; :meth:`Background.run` does them in threads.
     """
     operands = Operands(planned, reader, tally, run)
-    return LazyTensor(operands, torch.empty_like(operands.aligned, device="meta"))
+    return LazyTensor(operands, operands.whole)

@@ -27,9 +27,9 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
     return plan_pair(_open("base", config, hub), _open("aligned", config, hub), config)
 
 
-def pin(config: ExpoConfig, plan: Plan, started: float | None) -> ExpoConfig:
+def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:
     """The configuration for the workers: the very versions that were checked."""
-    pinned = Pinned(base=plan.base.source, aligned=plan.aligned.source, started=started)
+    pinned = Pinned(base=plan.base.source, aligned=plan.aligned.source, started=started, on_terminal=on_terminal)
     return config.model_copy(update={"pinned": pinned})
 
 

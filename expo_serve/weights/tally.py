@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -18,6 +19,13 @@ class Tally:
     kinds: dict[str, Kind] = field(default_factory=dict)
     """By tensor: combined straight into the parameter, combined first because the model asked for
     values, or taken over."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_read(self, side: str, count: int) -> None:
+        """Count bytes that were read of a side; from any thread."""
+        with self._lock:
+            self.read_bytes[side] += count
 
     def note(self, name: str, kind: Kind) -> None:
         """Remember how a tensor went; once materialised, it counts so."""

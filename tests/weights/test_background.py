@@ -64,11 +64,15 @@ def test_an_error_comes_out_of_wait(model: torch.nn.Linear, background: Backgrou
             background.wait()
 
 
-def test_many_tasks_are_bounded_and_all_done(model: torch.nn.Linear, background: Background) -> None:
+def test_bytes_handed_over_are_bounded_and_all_done(
+    model: torch.nn.Linear, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[int] = []
+    row_bytes = model.weight.data[0].nbytes
+    monkeypatch.setattr(module, "PENDING_BYTES", 7 * row_bytes)
     for row in range(128):
         background.run(model.weight.data[row], lambda row=row: done.append(row))  # type: ignore[misc]
-        assert len(background._pending) <= module._MAX_PENDING
+        assert background._pending_bytes == len(background._pending) * row_bytes <= 7 * row_bytes
     background.wait()
     assert sorted(done) == list(range(128))
 

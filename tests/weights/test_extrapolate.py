@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_serve.weights.extrapolate import PIECE_ELEMENTS, NotFiniteError, extrapolate_into, pieces
+from expo_serve.weights.elements import Elements, cut
+from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.reader import PIECE_BYTES
 from tests.models.raw import same_bits
 
+PIECE_ELEMENTS = PIECE_BYTES // 2
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.7, 1e-7, -3.0, 20.0]
 
@@ -97,6 +101,12 @@ def test_pieces_and_strides_never_change_a_bit(
         assert dest.numel() <= limit
         extrapolate_into(dest, one, other, 0.5)
     assert same_bits(out, expected)
+
+
+def pieces(dest: torch.Tensor, *sides: torch.Tensor, limit: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Matching pieces of a destination and of operands with strides of one kind."""
+    for out, piece in cut(dest, Elements.of(sides[0]), limit):
+        yield out, *(side.as_strided(piece.shape, piece.stride, piece.offset) for side in sides)
 
 
 def _scalars(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
