@@ -31,6 +31,7 @@ from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
 from expo_serve.weights.reader import Activity, Reader
 from expo_serve.weights.source import HubAccess
+from expo_serve.weights.staging import Stages
 from expo_serve.weights.storage import is_on_network
 from expo_serve.weights.tally import Tally
 
@@ -58,6 +59,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._tally = Tally()
         self._shows_progress = bool(load_config.use_tqdm_on_load)
         self._run: Run = run_now
+        self._stages: Stages | None = None
         self._activity = Activity()
         self._shown: LoadProgress | None = None
         self._given: list[str] = []
@@ -105,17 +107,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._tally = Tally()
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        with (
-            self._show(plan) as self._shown,
-            Background(model, _threads(plan)) as background,
-            WriteTracker(model, background.wait) as tracker,
-        ):
-            self._run = background.run
-            try:
-                super().load_weights(model, model_config)
-                background.wait()
-            finally:
-                self._run, self._shown = run_now, None
+        tracker = self._load_lazily(model, model_config, plan)
         account.unfilled = check_written(model, tracker, model_config.runner_type, self._dropped())
         if account.unfilled:
             names = ", ".join(account.unfilled)
@@ -125,6 +117,24 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         report = self._report(model, account)
         if not account.late:
             logger.info("%s", report.line())
+
+    def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> WriteTracker:
+        """Let vLLM load, while lazy tensors are copied by threads or onto devices; returns who saw the writes."""
+        with self._show(plan) as shown, Background(model, _threads(plan)) as background, Stages() as stages:
+
+            def settle() -> None:
+                background.wait()
+                stages.wait()
+
+            self._shown, self._run, self._stages = shown, background.run, stages
+            tracker = WriteTracker(model, settle)
+            try:
+                with tracker:
+                    super().load_weights(model, model_config)
+                    settle()
+            finally:
+                self._shown, self._run, self._stages = None, run_now, None
+        return tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor that vLLM would read of the aligned checkpoint, lazily extrapolated.
@@ -141,7 +151,8 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         reader = Reader(self._activity)
         with unwatched():
             self._given = self._names_to_read(plan, model)
-            lazies = [lazy_tensor(plan.tensors[name], reader, self._tally, self._run) for name in self._given]
+            tensors = (plan.tensors[name] for name in self._given)
+            lazies = [lazy_tensor(tensor, reader, self._tally, self._run, self._stages) for tensor in tensors]
         for name, lazy in zip(self._given, lazies, strict=True):
             yield name, lazy
             if self._shown:

@@ -150,7 +150,7 @@ class Background:
             raise self._failure
 
     def _work(self) -> None:
-        _leave_core()
+        leave_core()
         torch.set_num_threads(1)  # each thread computes alone; teams of teams would fight for the cores
         while (handed := self._todo.get()) is not None:
             try:
@@ -166,7 +166,7 @@ def default_threads(on_network: bool = False) -> int:
     return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
 
 
-def _leave_core() -> None:
+def leave_core() -> None:
     """vLLM's CPU worker is pinned to its cores, often one; the threads of a load may use the others meanwhile."""
     with suppress(AttributeError, OSError):  # not Linux, or not allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # this thread's; the kernel keeps to the cgroup's set

@@ -62,33 +62,39 @@ def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtyp
     Raises:
         NotFiniteError: a value of an operand, or of the result, is NaN or Inf.
     """
-    if len(operands) == 1:
-        _copy(dest, operands, dtype)
-    else:
-        _lerp(dest, operands["base"], operands["aligned"], dtype, 1 + alpha)
-
-
-def _copy(out: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype) -> None:
-    value = next(iter(operands.values())).to(dtype)
-    _check_finite(value, operands)
-    out.copy_(value)
-
-
-def _lerp(out: torch.Tensor, base: torch.Tensor, aligned: torch.Tensor, dtype: torch.dtype, weight: float) -> None:
-    operands: dict[Side, torch.Tensor] = {"base": base, "aligned": aligned}
-    if base.dtype == aligned.dtype == out.dtype:
-        # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
-        if out.dtype == torch.bfloat16 and _are_plain(out, base, aligned):
-            combine = fused()
-            if combine and combine(base, aligned, out, weight):
-                return
-        torch.lerp(base, aligned, weight, out=out)
-        _check_finite(out, operands)
+    if dest.dtype == torch.bfloat16 and len(operands) == 2 and _combined_at_once(dest, operands, 1 + alpha):
         return
-    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    value = torch.lerp(base.to(wide), aligned.to(wide), weight).to(dtype)
-    _check_finite(value, operands)
-    out.copy_(value)
+    _check_finite(combine_unchecked(dest, operands, dtype, alpha), operands)
+
+
+def combine_unchecked(
+    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float
+) -> torch.Tensor:
+    """Write the result into ``dest`` whatever it is; see :func:`combine_into`.
+
+    Returns:
+        The result before it was cast to the dtype of ``dest``: what must be finite.
+    """
+    base, aligned = operands.get("base"), operands.get("aligned")
+    if base is None or aligned is None:
+        value = next(iter(operands.values())).to(dtype)
+    elif base.dtype == aligned.dtype == dest.dtype:
+        # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
+        return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
+    else:
+        wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
+        value = torch.lerp(base.to(wide), aligned.to(wide), 1 + alpha).to(dtype)
+    dest.copy_(value)
+    return value
+
+
+def _combined_at_once(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], weight: float) -> bool:
+    """Combine and check in one pass where that is possible and all is finite."""
+    base, aligned = operands["base"], operands["aligned"]
+    if base.dtype != dest.dtype or aligned.dtype != dest.dtype or not _are_plain(dest, base, aligned):
+        return False
+    combine = fused()
+    return combine is not None and combine(base, aligned, dest, weight)
 
 
 def _are_plain(*tensors: torch.Tensor) -> bool:

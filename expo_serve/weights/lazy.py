@@ -22,11 +22,13 @@ from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
 from expo_serve.weights.background import Run, run_now
 from expo_serve.weights.elements import Elements, cut
-from expo_serve.weights.extrapolate import NotFiniteError, Side, combine_into, sides_used
+from expo_serve.weights.extrapolate import Side, sides_used
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
+from expo_serve.weights.job import Job, fill_here
 from expo_serve.weights.names import is_leftover
 from expo_serve.weights.pair import PlannedTensor
-from expo_serve.weights.reader import PIECE_BYTES, Reader
+from expo_serve.weights.reader import Reader
+from expo_serve.weights.staging import Stages
 from expo_serve.weights.tally import Tally
 
 _aten = torch.ops.aten
@@ -43,10 +45,11 @@ class Operands:
     ``value`` is None until an operation writes into the lazy tensor; from then on it is the tensor.
     """
 
-    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally, run: Run) -> None:
+    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally, run: Run, stages: Stages | None) -> None:
         self.planned = planned
         self.tally = tally
         self._run = run
+        self._stages = stages
         self._reader = reader
         self._records: dict[Side, TensorRecord] = {"aligned": planned.aligned}
         if planned.base:
@@ -106,23 +109,13 @@ class Operands:
         yield dest.narrow(dim, above, size - above), elements.narrow(dim, above, size - above), False
 
     def _fill(self, dest: torch.Tensor, elements: Elements, sides: tuple[Side, ...]) -> None:
-        """Read and combine piece by piece, so that every byte is still in the cache when it is combined."""
-        widest = max(DTYPE_BYTES[self._records[side].dtype] for side in sides)
-        with torch.no_grad():
-            for out, piece in cut(dest, elements, PIECE_BYTES // widest):
-                operands = {side: self._reader.read(self._records[side], piece, side) for side in sides}
-                self._combine(out, operands)
-        for side in sides:
-            self.tally.add_read(side, elements.numel * DTYPE_BYTES[self._records[side].dtype])
-
-    def _combine(self, dest: torch.Tensor, operands: dict[Side, torch.Tensor]) -> None:
-        if self._is_leftover:
-            _copy_plain(dest, operands["aligned"])
-            return
-        try:
-            combine_into(dest, operands, self.whole.dtype, self.planned.alpha)
-        except NotFiniteError as error:
-            raise self._values_error(str(error)) from None
+        records = {side: self._records[side] for side in sides}
+        fail = None if self._is_leftover else self._values_error
+        job = Job(self._reader, records, self.whole.dtype, self.planned.alpha, fail)
+        stage = self._stages.onto(dest.device) if self._stages else None
+        (stage.fill if stage else fill_here)(dest, elements, job)
+        for side, record in records.items():
+            self.tally.add_read(side, elements.numel * DTYPE_BYTES[record.dtype])
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned
@@ -276,7 +269,9 @@ def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return args[0] if written[0] and isinstance(args[0], LazyTensor) else result
 
 
-def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally, run: Run = run_now) -> LazyTensor:
+def lazy_tensor(
+    planned: PlannedTensor, reader: Reader, tally: Tally, run: Run = run_now, stages: Stages | None = None
+) -> LazyTensor:
     """The tensor that a loader yields for one planned tensor.
 
     Args:
@@ -284,6 +279,7 @@ def lazy_tensor(planned: PlannedTensor, reader: Reader, tally: Tally, run: Run =
         reader: opens its files.
         tally: counts what goes through.
         run: how the pieces of a copy are done; :meth:`Background.run` does them in threads.
+        stages: the ways onto other devices; without them results are made here and copied.
     """
-    operands = Operands(planned, reader, tally, run)
+    operands = Operands(planned, reader, tally, run, stages)
     return LazyTensor(operands, operands.whole)
