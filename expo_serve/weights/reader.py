@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expo_serve.errors import CheckpointError
+from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.weights.elements import Elements, span
 from expo_serve.weights.header import TensorRecord
 
@@ -133,11 +133,12 @@ class Reader:
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
+            LoadError: there is no memory for the buffer.
         """
         size = elements.numel * _DTYPES[record.dtype].itemsize
         buffer: Buffer | None = getattr(self._scratch, slot, None)
         if buffer is None or len(buffer.bytes) < size:
-            buffer = Buffer(torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8))
+            buffer = Buffer(_allocate(max(size, PIECE_BYTES), record))
             setattr(self._scratch, slot, buffer)
         return self.read_into(record, elements, buffer)
 
@@ -162,9 +163,9 @@ class Reader:
         layout = _Layout.of(elements)
         values = buffer.values(dtype, layout.shape)
         if layout.is_scattered:  # single elements near each other: what lies between them is read too
-            around = torch.empty(elements.end - elements.offset, dtype=dtype)
-            self._read_runs(record, [elements.offset], _bytes(around.view(torch.uint8)))
-            values.copy_(around.as_strided(layout.shape, layout.stride))
+            around = _allocate((elements.end - elements.offset) * dtype.itemsize, record)
+            self._read_runs(record, [elements.offset], _bytes(around))
+            values.copy_(around.view(dtype).as_strided(layout.shape, layout.stride))
         else:
             self._read_runs(record, layout.run_starts(elements.offset), buffer.bytes[: values.nbytes])
         return values.permute(layout.places).expand(shape)
@@ -244,6 +245,13 @@ def _read_exactly(file: int, memory: memoryview, offset: int) -> None:
         if not (count := os.preadv(file, [memory[:_READ_BYTES]], offset)):
             raise EOFError
         memory, offset = memory[count:], offset + count
+
+
+def _allocate(size: int, record: TensorRecord) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError:
+        raise LoadError(f"no memory to read {record.file}: {size} bytes were refused; give the process more") from None
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:
