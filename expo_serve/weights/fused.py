@@ -2,20 +2,18 @@
 
 torch does this in two passes (lerp, then a sum that shows whether all is finite) at 7 GB/s of result a core, and that
 is what would bound a load from a warm page cache; this loop does 12 (two AVX-512 cores of an AMD EPYC, operands in
-cache). It is LLVM's IR, compiled for the processor at hand in some 50 ms by llvmlite, which comes with vLLM. The bits
-must be those of :func:`torch.lerp`: where a probe shows others, where llvmlite is missing or cannot compile,
+cache). The bits must be those of :func:`torch.lerp`: where a probe shows others, or where the loop cannot be compiled,
 torch itself is used.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
+
+from expo_serve.weights.native import compiled, once
 
 # The rounding is torch's: to the nearest, ties to even, by adding 0x7fff and the last bit that stays. 0x7f80 is the
 # exponent of Inf and NaN: adding 0x0080 to the exponent alone sets the sign bit for no other, and `or` keeps it.
@@ -68,56 +66,27 @@ Combine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], bool]
 """Takes base, aligned, where to (contiguous bf16 tensors of one size on the CPU) and 1 + alpha; says whether all of
 the result is finite."""
 
-_lock = threading.Lock()
+_POINTER = ctypes.c_void_p
+_SIGNATURE = ctypes.CFUNCTYPE(
+    ctypes.c_bool, _POINTER, _POINTER, _POINTER, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+)
 
 
+@once
 def fused() -> Combine | None:
     """The compiled loop, or None where torch has to do it; compiled once in a process."""
-    with _lock:  # a second caller waits instead of compiling too
-        return _probed()
-
-
-@cache
-def _probed() -> Combine | None:
-    try:
-        combine = _compile()
-    except (ImportError, OSError, RuntimeError):
+    loop = compiled(_IR, "combine", _SIGNATURE)
+    if loop is None:
         return None
-    return combine if _agrees_with_torch(combine) else None
 
-
-def _compile() -> Combine:
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(_IR)
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    signature = ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer, pointer, size, ctypes.c_float, ctypes.c_bool)
-    return _Loop(engine, signature(engine.get_function_address("combine")))
-
-
-class _Loop:
-    """The machine code, and the engine that owns its memory. Calls hold no lock of Python's."""
-
-    def __init__(self, engine: Any, function: Callable[..., bool]) -> None:
-        self._engine = engine
-        self._function = function
-
-    def __call__(self, base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor, weight: float) -> bool:
+    def combine(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor, weight: float) -> bool:
         # torch's lerp starts from the nearer side, so that weights 0 and 1 give that side's value.
         weight = ctypes.c_float(weight).value
         from_aligned = abs(weight) >= 0.5
         step = ctypes.c_float(weight - 1).value if from_aligned else weight
-        pointers = base.data_ptr(), aligned.data_ptr(), out.data_ptr()
-        return not self._function(*pointers, out.numel(), step, from_aligned)
+        return not loop(base.data_ptr(), aligned.data_ptr(), out.data_ptr(), out.numel(), step, from_aligned)
+
+    return combine if _agrees_with_torch(combine) else None
 
 
 def _agrees_with_torch(combine: Combine) -> bool:

@@ -28,12 +28,11 @@ import torch
 
 from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.weights.elements import Elements, span
-from expo_serve.weights.header import TensorRecord
+from expo_serve.weights.gather import Offsets, read_runs
+from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 
 PIECE_BYTES = 2 << 20
 """Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
-_READ_BYTES = 1 << 20
-"""Asked for at a time."""
 
 _MAX_SPREAD = 8
 """Bytes read for each byte wanted, at most, where single elements lie apart."""
@@ -158,26 +157,24 @@ class Reader:
         """
         dtype, shape = _DTYPES[record.dtype], elements.shape
         if elements.is_contiguous:
-            self._read_runs(record, [elements.offset], buffer.bytes[: elements.numel * dtype.itemsize])
+            self._read_runs(record, np.array([elements.offset]), buffer.bytes[: elements.numel * dtype.itemsize])
             return buffer.values(dtype, shape)
         layout = _Layout.of(elements)
         values = buffer.values(dtype, layout.shape)
         if layout.is_scattered:  # single elements near each other: what lies between them is read too
             around = _allocate((elements.end - elements.offset) * dtype.itemsize, record)
-            self._read_runs(record, [elements.offset], _bytes(around))
+            self._read_runs(record, np.array([elements.offset]), _bytes(around))
             values.copy_(around.view(dtype).as_strided(layout.shape, layout.stride))
         else:
             self._read_runs(record, layout.run_starts(elements.offset), buffer.bytes[: values.nbytes])
         return values.permute(layout.places).expand(shape)
 
-    def _read_runs(self, record: TensorRecord, starts: list[int], memory: memoryview) -> None:
+    def _read_runs(self, record: TensorRecord, starts: Offsets, memory: memoryview) -> None:
         """Read runs of one length, beginning at these elements of the tensor, one behind the other into memory."""
-        item, size = _DTYPES[record.dtype].itemsize, len(memory) // len(starts)
         file, thread = self._descriptor(record.file), threading.get_ident()
         self.activity.reading[thread] = (record.file, time.monotonic())
         try:
-            for place, start in enumerate(starts):
-                _read_exactly(file, memory[place * size : (place + 1) * size], record.offset + start * item)
+            read_runs(file, memory, record.offset + starts * DTYPE_BYTES[record.dtype])
         except EOFError:
             raise _cut(record) from None
         except OSError as error:
@@ -222,7 +219,7 @@ class _Layout:
         """Whether single elements lie apart, but not so far that reading all between them would cost more."""
         return self.run == 1 and span(self.shape, self.stride) <= _MAX_SPREAD * math.prod(self.shape)
 
-    def run_starts(self, offset: int) -> list[int]:
+    def run_starts(self, offset: int) -> Offsets:
         """Where each run begins, the first at ``offset``, in elements."""
         starts, length = np.array([offset]), math.prod(self.shape)
         for size, step in zip(self.shape, self.stride, strict=True):
@@ -230,21 +227,7 @@ class _Layout:
                 break
             starts = (starts[:, None] + np.arange(size) * step).reshape(-1)
             length //= size
-        result: list[int] = starts.tolist()
-        return result
-
-
-def _read_exactly(file: int, memory: memoryview, offset: int) -> None:
-    """Fill ``memory``; a read may give less than was asked.
-
-    Raises:
-        EOFError: the file ends before.
-        OSError: as the system says.
-    """
-    while memory:
-        if not (count := os.preadv(file, [memory[:_READ_BYTES]], offset)):
-            raise EOFError
-        memory, offset = memory[count:], offset + count
+        return starts
 
 
 def _allocate(size: int, record: TensorRecord) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""Small loops as machine code: LLVM's IR, compiled for the processor at hand in some 50 ms by llvmlite.
+
+llvmlite comes with vLLM (numba stands on it). Where it is missing or cannot compile, callers do the same work more
+slowly in Python or torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_engines: list[Any] = []
+"""They own the code's memory."""
+
+
+def once(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Call a function one time in a process; a second thread waits for the first one's result."""
+    lock, cached = threading.Lock(), cache(function)
+
+    @wraps(function)
+    def call() -> Result:
+        with lock:
+            return cached()
+
+    return call
+
+
+def compiled(ir: str, name: str, signature: Any) -> Callable[..., Any] | None:
+    """Compile a function. Calls of it hold no lock of Python's.
+
+    Args:
+        ir: a module of LLVM's intermediate representation, with opaque pointers.
+        name: of the function in it.
+        signature: as :func:`ctypes.CFUNCTYPE` gives it.
+
+    Returns:
+        The function, or None where it cannot be compiled.
+    """
+    try:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        module = llvm.parse_assembly(ir)
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        engine = llvm.create_mcjit_compiler(module, machine)
+        engine.finalize_object()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    _engines.append(engine)
+    function: Callable[..., Any] = signature(engine.get_function_address(name))
+    return function

@@ -1,0 +1,136 @@
+"""The compiled loops: the bits and bytes of the slow way, and the slow way where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expo_serve.weights import extrapolate, fused, gather
+from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.native import compiled
+from tests.models.raw import same_bits
+
+EVERY = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.fixture(params=["native", "python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways of each test: with the compiled loop, and as where it cannot be compiled."""
+    if request.param == "python":
+        monkeypatch.setattr(gather, "_native", lambda: None)
+    else:
+        assert gather._native() is not None
+    yield request.param
+
+
+def test_this_machine_has_the_loops() -> None:
+    """Everything below would pass without them."""
+    assert fused.fused() is not None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(0, 200),
+    weight=st.one_of(st.floats(-101, 101), st.sampled_from([0.5, -0.5, 1 + 1e-9, 0.49999999])),
+)
+def test_any_finite_bf16_values_give_the_bits_of_torch(seed: int, size: int, weight: float) -> None:
+    combine = fused.fused()
+    assert combine
+    generator = torch.Generator().manual_seed(seed)
+    finite = EVERY[EVERY.isfinite()]
+    base, aligned = (finite[torch.randint(len(finite), (size,), generator=generator)] for _ in range(2))
+    expected, found = torch.lerp(base, aligned, weight), torch.full((size,), 7.0, dtype=torch.bfloat16)
+    is_finite = combine(base, aligned, found, weight)
+    kept = expected.isfinite()
+    assert same_bits(found[kept], expected[kept])
+    assert is_finite == bool(kept.all())
+
+
+@pytest.mark.parametrize("place", [0, 1, 63, 64, 99])
+@pytest.mark.parametrize("side", ["base", "aligned"])
+def test_every_nan_and_infinity_is_noticed(side: str, place: int) -> None:
+    combine = fused.fused()
+    assert combine
+    for bad in EVERY[~EVERY.isfinite()]:
+        sides = {name: torch.ones(100, dtype=torch.bfloat16) for name in ("base", "aligned")}
+        sides[side][place] = bad
+        assert not combine(sides["base"], sides["aligned"], torch.empty(100, dtype=torch.bfloat16), 1.5)
+
+
+def test_memory_that_no_vector_is_aligned_to(way: str) -> None:
+    base, aligned = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
+    for start in range(1, 9):
+        out = torch.empty(1000 - start, dtype=torch.bfloat16)
+        extrapolate_into(out, base[start:], aligned[start:], 0.5)
+        assert same_bits(out, torch.lerp(base, aligned, 1.5)[start:])
+
+
+def test_a_loop_with_other_bits_is_not_used() -> None:
+    def wrong(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor, weight: float) -> bool:
+        out.copy_(torch.lerp(base, aligned, weight))
+        out[-1].mul_(1.01)
+        return bool(out.isfinite().all())
+
+    def careless(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor, weight: float) -> bool:
+        out.copy_(torch.lerp(base, aligned, weight))
+        return True
+
+    assert not fused._agrees_with_torch(wrong)
+    assert not fused._agrees_with_torch(careless)
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    assert compiled(fused._IR, "combine", fused._SIGNATURE) is None
+    monkeypatch.setattr(extrapolate, "fused", lambda: None)
+    base, aligned = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
+    out = torch.empty_like(base)
+    extrapolate_into(out, base, aligned, 0.5)
+    assert same_bits(out, torch.lerp(base, aligned, 1.5))
+    base[500] = torch.nan
+    with pytest.raises(NotFiniteError, match="base"):
+        extrapolate_into(out, base, aligned, 0.5)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """A thousand bytes; a descriptor."""
+    (tmp_path / "data").write_bytes(bytes(index % 251 for index in range(1000)))
+    descriptor = os.open(tmp_path / "data", os.O_RDWR)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_runs_are_read_one_behind_the_other(file: int, way: str, size: int) -> None:
+    offsets = np.array([900, 0, 7, 7, 500])
+    memory = bytearray(size * len(offsets))
+    gather.read_runs(file, memoryview(memory), offsets)
+    assert bytes(memory) == b"".join(os.pread(file, size, offset) for offset in offsets)
+
+
+def test_offsets_with_strides_are_taken_in_their_order(file: int, way: str) -> None:
+    memory = bytearray(6)
+    gather.read_runs(file, memoryview(memory), np.arange(0, 600, 100)[::-1])
+    assert list(memory) == [index % 251 for index in range(500, -1, -100)]
+
+
+def test_an_end_in_the_middle_is_an_error(file: int, way: str) -> None:
+    with pytest.raises(EOFError):
+        gather.read_runs(file, memoryview(bytearray(30)), np.array([0, 500, 995]))
+
+
+def test_a_system_error_keeps_its_cause(file: int, way: str) -> None:
+    closed = os.dup(file)
+    os.close(closed)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        gather.read_runs(closed, memoryview(bytearray(30)), np.array([0, 10, 20]))
