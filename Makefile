@@ -9,7 +9,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models serve test test-fast lint lock clean
+.PHONY: help setup demo models serve test test-fast bench lint lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -49,6 +49,14 @@ test: lint models ## everything: lint, fast tests, tests with real engines
 
 test-fast: setup ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
+
+# What the load tests need beyond the environment: the plot, and peers of the loader.
+.venv/.bench-ready: .venv/.ready requirements/bench.txt
+	$(PIP) --require-hashes -r requirements/bench.txt
+	@touch $@
+
+bench: models .venv/.bench-ready ## measure everything against its bars, about an hour (BENCH=--quick: ten minutes)
+	$(BIN)/python -m loadtests.bench $(BENCH)
 
 lock: ## make the locks anew from requirements/*.in
 	requirements/lock.sh

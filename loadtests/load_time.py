@@ -1,110 +1,104 @@
-"""How long loading a pair takes, against plain vLLM's load of the aligned side alone.
+"""How long loading a pair takes, against plain vLLM's load of the aligned side alone and against a peer.
 
-Both loaders fill the same model, in this process, in turn, from a warm page cache, into parameters that were
-touched before, with one torch thread as vLLM's CPU worker has. The ratio is what counts; machines are noisy.
+All fill the same model in this process, in turn, into parameters that were touched before. Who begins changes from
+round to round. Warm: all files are in the page cache before every load, which is checked. Cold: they are dropped
+before every load; `storage` is then what reading aligned's files from end to end takes. The ratios round by round are
+what counts; machines are noisy.
 
-    python -m loadtests.load_time [--rounds 7] [--size demo|0.5b|1.1b] [--out loadtests/results/load_time.json]
+    python -m loadtests.load_time [--size demo|0.5b|1.1b|3b] [--rounds 9] [--cold-rounds 5]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors.torch import save_file
+from loadtests.loading import CONTENDERS, contenders, empty_model, load_once, weight_bytes
+from loadtests.machine import OthersAtWork
+from loadtests.page_cache import drop, read_all, resident_share, warm
+from loadtests.pairs import Pair, pair_of, weight_files
+from loadtests.results import parser, ratio_spread, save, shown, spread, table, turns
 
-from loadtests.machine import describe
-from tests.inprocess import worker_config
-
-DEMO = Path(".demo")
-ALPHA = 0.5
-_SHAPES = {
-    "0.5b": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 18},
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
-}
+_Loads = dict[str, list[dict[str, Any]]]
 
 
-@contextmanager
-def pair_of(size: str) -> Iterator[tuple[Path, Path]]:
-    """The demo's pair, or a random Llama-shaped one in bf16 that is removed in the end."""
-    if size == "demo":
-        yield DEMO / "base", DEMO / "aligned"
-        return
-    config = transformers.LlamaConfig(
-        **_SHAPES[size], num_attention_heads=16, num_key_value_heads=16, vocab_size=32000, tie_word_embeddings=False
-    )
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    with torch.device("meta"):
-        shapes = transformers.AutoModelForCausalLM.from_config(config).state_dict()
-    with tempfile.TemporaryDirectory(prefix="expo-load-time-") as folder:
-        for seed, side in enumerate(("base", "aligned")):
-            torch.manual_seed(seed)
-            tensors = {name: torch.randn(tensor.shape).to(torch.bfloat16) for name, tensor in shapes.items()}
-            config.save_pretrained(Path(folder, side))
-            save_file(tensors, Path(folder, side, "model.safetensors"), metadata={"format": "pt"})
-        yield Path(folder, "base"), Path(folder, "aligned")
-
-
-def measure(base: Path, aligned: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of each load, plain and expo in turn; the first round of both only warms up."""
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {"plain": [], "expo": []}
-    with worker_config(aligned) as config:
-        with set_default_torch_dtype(config.model_config.dtype):
-            loader = get_model_loader(config.load_config)
-            model = loader.create_model(vllm_config=config, model_config=config.model_config)
-        extra = {"base": str(base), "alpha": ALPHA}
-        formats = {
-            "plain": replace(config.load_config, use_tqdm_on_load=False),
-            "expo": replace(config.load_config, load_format="expo", model_loader_extra_config=extra),
+def measure(pair: Pair, rounds: int, cold_rounds: int) -> dict[str, Any]:
+    """All loads of one pair, warm and cold."""
+    names, skipped = contenders()
+    with empty_model(pair.aligned) as (model, config):
+        for name in names:  # the first time of each touches the parameters, imports and compiles
+            load_once(model, config, CONTENDERS[name], pair)
+        figures = {
+            "side_bytes": pair.side_bytes,
+            "weight_bytes": weight_bytes(model),
+            "skipped": skipped,
+            "warm": _warm(names, model, config, pair, rounds),
         }
-        for index in range(rounds + 1):
-            for name, load_config in formats.items():
-                started = time.perf_counter()
-                get_model_loader(load_config).load_weights(model, config.model_config)
-                if index:
-                    seconds[name].append(time.perf_counter() - started)
-        size = sum(parameter.nbytes for parameter in model.parameters())
-    return {"weight_bytes": size, "seconds": seconds, **_summary(seconds)}
+        if cold_rounds:
+            figures["cold"] = _cold(names, model, config, pair, cold_rounds)
+    return figures
 
 
-def _summary(seconds: dict[str, list[float]]) -> dict[str, float]:
-    ratios = [expo / plain for plain, expo in zip(seconds["plain"], seconds["expo"], strict=True)]
+def _warm(names: list[str], model: Any, config: Any, pair: Pair, rounds: int) -> dict[str, Any]:
+    loads: _Loads = {name: [] for name in names}
+    least = 1.0
+    with OthersAtWork() as others:
+        for name in turns(names, rounds):
+            least = min(least, warm(pair.files))
+            loads[name].append(load_once(model, config, CONTENDERS[name], pair))
+    return {"least_resident_share": least, "others_cores": others.cores, **_summary(loads)}
+
+
+def _cold(names: list[str], model: Any, config: Any, pair: Pair, rounds: int) -> dict[str, Any]:
+    loads: _Loads = {name: [] for name in names}
+    storage: list[float] = []
+    most = 0.0
+    with OthersAtWork() as others:
+        for name in turns([*names, "storage"], rounds):
+            drop(pair.files)
+            most = max(most, resident_share(pair.files))
+            if name == "storage":
+                storage.append(read_all(weight_files(pair.aligned)))
+            else:
+                loads[name].append(load_once(model, config, CONTENDERS[name], pair))
     return {
-        "plain_median_seconds": statistics.median(seconds["plain"]),
-        "expo_median_seconds": statistics.median(seconds["expo"]),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "most_resident_share": most,
+        "others_cores": others.cores,
+        "storage_seconds": spread(storage),
+        **_summary(loads),
     }
+
+
+def _summary(loads: _Loads) -> dict[str, Any]:
+    seconds = {name: [load["seconds"] for load in series] for name, series in loads.items()}
+    peaks = {name: [load["peak_resident_bytes"] for load in series] for name, series in loads.items()}
+    return {
+        "seconds": {name: spread(series) for name, series in seconds.items()},
+        "expo_to": {name: ratio_spread(seconds["expo"], seconds[name]) for name in loads if name != "expo"},
+        "expo_peak_to_plain": ratio_spread(peaks["expo"], peaks["plain"]),
+        "loads": loads,
+    }
+
+
+def show(size: str, figures: dict[str, Any]) -> str:
+    """The figures of one size as a table."""
+    rows = [
+        (size, state, name, shown(series, 3), shown(figures[state]["expo_to"].get(name)) if name != "expo" else "")
+        for state in ("warm", "cold")
+        if state in figures
+        for name, series in figures[state]["seconds"].items()
+    ]
+    return table(("pair", "page cache", "loader", "seconds", "expo / this one"), rows)
 
 
 def main() -> None:
     """Measure one size, print the figures, add them to the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--size", choices=("demo", *_SHAPES), default="demo")
-    parser.add_argument("--out", type=Path, default=Path("loadtests/results/load_time.json"))
-    options = parser.parse_args()
-    with pair_of(options.size) as (base, aligned):
-        figures = measure(base, aligned, options.rounds)
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results[options.size] = {"machine": describe(), **figures}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print({key: round(value, 3) for key, value in figures.items() if isinstance(value, float)})
+    options = parser(__doc__, size="demo", rounds=9)
+    options.add_argument("--cold-rounds", type=int, default=5, help="default 5; 0 leaves the cold loads out")
+    chosen = options.parse_args()
+    with pair_of(chosen.size, chosen.work, chosen.keep) as pair:
+        figures = measure(pair, chosen.rounds, chosen.cold_rounds)
+    save("load_time", chosen.size, figures, chosen.results)
+    print(show(chosen.size, figures))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.account import LoadAccount
 from expo_serve.vllm_plugin.progress import LoadProgress
 from expo_serve.vllm_plugin.written import check_written
+from expo_serve.weights.activity import Activity
 from expo_serve.weights.background import Background, Run, default_threads, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.fused import fused
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare
-from expo_serve.weights.reader import Activity, Reader
+from expo_serve.weights.reader import Reader
 from expo_serve.weights.source import HubAccess
 from expo_serve.weights.staging import Stages
 from expo_serve.weights.storage import is_on_network
@@ -120,7 +121,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
 
     def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> WriteTracker:
         """Let vLLM load, while lazy tensors are copied by threads or onto devices; returns who saw the writes."""
-        with self._show(plan) as shown, Background(model, _threads(plan)) as background, Stages() as stages:
+        with (
+            self._show(plan) as shown,
+            Background(model, _threads(plan), self._activity) as background,
+            Stages() as stages,
+        ):
 
             def settle() -> None:
                 background.wait()

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from expo_serve.vllm_plugin import compat
-from expo_serve.weights.reader import Activity
+from expo_serve.weights.activity import Activity
 
 logger = compat.init_logger("vllm.expo_serve.progress")
 
@@ -93,4 +93,7 @@ class LoadProgress:
         slowest = self._activity.slowest()
         if slowest and slowest[1] >= self.silent_seconds and now >= self._next_warning:
             self._next_warning = now + self.silent_seconds
-            logger.warning("expo: nothing has come from %s for %.0f s; still waiting for its storage", *slowest)
+            files = " or ".join(map(str, slowest[0]))
+            logger.warning(
+                "expo: nothing has come from %s for %.0f s; still waiting for its storage", files, slowest[1]
+            )

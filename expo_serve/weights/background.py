@@ -12,13 +12,17 @@ import os
 import threading
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
+from expo_serve.weights.activity import Activity
+from expo_serve.weights.ahead import FileRange, ReadAhead
 from expo_serve.weights.elements import span
 
 MAX_THREADS = 4
@@ -30,12 +34,17 @@ PENDING_BYTES = 256 << 20
 _JOIN_SECONDS = 5.0
 
 Task = Callable[[], None]
-Run = Callable[[torch.Tensor, Task], None]
-"""Does a task that writes into a tensor, now or soon."""
 
 
-def run_now(dest: torch.Tensor, task: Task) -> None:
-    """The plainest :data:`Run`."""
+class Run(Protocol):
+    """Does a task that writes into a tensor, now or soon."""
+
+    def __call__(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
+        """Do ``task``, which writes into ``dest`` only and reads these bytes of files."""
+
+
+def run_now(dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
+    """The plainest :class:`Run`."""
     task()
 
 
@@ -59,9 +68,10 @@ class Background:
     Args:
         model: whose parameters are written.
         threads: how many; by default as many as help on this machine.
+        activity: where those that read ahead say what they are doing.
     """
 
-    def __init__(self, model: torch.nn.Module, threads: int | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, threads: int | None = None, activity: Activity | None = None) -> None:
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._wanted = default_threads() if threads is None else threads
         self._threads: list[threading.Thread] = []
@@ -70,6 +80,7 @@ class Background:
         self._pending: list[tuple[int, int]] = []
         """What is being written: from and to, sorted; no two overlap."""
         self._pending_bytes = 0
+        self._ahead = ReadAhead(activity or Activity())
         self._failure: BaseException | None = None
         self._ended = False
 
@@ -88,6 +99,7 @@ class Background:
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
+        self._ahead.close()
         for _thread in self._threads:
             self._todo.put(None)
         deadline = time.monotonic() + _JOIN_SECONDS
@@ -97,8 +109,8 @@ class Background:
             torch.set_num_threads(self._torch_threads)  # the threads' own setting is the default of later ones
         self._threads = []
 
-    def run(self, dest: torch.Tensor, task: Task) -> None:
-        """Do ``task``, which writes into ``dest`` only, now or soon.
+    def run(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
+        """Do ``task``, which writes into ``dest`` only and reads these bytes of files, now or soon.
 
         Raises:
             BaseException: what this task, or one handed over before, has raised.
@@ -106,14 +118,6 @@ class Background:
         if not self._threads or dest.device.type != "cpu" or dest.untyped_storage().data_ptr() not in self._storages:
             task()
             return
-        self.hand_over(dest, task)
-
-    def hand_over(self, dest: torch.Tensor, task: Task) -> None:
-        """Do ``task`` soon, whatever ``dest`` is; whoever looks at it calls :meth:`wait`.
-
-        Raises:
-            BaseException: what a task handed over before has raised.
-        """
         start = dest.data_ptr()
         end = start + span(tuple(dest.shape), dest.stride()) * dest.element_size()
         if self._is_being_written(start, end):
@@ -122,7 +126,7 @@ class Background:
             self._finish_one()
         insort(self._pending, (start, end))
         self._pending_bytes += end - start
-        self._todo.put(_Handed(start, end, task))
+        self._ahead.bring(ranges, partial(self._todo.put, _Handed(start, end, task)))
 
     def wait(self) -> None:
         """Wait until all that was handed over is written.

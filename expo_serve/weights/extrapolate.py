@@ -93,8 +93,8 @@ def _combined_at_once(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor],
     base, aligned = operands["base"], operands["aligned"]
     if base.dtype != dest.dtype or aligned.dtype != dest.dtype or not _are_plain(dest, base, aligned):
         return False
-    combine = fused()
-    return combine is not None and combine(base, aligned, dest, weight)
+    loops = fused()
+    return loops is not None and loops.combine(base, aligned, dest, weight)
 
 
 def _are_plain(*tensors: torch.Tensor) -> bool:

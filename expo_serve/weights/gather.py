@@ -50,7 +50,8 @@ Offsets = npt.NDArray[np.int64]
 
 @once
 def _native() -> Callable[..., int] | None:
-    return compiled(_IR, "gather", _SIGNATURE)
+    functions = compiled(_IR, {"gather": _SIGNATURE})
+    return functions["gather"] if functions else None
 
 
 def read_runs(file: int, memory: memoryview, offsets: Offsets) -> None:

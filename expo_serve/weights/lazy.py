@@ -34,7 +34,7 @@ from expo_serve.weights.tally import Tally
 _aten = torch.ops.aten
 
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 """Handed to a thread at a time: large enough that handing over costs nothing, small enough that the threads go through
 the files side by side, and end together."""
 
@@ -84,9 +84,14 @@ class Operands:
             return
         block = BLOCK_BYTES // self.whole.element_size()
         for part, elements, has_base in self._by_base_rows(dest, Elements.of(view)):
-            sides = sides_used(has_base and not self._is_leftover, self.planned.alpha)
+            job = self._job(sides_used(has_base and not self._is_leftover, self.planned.alpha))
             for out, chosen in cut(part, elements, block):
-                run(out, partial(self._fill, out, chosen, sides))
+                run(out, partial(self._fill, out, chosen, job), job.ranges(chosen))
+
+    def _job(self, sides: tuple[Side, ...]) -> Job:
+        records = {side: self._records[side] for side in sides}
+        fail = None if self._is_leftover else self._values_error
+        return Job(self._reader, records, self.whole.dtype, self.planned.alpha, fail)
 
     def _by_base_rows(self, dest: torch.Tensor, elements: Elements) -> Iterator[tuple[torch.Tensor, Elements, bool]]:
         """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
@@ -108,13 +113,10 @@ class Operands:
             yield from self._by_base_rows(dest.select(dim, row), elements.select(dim, row))
         yield dest.narrow(dim, above, size - above), elements.narrow(dim, above, size - above), False
 
-    def _fill(self, dest: torch.Tensor, elements: Elements, sides: tuple[Side, ...]) -> None:
-        records = {side: self._records[side] for side in sides}
-        fail = None if self._is_leftover else self._values_error
-        job = Job(self._reader, records, self.whole.dtype, self.planned.alpha, fail)
+    def _fill(self, dest: torch.Tensor, elements: Elements, job: Job) -> None:
         stage = self._stages.onto(dest.device) if self._stages else None
         (stage.fill if stage else fill_here)(dest, elements, job)
-        for side, record in records.items():
+        for side, record in job.records.items():
             self.tally.add_read(side, elements.numel * DTYPE_BYTES[record.dtype])
 
     def _values_error(self, what: str) -> ValuesError:

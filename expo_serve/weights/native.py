@@ -7,7 +7,7 @@ slowly in Python or torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -28,16 +28,15 @@ def once(function: Callable[[], Result]) -> Callable[[], Result]:
     return call
 
 
-def compiled(ir: str, name: str, signature: Any) -> Callable[..., Any] | None:
-    """Compile a function. Calls of it hold no lock of Python's.
+def compiled(ir: str, signatures: Mapping[str, Any]) -> dict[str, Callable[..., Any]] | None:
+    """Compile functions. Calls of them hold no lock of Python's.
 
     Args:
         ir: a module of LLVM's intermediate representation, with opaque pointers.
-        name: of the function in it.
-        signature: as :func:`ctypes.CFUNCTYPE` gives it.
+        signatures: of the functions in it that are wanted, as :func:`ctypes.CFUNCTYPE` gives them.
 
     Returns:
-        The function, or None where it cannot be compiled.
+        The functions by name, or None where they cannot be compiled.
     """
     try:
         import llvmlite.binding as llvm
@@ -55,5 +54,4 @@ def compiled(ir: str, name: str, signature: Any) -> Callable[..., Any] | None:
     except (ImportError, OSError, RuntimeError):
         return None
     _engines.append(engine)
-    function: Callable[..., Any] = signature(engine.get_function_address(name))
-    return function
+    return {name: signature(engine.get_function_address(name)) for name, signature in signatures.items()}

@@ -18,16 +18,21 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from expo_serve.errors import CheckpointError, LoadError
+from expo_serve.weights.activity import Activity
+from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.elements import Elements, span
+from expo_serve.weights.extrapolate import Side
+from expo_serve.weights.fused import Place
 from expo_serve.weights.gather import Offsets, read_runs
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 
@@ -54,27 +59,6 @@ _DTYPES = {
 }
 
 
-@dataclass
-class Activity:
-    """What the reads of one load are doing, for those who watch it."""
-
-    reading: dict[int, tuple[Path, float]] = field(default_factory=dict)
-    """By thread: the file of the read that is under way, and when it began (:func:`time.monotonic`)."""
-    read_bytes: int = 0
-    """What has come so far."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add_bytes(self, count: int) -> None:
-        """Count what a read has brought."""
-        with self._lock:
-            self.read_bytes += count
-
-    def slowest(self) -> tuple[Path, float] | None:
-        """The file of the read that has been under way longest, and for how many seconds."""
-        started = min(list(self.reading.values()), key=lambda item: item[1], default=None)
-        return started and (started[0], time.monotonic() - started[1])
-
-
 class Buffer:
     """Memory that is read into again and again.
 
@@ -84,6 +68,7 @@ class Buffer:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.bytes = _bytes(memory)
+        self.address = memory.data_ptr()
         self._memory = memory
         self._views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = {}
 
@@ -135,11 +120,14 @@ class Reader:
             LoadError: there is no memory for the buffer.
         """
         size = elements.numel * _DTYPES[record.dtype].itemsize
+        return self.read_into(record, elements, self._buffer(record, max(size, PIECE_BYTES), slot))
+
+    def _buffer(self, record: TensorRecord, size: int, slot: str) -> Buffer:
         buffer: Buffer | None = getattr(self._scratch, slot, None)
         if buffer is None or len(buffer.bytes) < size:
-            buffer = Buffer(_allocate(max(size, PIECE_BYTES), record))
+            buffer = Buffer(_allocate(size, record))
             setattr(self._scratch, slot, buffer)
-        return self.read_into(record, elements, buffer)
+        return buffer
 
     def read_into(self, record: TensorRecord, elements: Elements, buffer: Buffer) -> torch.Tensor:
         """Read elements into given memory.
@@ -171,17 +159,35 @@ class Reader:
 
     def _read_runs(self, record: TensorRecord, starts: Offsets, memory: memoryview) -> None:
         """Read runs of one length, beginning at these elements of the tensor, one behind the other into memory."""
-        file, thread = self._descriptor(record.file), threading.get_ident()
-        self.activity.reading[thread] = (record.file, time.monotonic())
+        file = self._descriptor(record.file)
         try:
-            read_runs(file, memory, record.offset + starts * DTYPE_BYTES[record.dtype])
+            with self.activity.during(record.file):
+                read_runs(file, memory, record.offset + starts * DTYPE_BYTES[record.dtype])
         except EOFError:
             raise _cut(record) from None
         except OSError as error:
             raise _unreadable(record, error) from None
-        finally:
-            del self.activity.reading[thread]
         self.activity.add_bytes(len(memory))
+
+    def range_of(self, side: str, record: TensorRecord, elements: Elements) -> FileRange:
+        """Where elements that lie one behind the other are in their file."""
+        item = DTYPE_BYTES[record.dtype]
+        offset, length = record.offset + elements.offset * item, elements.numel * item
+        return FileRange(side, record.file, self._descriptor(record.file), offset, length)
+
+    @contextmanager
+    def placed(
+        self, records: Mapping[Side, TensorRecord], elements: Elements, piece_bytes: int
+    ) -> Iterator[dict[Side, Place]]:
+        """Where elements that lie one behind the other can be read from, and memory for a piece of each side; within
+        the context somebody else reads them."""
+        places: dict[Side, Place] = {}
+        for side, record in records.items():
+            part = self.range_of(side, record, elements)
+            places[side] = Place(part.descriptor, part.offset, self._buffer(record, piece_bytes, side).address)
+        with self.activity.during(*(record.file for record in records.values())):
+            yield places
+        self.activity.add_bytes(sum(elements.numel * DTYPE_BYTES[record.dtype] for record in records.values()))
 
     def _descriptor(self, file: Path) -> int:
         if (descriptor := self._files.get(file)) is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from expo_serve.errors import CheckpointError
+from expo_serve.weights import job
 from tests.inprocess import worker_config
 from tests.load_memory import measure_load
 from tests.models import build_pair
@@ -47,13 +48,14 @@ def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base, aligned = build_pair(tmp_path)
     calls, preadv = iter(range(10_000)), os.preadv
 
-    def fail_later(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) > 20:
+    def fail_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags and next(calls) > 20:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, buffers, offset)
+        return preadv(descriptor, buffers, offset, flags)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail_later)
+        patch.setattr(job, "fused", lambda: None)  # its reads are not Python's
         with pytest.raises(CheckpointError, match=r"model.safetensors: tensor '.*' cannot be read: Input/output error"):
             load_expo(base, aligned)
     assert threads_left() == []
@@ -64,13 +66,14 @@ def test_a_file_that_shrinks_while_it_is_loaded_ends_the_load(tmp_path: Path, mo
     base, aligned = build_pair(tmp_path)
     calls, preadv = iter(range(10_000)), os.preadv
 
-    def shrink_later(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) == 20:
+    def shrink_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags and next(calls) == 20:
             os.truncate(base / "model.safetensors", 4096)
-        return preadv(descriptor, buffers, offset)
+        return preadv(descriptor, buffers, offset, flags)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", shrink_later)
+        patch.setattr(job, "fused", lambda: None)
         with pytest.raises(CheckpointError, match=r"base/model.safetensors: tensor '.*' is cut"):
             load_expo(base, aligned)
     assert threads_left() == []

@@ -10,7 +10,7 @@ import pytest
 
 from expo_serve.vllm_plugin import progress as module
 from expo_serve.vllm_plugin.progress import LoadProgress
-from expo_serve.weights.reader import Activity
+from expo_serve.weights.activity import Activity
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_a_bar_of_a_load_that_failed_stays_where_it_was(capsys: pytest.CaptureFi
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_other_ranks_only_warn(lines: list[str], capsys: pytest.CaptureFixture[str], on_terminal: bool) -> None:
     activity = Activity()
-    activity.reading[1] = (Path("/models/slow.safetensors"), time.monotonic())
-    activity.reading[2] = (Path("/models/quick.safetensors"), time.monotonic() + 5)
+    activity.reading[1] = ((Path("/models/slow.safetensors"),), time.monotonic())
+    activity.reading[2] = ((Path("/models/quick.safetensors"),), time.monotonic() + 5)
     with LoadProgress(4, activity, on_terminal=on_terminal, is_shown=False):
         until(lambda: len(lines) > 1)
     assert lines[0].startswith("warning: expo: nothing has come from /models/slow.safetensors for 0 s")
@@ -90,6 +90,6 @@ def test_reads_that_come_are_no_silence(lines: list[str]) -> None:
     activity = Activity()
     with LoadProgress(4, activity, on_terminal=False, is_shown=False):
         for _ in range(10):
-            activity.reading[1] = (Path("/models/slow.safetensors"), time.monotonic())
+            activity.reading[1] = ((Path("/models/slow.safetensors"),), time.monotonic())
             time.sleep(0.05)
     assert lines == []

@@ -22,13 +22,13 @@ EVERY = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
 
 
 @pytest.fixture(params=["native", "python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of each test: with the compiled loop, and as where it cannot be compiled."""
     if request.param == "python":
         monkeypatch.setattr(gather, "_native", lambda: None)
     else:
         assert gather._native() is not None
-    yield request.param
+    return str(request.param)
 
 
 def test_this_machine_has_the_loops() -> None:
@@ -43,13 +43,13 @@ def test_this_machine_has_the_loops() -> None:
     weight=st.one_of(st.floats(-101, 101), st.sampled_from([0.5, -0.5, 1 + 1e-9, 0.49999999])),
 )
 def test_any_finite_bf16_values_give_the_bits_of_torch(seed: int, size: int, weight: float) -> None:
-    combine = fused.fused()
-    assert combine
+    loops = fused.fused()
+    assert loops
     generator = torch.Generator().manual_seed(seed)
     finite = EVERY[EVERY.isfinite()]
     base, aligned = (finite[torch.randint(len(finite), (size,), generator=generator)] for _ in range(2))
     expected, found = torch.lerp(base, aligned, weight), torch.full((size,), 7.0, dtype=torch.bfloat16)
-    is_finite = combine(base, aligned, found, weight)
+    is_finite = loops.combine(base, aligned, found, weight)
     kept = expected.isfinite()
     assert same_bits(found[kept], expected[kept])
     assert is_finite == bool(kept.all())
@@ -58,12 +58,12 @@ def test_any_finite_bf16_values_give_the_bits_of_torch(seed: int, size: int, wei
 @pytest.mark.parametrize("place", [0, 1, 63, 64, 99])
 @pytest.mark.parametrize("side", ["base", "aligned"])
 def test_every_nan_and_infinity_is_noticed(side: str, place: int) -> None:
-    combine = fused.fused()
-    assert combine
+    loops = fused.fused()
+    assert loops
     for bad in EVERY[~EVERY.isfinite()]:
         sides = {name: torch.ones(100, dtype=torch.bfloat16) for name in ("base", "aligned")}
         sides[side][place] = bad
-        assert not combine(sides["base"], sides["aligned"], torch.empty(100, dtype=torch.bfloat16), 1.5)
+        assert not loops.combine(sides["base"], sides["aligned"], torch.empty(100, dtype=torch.bfloat16), 1.5)
 
 
 def test_memory_that_no_vector_is_aligned_to(way: str) -> None:
@@ -90,7 +90,7 @@ def test_a_loop_with_other_bits_is_not_used() -> None:
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    assert compiled(fused._IR, "combine", fused._SIGNATURE) is None
+    assert compiled(fused._IR, fused._SIGNATURES) is None
     monkeypatch.setattr(extrapolate, "fused", lambda: None)
     base, aligned = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
     out = torch.empty_like(base)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
 from expo_serve.weights import background as background_module
-from expo_serve.weights import job, lazy
+from expo_serve.weights import fused, job, lazy
+from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.background import Background
 from expo_serve.weights.lazy import LazyTensor, lazy_tensor
 from expo_serve.weights.pair import Plan
@@ -76,6 +77,7 @@ class Parameters(torch.nn.Module):
     block_bytes=st.integers(8, 9000),
     pending_bytes=st.integers(1, 20000),
     threads=st.integers(2, 6),
+    cold=st.integers(-1, 2),
     shards=st.integers(1, 3),
 )
 def test_bits_do_not_depend_on_pieces_blocks_or_threads(
@@ -87,6 +89,7 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     block_bytes: int,
     pending_bytes: int,
     threads: int,
+    cold: int,
     shards: int,
 ) -> None:
     base = {f"{index}.weight": numbers(*shape, seed=index, dtype=dtypes[0]) for index, shape in enumerate(shapes)}
@@ -98,6 +101,8 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     with pytest.MonkeyPatch.context() as patch, Background(model, threads) as background:
         patch.setattr(job, "PIECE_BYTES", piece_bytes)
         patch.setattr(lazy, "BLOCK_BYTES", block_bytes)
+        patch.setattr(fused, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
+        patch.setattr(FileRange, "is_cached", lambda part: part.offset % 3 > cold)
         patch.setattr(background_module, "PENDING_BYTES", pending_bytes)
         loaded = {name: lazy_tensor(tensor, reader, tally, background.run) for name, tensor in plan.tensors.items()}
         for name, dest in model.filled.items():
@@ -139,12 +144,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 
     """Let reads fail after some."""
     calls, preadv = iter(range(10_000)), os.preadv
 
-    def fail_later(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) >= after:
+    def fail_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags and next(calls) >= after:
             raise error
-        return preadv(descriptor, buffers, offset)
+        return preadv(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", fail_later)
+    monkeypatch.setattr(job, "fused", lambda: None)  # its reads are not Python's
 
 
 def test_a_read_error_ends_the_load_with_its_cause(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,16 +235,18 @@ def test_threads_that_are_refused_are_done_without(many: Plan, monkeypatch: pyte
 def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, go_on, preadv = threading.Event(), threading.Event(), os.preadv
 
-    def hang(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        hangs.set()
-        go_on.wait(30)
-        return preadv(descriptor, buffers, offset)
+    def hang(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags:
+            hangs.set()
+            go_on.wait(30)
+        return preadv(descriptor, buffers, offset, flags)
 
     def interrupt() -> None:
         hangs.wait(10)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(os, "preadv", hang)
+    monkeypatch.setattr(job, "fused", lambda: None)
     monkeypatch.setattr(background_module, "_JOIN_SECONDS", 0.2)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()

@@ -179,7 +179,7 @@ def test_a_read_that_hangs_can_be_seen(file: Path, monkeypatch: pytest.MonkeyPat
     thread.start()
     while not (slowest := reader.activity.slowest()):
         time.sleep(0.01)
-    assert slowest[0] == file
+    assert slowest[0] == (file,)
     assert 0 <= slowest[1] < 10
     go_on.set()
     thread.join()

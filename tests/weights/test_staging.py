@@ -218,10 +218,10 @@ def test_storage_that_fails_ends_it_with_the_cause(lazies: Lazies, monkeypatch: 
     lazy = staged(lazies, numbers(50, 8), numbers(50, 8, seed=1), 0.5, stage)
     calls, preadv = iter(range(99)), os.preadv
 
-    def fail_later(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) > 8:
+    def fail_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags and next(calls) > 8:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, buffers, offset)
+        return preadv(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", fail_later)
     with pytest.raises(CheckpointError, match=f"'{NAME}' cannot be read: Input/output error"):
