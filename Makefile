@@ -61,5 +61,5 @@ bench: models .venv/.bench-ready ## measure everything against its bars, about a
 lock: ## make the locks anew from requirements/*.in
 	requirements/lock.sh
 
-clean: ## remove the environment and the demo's models
-	rm -rf .venv .demo
+clean: ## remove the environment, the demo's models and what benchmarks left
+	rm -rf .venv .demo .bench

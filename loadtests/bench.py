@@ -30,6 +30,7 @@ _FULL: _Steps = {
     "0.5b": [["load_time", "--rounds", "11", "--cold-rounds", "5"], ["fresh_load", "--rounds", "3"], ["ranks"]],
     "1.1b": [
         ["load_time", "--rounds", "11", "--cold-rounds", "5"],
+        ["check_cost", "--rounds", "9"],
         ["fresh_load", "--rounds", "5"],
         ["ranks"],
         ["routes", "--rounds", "3", "--alphas", "8"],
@@ -45,7 +46,7 @@ _QUICK: _Steps = {
         ["serving", "--rounds", "2", "--prompts", "8"],
         ["phases", "--rounds", "1"],
     ],
-    "0.1b": [["load_time", "--rounds", "3", "--cold-rounds", "2"], ["ranks"]],
+    "0.1b": [["load_time", "--rounds", "3", "--cold-rounds", "2"], ["check_cost", "--rounds", "3"], ["ranks"]],
 }
 
 

@@ -49,11 +49,8 @@ class ChosenStages(Stages):
         super().__init__()
         self._chosen = stage_bytes, turns
 
-    def onto(self, device: torch.device) -> Stage | None:
-        """See :class:`Stages`."""
-        if device.type == "cuda" and device not in self._stages:
-            self._stages[device] = Stage(CudaQueue(device), *self._chosen)
-        return self._stages.get(device)
+    def _new(self, device: torch.device) -> Stage:
+        return Stage(CudaQueue(device), *self._chosen)
 
 
 def write_pair(folder: Path, size: int) -> Plan:

@@ -14,7 +14,7 @@ from loadtests.growth import growth
 from loadtests.results import parser, read, shown, table
 
 MAIN_SIZE = "1.1b"
-SCRIPTS = ("load_time", "fresh_load", "ranks", "routes", "serving", "phases")
+SCRIPTS = ("load_time", "check_cost", "fresh_load", "ranks", "routes", "serving", "phases")
 _MIB = 2**20
 _QUIET_CORES = 0.2
 Row = tuple[str, str, str, str]
@@ -30,6 +30,7 @@ def rows(results: _Results, wanted: str) -> list[Row]:
     """Question, figure, bar, verdict; what was not measured says so."""
     return [
         *_guarded("load of the pair, warm and cold", _load_rows, results, wanted),
+        *_guarded("cost of looking at every value", _check_rows, results, wanted),
         *_guarded("memory", _memory_rows, results, wanted),
         *_guarded("bytes read by a rank at TP 2 / whole pair", _rank_rows, results, wanted),
         *_guarded("two checkpoints to first answer", _route_rows, results, wanted),
@@ -78,6 +79,15 @@ def _load_rows(results: _Results, wanted: str) -> list[Row]:
             (f"{state}, {size}: pair / runai_streamer, one side", shown(peer) if peer else reason, "", "reported")
         )
     return found
+
+
+def _check_rows(results: _Results, wanted: str) -> list[Row]:
+    ratios = results["check_cost"][wanted]["checked_over_unchecked"]
+    name = f"looking at every value for NaN and Inf, warm, {wanted}: with / without"
+    return [
+        (f"{name}, {way}", shown(ratios[key]), "", "reported")
+        for key, way in (("compiled", "the compiled loop for bf16"), ("torch", "the way through torch"))
+    ]
 
 
 def _memory_rows(results: _Results, wanted: str) -> list[Row]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes cpu.txt (what serving on CPU needs), dev.txt (what tests and demo need beyond it) and vision.txt anew.
+# Makes cpu.txt (what serving on CPU needs), dev.txt (what tests and demo need beyond it), vision.txt and bench.txt (what
+# `make bench` needs beyond both) anew.
 # WHEELS: a folder or page that holds torch's CPU wheel, which stands on no common index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,10 +15,17 @@ compile requirements/cpu.in requirements/cpu.txt
 compile requirements/dev.in requirements/dev.txt
 uvx --from uv==0.13.9 uv pip compile requirements/vision.in -o requirements/vision.txt --python-version 3.11 --no-deps \
   --generate-hashes --no-header --no-annotate --quiet
-# dev.in is resolved under the constraint of cpu.txt; what cpu.txt has need not stand twice.
-python3 - <<'PY'
-import re
-blocks = lambda text: {block.split("==")[0]: block for block in re.findall(r"^\S+==.*\n(?:    .*\n?)*", text, re.M)}
-cpu, dev = (open(f"requirements/{name}.txt").read() for name in ("cpu", "dev"))
-open("requirements/dev.txt", "w").write("".join(b for name, b in blocks(dev).items() if name not in blocks(cpu)))
+# Each is resolved under the constraint of those before it; what they have need not stand twice.
+keep_own() {
+  python3 - "$@" <<'PY'
+import re, sys
+own, *before = sys.argv[1:]
+blocks = lambda file: {b.split("==")[0]: b for b in re.findall(r"^\S+==.*\n(?:    .*\n?)*", open(file).read(), re.M)}
+had = {name for file in before for name in blocks(file)}
+kept = "".join(block for name, block in blocks(own).items() if name not in had)
+open(own, "w").write(kept)
 PY
+}
+keep_own requirements/dev.txt requirements/cpu.txt
+compile requirements/bench.in requirements/bench.txt
+keep_own requirements/bench.txt requirements/cpu.txt requirements/dev.txt

@@ -7,7 +7,6 @@ its iterator names them, and each name that the plan has is answered with a lazy
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,7 @@ from expo_serve.vllm_plugin.account import LoadAccount
 from expo_serve.vllm_plugin.progress import LoadProgress
 from expo_serve.vllm_plugin.written import check_written
 from expo_serve.weights.activity import Activity
-from expo_serve.weights.background import Background, Run, default_threads, run_now
+from expo_serve.weights.background import Background, Run, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
 from expo_serve.weights.fused import fused
 from expo_serve.weights.lazy import lazy_tensor
@@ -35,6 +34,7 @@ from expo_serve.weights.source import HubAccess
 from expo_serve.weights.staging import Stages
 from expo_serve.weights.storage import is_on_network
 from expo_serve.weights.tally import Tally
+from expo_serve.weights.threads import default_threads, start
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
@@ -77,7 +77,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         )
         self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
         if compat.current_platform.is_cpu():  # ready by the time the model is built
-            threading.Thread(target=fused, name="expo-compile", daemon=True).start()
+            start("expo-compile", fused)
 
     def download_model(self, model_config: Any) -> None:
         """Find both sides, downloading them where they come from the hub."""
@@ -121,10 +121,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
 
     def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> WriteTracker:
         """Let vLLM load, while lazy tensors are copied by threads or onto devices; returns who saw the writes."""
+        threads = _threads(plan)
         with (
             self._show(plan) as shown,
-            Background(model, _threads(plan), self._activity) as background,
-            Stages() as stages,
+            Background(model, threads, self._activity) as background,
+            Stages(threads) as stages,
         ):
 
             def settle() -> None:

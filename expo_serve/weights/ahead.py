@@ -17,10 +17,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from expo_serve.weights.activity import Activity
+from expo_serve.weights.threads import leave_core, start
 
 CHUNK_BYTES = 1 << 20
 """Asked for at a time: more than the kernel's own window for reading ahead goes around it."""
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,12 @@ class FileRange:
     length: int
 
     def is_cached(self) -> bool:
-        """Whether its last page is in the page cache, and so most likely all that lies before it.
+        """Whether its last byte is in the page cache, and so most likely all that lies before it.
 
         True also where the system cannot say it.
         """
-        last = self.offset + max(self.length - _PAGE_BYTES, 0)
         try:
-            os.preadv(self.descriptor, [bytearray(1)], last, os.RWF_NOWAIT)
+            os.preadv(self.descriptor, [bytearray(1)], self.offset + self.length - 1, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
         except (OSError, AttributeError):  # the file system, or the platform, does not know the flag
@@ -87,7 +86,11 @@ class ReadAhead:
             return
         done = _Countdown(len(cold), then)
         for part in cold:
-            self._queue(part.side).put((part, done))
+            queue = self._queue(part.side)
+            if queue is None:
+                done()
+            else:
+                queue.put((part, done))
 
     def close(self) -> None:
         """Let the threads end."""
@@ -96,19 +99,22 @@ class ReadAhead:
             queue.put(None)
         self._queues = {}
 
-    def _queue(self, side: str) -> SimpleQueue[tuple[FileRange, Callable[[], None]] | None]:
+    def _queue(self, side: str) -> SimpleQueue[tuple[FileRange, Callable[[], None]] | None] | None:
+        """What a side's thread takes from; None where the system refuses a thread."""
         if side not in self._queues:
-            queue = self._queues[side] = SimpleQueue()
-            threading.Thread(target=self._work, args=(queue,), name=f"expo-ahead-{side}", daemon=True).start()
+            queue: SimpleQueue[tuple[FileRange, Callable[[], None]] | None] = SimpleQueue()
+            memory = bytearray(CHUNK_BYTES)
+            if not start(f"expo-ahead-{side}", lambda: self._work(queue, memory)):
+                return None
+            self._queues[side] = queue
         return self._queues[side]
 
-    def _work(self, queue: SimpleQueue[tuple[FileRange, Callable[[], None]] | None]) -> None:
-        memory = bytearray(CHUNK_BYTES)
+    def _work(self, queue: SimpleQueue[tuple[FileRange, Callable[[], None]] | None], memory: bytearray) -> None:
+        leave_core()
         while (item := queue.get()) is not None:
             part, done = item
             try:
-                with self._activity.during(part.path):
-                    self._read(part, memory)
+                self._read(part, memory)
             finally:
                 done()
 
@@ -116,7 +122,8 @@ class ReadAhead:
         for offset in range(part.offset, part.offset + part.length, CHUNK_BYTES):
             size = min(CHUNK_BYTES, part.offset + part.length - offset)
             try:
-                if self._ended or not os.preadv(part.descriptor, [memoryview(memory)[:size]], offset):
-                    return
+                with self._activity.during(part.path):
+                    if self._ended or not os.preadv(part.descriptor, [memoryview(memory)[:size]], offset):
+                        return
             except OSError:
                 return

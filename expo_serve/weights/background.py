@@ -8,12 +8,11 @@ waits for them. Whoever looks at a parameter must wait first (:meth:`Background.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -24,11 +23,8 @@ import torch
 from expo_serve.weights.activity import Activity
 from expo_serve.weights.ahead import FileRange, ReadAhead
 from expo_serve.weights.elements import span
+from expo_serve.weights.threads import default_threads, leave_core, start
 
-MAX_THREADS = 4
-"""More do not help where the page cache or a disk is read: a few cores fill the memory's bandwidth."""
-NETWORK_THREADS = 8
-"""Where each read is a journey, more of them have to be under way; each holds two pieces of memory."""
 PENDING_BYTES = 256 << 20
 """How much may be handed over and not done. It costs no memory; it keeps an error near its cause."""
 _JOIN_SECONDS = 5.0
@@ -62,8 +58,8 @@ class Background:
     """Runs tasks that write into a model's parameters, in threads between entering and leaving the context.
 
     Two tasks that may write to the same place run in the order in which they came. A task runs at once where no
-    thread can help or nobody would wait: outside of the context, on a machine with one core, for tensors that are
-    not on the CPU or no parameter's.
+    thread can help or nobody would wait: outside of the context, with one thread only, for tensors that are not on
+    the CPU or no parameter's.
 
     Args:
         model: whose parameters are written.
@@ -87,14 +83,8 @@ class Background:
     def __enter__(self) -> Background:
         if self._wanted > 1:
             self._torch_threads = torch.get_num_threads()
-            for number in range(self._wanted):
-                # Daemons: a read that hangs in the kernel must not keep a process that has failed alive.
-                thread = threading.Thread(target=self._work, name=f"expo-{number}", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # no more threads to be had: those that run do it
-                    break
-                self._threads.append(thread)
+            started = (start(f"expo-{number}", self._work) for number in range(self._wanted))
+            self._threads = [thread for thread in started if thread]  # where some are refused, the others do it
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,17 +106,19 @@ class Background:
             BaseException: what this task, or one handed over before, has raised.
         """
         if not self._threads or dest.device.type != "cpu" or dest.untyped_storage().data_ptr() not in self._storages:
-            task()
+            with self._keeping_failure():
+                task()
             return
-        start = dest.data_ptr()
-        end = start + span(tuple(dest.shape), dest.stride()) * dest.element_size()
-        if self._is_being_written(start, end):
+        first = dest.data_ptr()
+        end = first + span(tuple(dest.shape), dest.stride()) * dest.element_size()
+        if self._is_being_written(first, end):
             self.wait()
-        while self._pending and self._pending_bytes + end - start > PENDING_BYTES:
+        while self._pending and self._pending_bytes + end - first > PENDING_BYTES:
             self._finish_one()
-        insort(self._pending, (start, end))
-        self._pending_bytes += end - start
-        self._ahead.bring(ranges, partial(self._todo.put, _Handed(start, end, task)))
+        with self._keeping_failure():
+            self._ahead.bring(ranges, partial(self._todo.put, _Handed(first, end, task)))
+            insort(self._pending, (first, end))
+            self._pending_bytes += end - first
 
     def wait(self) -> None:
         """Wait until all that was handed over is written.
@@ -145,13 +137,23 @@ class Background:
         return index > 0 and self._pending[index - 1][1] > start
 
     def _finish_one(self) -> None:
-        """A failure stays: whoever catches it on its way may not know what it means."""
+        if self._failure:
+            raise self._failure
         done = self._done.get()
         self._pending.remove((done.start, done.end))
         self._pending_bytes -= done.end - done.start
         self._failure = self._failure or done.failure
         if self._failure:
             raise self._failure
+
+    @contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        """A failure stays until the end: whoever catches it on its way may not know what it means."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._failure or (None if self._ended else error)
+            raise
 
     def _work(self) -> None:
         leave_core()
@@ -163,14 +165,3 @@ class Background:
             except BaseException as error:  # noqa: BLE001 - whoever waits raises it
                 handed.failure = error
             self._done.put(handed)
-
-
-def default_threads(on_network: bool = False) -> int:
-    """How many threads load best: one a core, but for a few on a large machine, and more where reads have far to go."""
-    return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
-
-
-def leave_core() -> None:
-    """vLLM's CPU worker is pinned to its cores, often one; the threads of a load may use the others meanwhile."""
-    with suppress(AttributeError, OSError):  # not Linux, or not allowed
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # this thread's; the kernel keeps to the cgroup's set

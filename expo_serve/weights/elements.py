@@ -32,6 +32,11 @@ class Elements:
         return math.prod(self.shape)
 
     @property
+    def stored(self) -> int:
+        """Number of elements, repeated ones counted once."""
+        return math.prod(size for size, stride in zip(self.shape, self.stride, strict=True) if stride or not size)
+
+    @property
     def end(self) -> int:
         """One past the last element; the offset where there is none."""
         return self.offset + span(self.shape, self.stride)

@@ -24,25 +24,6 @@ class NotFiniteError(ArithmeticError):
     """A piece of the result, or an operand of it, holds NaN or Inf. Args: ``base``, ``aligned`` or ``result``."""
 
 
-def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> None:
-    """Write the result into ``dest``.
-
-    Args:
-        dest: any device, dtype and strides. When its dtype is not that of ``aligned``, the rounded
-            result is cast to it, as a checkpoint's tensor would be.
-        base: same shape; None takes ``aligned`` over.
-        aligned: same shape; its dtype is what the result is rounded to.
-        alpha: finite.
-
-    Raises:
-        NotFiniteError: a value of an operand that is used, or of the result, is NaN or Inf.
-    """
-    sides = {"aligned": aligned} if base is None else {"base": base, "aligned": aligned}
-    used = {side: sides[side] for side in sides_used(base is not None, alpha)}
-    with torch.no_grad():
-        combine_into(dest, used, aligned.dtype, alpha)
-
-
 def sides_used(has_base: bool, alpha: float) -> tuple[Side, ...]:
     """What is read for a result: both sides, ``base`` first, or the one whose bits are copied."""
     if not has_base or alpha == 0:
@@ -51,11 +32,12 @@ def sides_used(has_base: bool, alpha: float) -> tuple[Side, ...]:
 
 
 def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float) -> None:
-    """Write the result of the sides that :func:`sides_used` names into ``dest``; see :func:`extrapolate_into`.
+    """Write the result into ``dest``. Gradients must be off.
 
     Args:
-        dest: where it goes.
-        operands: by side.
+        dest: any device, dtype and strides. When its dtype is not ``dtype``, the rounded result is cast to it, as a
+            checkpoint's tensor would be.
+        operands: the sides that :func:`sides_used` names, of the shape of ``dest``.
         dtype: the aligned tensor's, which the result is rounded to.
         alpha: finite.
 

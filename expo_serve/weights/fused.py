@@ -24,7 +24,7 @@ from expo_serve.weights.native import compiled, once
 # The rounding is torch's: to the nearest, ties to even, by adding 0x7fff and the last bit that stays. 0x7f80 is the
 # exponent of Inf and NaN: adding 0x0080 to the exponent alone sets the sign bit for no other, and `or` keeps it.
 _IR = """
-define i1 @combine(ptr noalias readonly %base, ptr noalias readonly %aligned, ptr noalias %out, i64 %count,
+define zeroext i1 @combine(ptr noalias readonly %base, ptr noalias readonly %aligned, ptr noalias %out, i64 %count,
                    float %weight, i1 %from_aligned) {
 entry:
   %none = icmp eq i64 %count, 0
@@ -88,7 +88,7 @@ read:
 ready:
   %out.at = getelementptr inbounds i8, ptr %out, i64 %done
   %count = lshr i64 %size, 1
-  %bad = call i1 @combine(ptr %base, ptr %aligned, ptr %out.at, i64 %count, float %weight, i1 %from_aligned)
+  %bad = call zeroext i1 @combine(ptr %base, ptr %aligned, ptr %out.at, i64 %count, float %weight, i1 %from_aligned)
   br i1 %bad, label %stopped, label %combined
 combined:
   %next = add i64 %done, %size

@@ -67,5 +67,7 @@ def _stream(dest: torch.Tensor, elements: Elements, job: Job) -> tuple[torch.Ten
     if not (is_plain and dtypes == {"BF16"} and dest.dtype == torch.bfloat16 and dest.numel() and (loops := fused())):
         return dest, elements
     with job.reader.placed(job.records, elements, STREAM_PIECE_BYTES) as places:
-        done = loops.stream(places["base"], places["aligned"], dest, 1 + job.alpha) // dest.element_size()
+        size = loops.stream(places["base"], places["aligned"], dest, 1 + job.alpha)
+    job.reader.activity.add_bytes(2 * size)
+    done = size // dest.element_size()
     return dest.view(-1)[done:], Elements((dest.numel() - done,), (1,), elements.offset + done)

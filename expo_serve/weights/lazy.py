@@ -117,7 +117,7 @@ class Operands:
         stage = self._stages.onto(dest.device) if self._stages else None
         (stage.fill if stage else fill_here)(dest, elements, job)
         for side, record in job.records.items():
-            self.tally.add_read(side, elements.numel * DTYPE_BYTES[record.dtype])
+            self.tally.add_read(side, elements.stored * DTYPE_BYTES[record.dtype])
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned

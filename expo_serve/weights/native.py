@@ -51,7 +51,7 @@ def compiled(ir: str, signatures: Mapping[str, Any]) -> dict[str, Callable[..., 
         passes.getModulePassManager().run(module, passes)
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()
-    except (ImportError, OSError, RuntimeError):
+    except (ImportError, AttributeError, OSError, RuntimeError):
         return None
     _engines.append(engine)
     return {name: signature(engine.get_function_address(name)) for name, signature in signatures.items()}

@@ -39,7 +39,7 @@ from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 PIECE_BYTES = 2 << 20
 """Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
 
-_MAX_SPREAD = 8
+_MAX_SPREAD = 3
 """Bytes read for each byte wanted, at most, where single elements lie apart."""
 
 _DTYPES = {
@@ -180,14 +180,13 @@ class Reader:
         self, records: Mapping[Side, TensorRecord], elements: Elements, piece_bytes: int
     ) -> Iterator[dict[Side, Place]]:
         """Where elements that lie one behind the other can be read from, and memory for a piece of each side; within
-        the context somebody else reads them."""
+        the context somebody else reads them, and counts them."""
         places: dict[Side, Place] = {}
         for side, record in records.items():
             part = self.range_of(side, record, elements)
             places[side] = Place(part.descriptor, part.offset, self._buffer(record, piece_bytes, side).address)
         with self.activity.during(*(record.file for record in records.values())):
             yield places
-        self.activity.add_bytes(sum(elements.numel * DTYPE_BYTES[record.dtype] for record in records.values()))
 
     def _descriptor(self, file: Path) -> int:
         if (descriptor := self._files.get(file)) is None:
@@ -238,7 +237,7 @@ class _Layout:
 
 def _allocate(size: int, record: TensorRecord) -> torch.Tensor:
     try:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
         raise LoadError(f"no memory to read {record.file}: {size} bytes were refused; give the process more") from None
 

@@ -7,21 +7,20 @@ device otherwise; whether all values were finite comes back with the mark.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from expo_serve.errors import ExpoError
-from expo_serve.weights.background import default_threads, leave_core
+from expo_serve.errors import ExpoError, LoadError
 from expo_serve.weights.elements import Elements, cut
 from expo_serve.weights.extrapolate import NotFiniteError, Side, combine_into, combine_unchecked
 from expo_serve.weights.header import DTYPE_BYTES
 from expo_serve.weights.job import Job
 from expo_serve.weights.reader import PIECE_BYTES, Buffer
+from expo_serve.weights.threads import Workers, default_threads
 
 STAGE_BYTES = 8 << 20
 """Of each side, in each turn. A copy of 8 MB takes the link far longer than it takes to start."""
@@ -71,7 +70,12 @@ class CudaQueue:
 
     def host_memory(self, size: int) -> torch.Tensor:
         """See :class:`Queue`."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        try:
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            raise LoadError(
+                f"no pinned memory: {size} bytes were refused ({error}); raise the limit of locked memory"
+            ) from None
 
     def device_memory(self, size: int) -> torch.Tensor:
         """See :class:`Queue`."""
@@ -111,6 +115,10 @@ class _CudaMark:
         self.event.synchronize()
 
 
+def _nothing() -> None:
+    """What a turn that holds nothing has to be checked for."""
+
+
 @dataclass
 class _Turn:
     """One set of buffers, and what the device was last given of it."""
@@ -120,7 +128,7 @@ class _Turn:
     is_finite: torch.Tensor
     """One byte on the host."""
     mark: Mark | None = None
-    check: Callable[[], None] = field(default=lambda: None)
+    check: Callable[[], None] = _nothing
 
 
 class Stage:
@@ -141,7 +149,7 @@ class Stage:
         self._turns = [self._new_turn() for _ in range(turns)]
         self._next = 0
         self._failure: ExpoError | None = None
-        self._pool = ThreadPoolExecutor(threads or default_threads(), "expo-stage", initializer=leave_core)
+        self._readers = Workers(threads or default_threads(), "expo-stage")
 
     def _new_turn(self) -> _Turn:
         sides: tuple[Side, Side] = ("base", "aligned")
@@ -181,17 +189,17 @@ class Stage:
 
     def close(self) -> None:
         """Let the reading threads end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
 
     def _settle(self, turn: _Turn) -> None:
         """Until the device has done with a turn's buffers; then look at what it found. A failure stays."""
         if turn.mark is None:
             return
         turn.mark.wait()
-        turn.mark = None
+        check, turn.mark, turn.check = turn.check, None, _nothing  # which would hold the parameter's memory
         if not turn.is_finite.item():
             try:
-                turn.check()
+                check()
             except ExpoError as error:
                 self._failure = self._failure or error
                 raise
@@ -207,16 +215,8 @@ class Stage:
                 reads += [partial(job.reader.read_into, record, part, Buffer(_raw(out))) for out, part in parts]
             else:
                 operands[side] = job.reader.read_into(record, piece, Buffer(memory))
-        _do_all(self._pool, reads)
+        self._readers.do_all(reads)
         return operands
-
-
-def _do_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> None:
-    futures = [pool.submit(task) for task in tasks]
-    for future in futures:
-        future.exception()  # none may still be reading into the buffers when one has failed
-    for future in futures:
-        future.result()
 
 
 def _raw(values: torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ def _check(out: torch.Tensor, operands: dict[Side, torch.Tensor], job: Job) -> N
     """The device's sum was not finite, which may be an overflow: find out on the host, where the operands still are."""
     if job.fail is None:
         return
-    value = torch.empty(out.shape, dtype=job.dtype)
+    value = torch.empty(out.shape, dtype=job.dtype, device="cpu")
     try:
         combine_into(value, operands, job.dtype, job.alpha)
     except NotFiniteError as error:
@@ -251,24 +251,37 @@ def _check(out: torch.Tensor, operands: dict[Side, torch.Tensor], job: Job) -> N
 
 
 class Stages:
-    """The ways onto the devices of one load, between entering and leaving the context."""
+    """The ways onto the devices of one load, between entering and leaving the context.
 
-    def __init__(self) -> None:
+    Args:
+        threads: that read for each device at once.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
         self._stages: dict[torch.device, Stage] = {}
+        self._ended = False
 
     def __enter__(self) -> Stages:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True
         for stage in self._stages.values():
             stage.close()
         self._stages = {}
 
     def onto(self, device: torch.device) -> Stage | None:
-        """The way onto a device; None where there is none but copying."""
-        if device.type == "cuda" and device not in self._stages:
-            self._stages[device] = Stage(CudaQueue(device))
+        """The way onto a device; None where there is none but copying.
+
+        Also after the end: layers that vLLM quantises late copy from their lazy tensors then, and nobody would wait.
+        """
+        if device.type == "cuda" and device not in self._stages and not self._ended:
+            self._stages[device] = self._new(device)
         return self._stages.get(device)
+
+    def _new(self, device: torch.device) -> Stage:
+        return Stage(CudaQueue(device), threads=self._threads)
 
     def wait(self) -> None:
         """See :meth:`Stage.wait`."""

@@ -32,6 +32,9 @@ def ahead() -> Iterator[ReadAhead]:
     made = ReadAhead(Activity())
     yield made
     made.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("expo-ahead"):
+            thread.join(10)
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.weights.elements import Elements, cut
-from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.extrapolate import NotFiniteError
 from expo_serve.weights.reader import PIECE_BYTES
 from tests.models.raw import same_bits
+from tests.weights.combining import extrapolate_into
 
 PIECE_ELEMENTS = PIECE_BYTES // 2
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.weights import extrapolate, fused, gather
-from expo_serve.weights.extrapolate import NotFiniteError, extrapolate_into
+from expo_serve.weights.extrapolate import NotFiniteError
 from expo_serve.weights.native import compiled
 from tests.models.raw import same_bits
+from tests.weights.combining import extrapolate_into
+from tests.weights.lazies import Lazies, numbers
 
 EVERY = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
 
@@ -26,6 +28,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of each test: with the compiled loop, and as where it cannot be compiled."""
     if request.param == "python":
         monkeypatch.setattr(gather, "_native", lambda: None)
+        monkeypatch.setattr(extrapolate, "fused", lambda: None)
     else:
         assert gather._native() is not None
     return str(request.param)
@@ -99,6 +102,27 @@ def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> No
     base[500] = torch.nan
     with pytest.raises(NotFiniteError, match="base"):
         extrapolate_into(out, base, aligned, 0.5)
+
+
+@pytest.mark.parametrize("done", [0, 2, 30, 94, 96])
+def test_what_a_loop_that_stops_early_leaves_is_done_the_plain_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """A read may give less than was asked for: nothing is wrong then."""
+    stream, given = fused.Fused.stream, []
+
+    def stop_early(
+        loops: fused.Fused, base: fused.Place, aligned: fused.Place, out: torch.Tensor, weight: float
+    ) -> int:
+        given.append(stream(loops, base, aligned, out.view(-1)[: done // 2], weight) if done else 0)
+        return given[-1]
+
+    monkeypatch.setattr(fused.Fused, "stream", stop_early)
+    case = Lazies(tmp_path).make(numbers(6, 8), numbers(6, 8, seed=1))
+    dest = torch.full((6, 8), 7.0, dtype=torch.bfloat16)
+    assert same_bits(dest.copy_(case.lazy), case.expected)
+    assert given == [done]
+    assert case.lazy._operands._reader.activity.read_bytes == 2 * 96
 
 
 @pytest.fixture

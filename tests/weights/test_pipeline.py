@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -200,6 +201,23 @@ def test_a_failure_stays_for_whoever_swallows_it(many: Plan, monkeypatch: pytest
             background.wait()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_failure_at_once_stays_too(many: Plan, threads: int) -> None:
+    """What goes onto a device, or where there is one thread, is done on the spot."""
+    dest = torch.empty(8) if threads == 2 else torch.nn.Parameter(torch.empty(8), requires_grad=False)
+    model = torch.nn.Module()
+    model.register_parameter("a", dest if isinstance(dest, torch.nn.Parameter) else None)
+
+    def fail() -> None:
+        raise CheckpointError("Input/output error")
+
+    with Background(model, threads) as background:
+        with pytest.raises(CheckpointError):
+            background.run(dest, fail)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            background.wait()
+
+
 def test_a_value_that_is_not_finite_ends_the_load(lazies: Lazies) -> None:
     tensors = {f"{index}.weight": numbers(8, 8, seed=index) for index in range(60)}
     tensors["40.weight"][3, 3] = torch.nan
@@ -219,9 +237,13 @@ def test_memory_that_is_refused_is_named(many: Plan, monkeypatch: pytest.MonkeyP
         dest.copy_(tensor)
 
 
-@pytest.mark.parametrize("allowed", [0, 1])
-def test_threads_that_are_refused_are_done_without(many: Plan, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
-    started, start = iter(range(99)), threading.Thread.start
+@pytest.mark.parametrize("is_cold", [False, True])
+@pytest.mark.parametrize("allowed", [0, 1, 4])
+def test_threads_that_are_refused_are_done_without(
+    many: Plan, monkeypatch: pytest.MonkeyPatch, allowed: int, is_cold: bool
+) -> None:
+    monkeypatch.setattr(FileRange, "is_cached", lambda part: not is_cold)
+    started, start = itertools.count(), threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
         if next(started) >= allowed:

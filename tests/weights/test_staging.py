@@ -1,4 +1,4 @@
-"""The way onto a device, with a stand-in that does its work as late as it may: what is right there is right on CUDA."""
+"""The way onto a device, with a stand-in that does its work as late as a device may do it."""
 
 from __future__ import annotations
 
@@ -235,3 +235,10 @@ def test_devices_without_a_queue_of_their_own_are_copied_to(tmp_path: Path) -> N
         lazy = lazy_tensor(case.lazy._operands.planned, Reader(), Tally(), stages=stages)
         assert same_bits(torch.empty(6, 8, dtype=torch.bfloat16).copy_(lazy), case.expected)
         stages.wait()
+
+
+def test_nothing_is_staged_after_the_load() -> None:
+    """Layers that vLLM quantises late copy then, and nobody would wait for a stream."""
+    with Stages() as stages:
+        pass
+    assert stages.onto(torch.device("cuda", 0)) is None
