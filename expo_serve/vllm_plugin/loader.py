@@ -157,9 +157,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         reader = Reader(self._activity)
         with unwatched():
             self._given = self._names_to_read(plan, model)
-            tensors = (plan.tensors[name] for name in self._given)
-            lazies = [lazy_tensor(tensor, reader, self._tally, self._run, self._stages) for tensor in tensors]
-        for name, lazy in zip(self._given, lazies, strict=True):
+        for name in self._given:
+            with unwatched():
+                lazy = lazy_tensor(plan.tensors[name], reader, self._tally, self._run, self._stages)
             yield name, lazy
             if self._shown:
                 self._shown.advance(sum(plan.tensors[name].read_bytes.values()))

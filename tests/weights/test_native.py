@@ -71,10 +71,11 @@ def test_every_nan_and_infinity_is_noticed(side: str, place: int) -> None:
 
 def test_memory_that_no_vector_is_aligned_to(way: str) -> None:
     base, aligned = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
-    for start in range(1, 9):
-        out = torch.empty(1000 - start, dtype=torch.bfloat16)
-        extrapolate_into(out, base[start:], aligned[start:], 0.5)
-        assert same_bits(out, torch.lerp(base, aligned, 1.5)[start:])
+    for start in range(35):
+        out = torch.full((1000,), 7.0, dtype=torch.bfloat16)
+        extrapolate_into(out[start:-1], base[start:-1], aligned[start:-1], 0.5)
+        assert same_bits(out[start:-1], torch.lerp(base, aligned, 1.5)[start:-1])
+        assert [float(out[at]) for at in {start - 1, 999} if at >= 0] == [7.0] * (2 if start else 1)
 
 
 def test_a_loop_with_other_bits_is_not_used() -> None:
