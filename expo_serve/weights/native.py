@@ -28,6 +28,12 @@ def once(function: Callable[[], Result]) -> Callable[[], Result]:
     return call
 
 
+def _answer_like_an_object(library: Any) -> None:
+    """llvmlite's library answers every name with a function, ``__dict__`` too. Whoever looks through all that modules hold
+    fails at that, as vLLM does when it begins a second engine in a process."""
+    getattr(library, "_fntab", {}).setdefault("__dict__", {})
+
+
 def compiled(ir: str, signatures: Mapping[str, Any]) -> dict[str, Callable[..., Any]] | None:
     """Compile functions. Calls of them hold no lock of Python's.
 
@@ -41,6 +47,7 @@ def compiled(ir: str, signatures: Mapping[str, Any]) -> dict[str, Callable[..., 
     try:
         import llvmlite.binding as llvm
 
+        _answer_like_an_object(llvm.ffi.lib)
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         module = llvm.parse_assembly(ir)

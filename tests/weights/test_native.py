@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -90,6 +91,14 @@ def test_a_loop_with_other_bits_is_not_used() -> None:
 
     assert not fused._agrees_with_torch(wrong)
     assert not fused._agrees_with_torch(careless)
+
+
+def test_whoever_looks_through_all_modules_finds_objects() -> None:
+    """vLLM asks everything that modules hold for its ``__dict__`` when an engine begins, and wants one."""
+    assert fused.fused()
+    for module in [module for name, module in sys.modules.items() if name.startswith("llvmlite.")]:
+        for value in vars(module).values():
+            assert not hasattr(value, "__dict__") or isinstance(vars(value), (dict, MappingProxyType))
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
