@@ -29,8 +29,8 @@ def once(function: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _answer_like_an_object(library: Any) -> None:
-    """llvmlite's library answers every name with a function, ``__dict__`` too. Whoever looks through all that modules hold
-    fails at that, as vLLM does when it begins a second engine in a process."""
+    """llvmlite's library answers every name with a function, ``__dict__`` too. Whoever looks through all that modules
+    hold fails at that, as vLLM does when it begins a second engine in a process."""
     getattr(library, "_fntab", {}).setdefault("__dict__", {})
 
 
