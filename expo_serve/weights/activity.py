@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_LOCK = threading.Lock()
+"""One for all: who holds it only adds, and a loader that counts must travel to other processes."""
+
 
 @dataclass
 class Activity:
@@ -18,11 +21,10 @@ class Activity:
     """By thread: the files of the read that is under way, and when it began (:func:`time.monotonic`)."""
     read_bytes: int = 0
     """What has come so far."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_bytes(self, count: int) -> None:
         """Count what a read has brought."""
-        with self._lock:
+        with _LOCK:
             self.read_bytes += count
 
     @contextmanager

@@ -9,6 +9,9 @@ from typing import Literal, get_args
 
 Kind = Literal["extrapolated", "materialized", "copied"]
 
+_LOCK = threading.Lock()
+"""One for all: who holds it only adds, and a loader that counts must travel to other processes."""
+
 
 @dataclass
 class Tally:
@@ -20,11 +23,9 @@ class Tally:
     """By tensor: combined straight into the parameter, combined first because the model asked for
     values, or taken over."""
 
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
     def add_read(self, side: str, count: int) -> None:
         """Count bytes that were read of a side; from any thread."""
-        with self._lock:
+        with _LOCK:
             self.read_bytes[side] += count
 
     def note(self, name: str, kind: Kind) -> None:
