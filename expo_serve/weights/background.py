@@ -82,7 +82,6 @@ class Background:
 
     def __enter__(self) -> Background:
         if self._wanted > 1:
-            self._torch_threads = torch.get_num_threads()
             started = (start(f"expo-{number}", self._work) for number in range(self._wanted))
             self._threads = [thread for thread in started if thread]  # where some are refused, the others do it
         return self
@@ -95,8 +94,6 @@ class Background:
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self._threads:
-            torch.set_num_threads(self._torch_threads)  # the threads' own setting is the default of later ones
         self._threads = []
 
     def run(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
@@ -157,7 +154,6 @@ class Background:
 
     def _work(self) -> None:
         leave_core()
-        torch.set_num_threads(1)  # each thread computes alone; teams of teams would fight for the cores
         while (handed := self._todo.get()) is not None:
             try:
                 if not self._ended and not self._failure:
