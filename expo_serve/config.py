@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from expo_serve.errors import ConfigError, UsageError
 
@@ -117,11 +117,33 @@ class Pinned(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: Source
-    aligned: Source
+    aligned: Source | None = None
+    delta: Source | None = None
+    """In place of ``aligned``."""
+    model: Literal["base", "aligned", "delta"] = "aligned"
+    """The side whose folder vLLM takes for the model."""
+    tokenizer: str | None = None
+    """The folder of the tokenizer and the generation config, where it is not the model's."""
+    overrides: dict[str, Any] = {}
+    """What the result's config says otherwise than the model's."""
     started: float | None = None
     """CLOCK_MONOTONIC when the command was called, in seconds."""
     on_terminal: bool = False
     """Whether the command's standard error, to which the workers' goes, is a terminal."""
+
+    @property
+    def deployed(self) -> Source:
+        """The folder that vLLM takes for the model."""
+        source = {"base": self.base, "aligned": self.aligned, "delta": self.delta}[self.model]
+        assert source is not None
+        return source
+
+    @property
+    def named_after(self) -> Source:
+        """What the served model is named after: the aligned side, or the delta where there is none."""
+        source = self.aligned or self.delta
+        assert source is not None
+        return source
 
 
 class ExpoConfig(BaseModel):
@@ -129,15 +151,31 @@ class ExpoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str
+    base: str | None = None
+    """None under plain vLLM with a delta: there the model itself is base."""
     alpha: Annotated[float, BeforeValidator(parse_alpha)]
     aligned: str | None = None
     """None under plain vLLM: there the model itself is the aligned side."""
+    delta: str | None = None
+    """What takes base to aligned, in place of ``aligned``."""
     base_revision: str | None = None
     aligned_revision: str | None = None
+    delta_revision: str | None = None
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
     pinned: Pinned | None = None
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> ExpoConfig:
+        if self.aligned is not None and self.delta is not None:
+            raise ValueError("aligned and delta are both given: give the one or the other")
+        if self.base is None and self.delta is None:
+            raise ValueError("key 'base' is missing")
+        if self.delta_revision is not None and self.delta is None:
+            raise ValueError("delta_revision is given, but no delta")
+        if self.aligned_revision is not None and self.delta is not None:
+            raise ValueError("aligned_revision is given, but the sources are base and delta")
+        return self
 
     @property
     def alpha_text(self) -> str:
@@ -173,7 +211,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key!r}; known keys: {known}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
 
 
 def alpha_from_flag(text: str) -> float:

@@ -51,6 +51,8 @@ class LoadReport(BaseModel):
     """Rows that only the aligned side has, by tensor."""
     copied_unmatched: int
     ignored_base: int
+    unchanged: int = 0
+    """Tensors that the delta does not name: base's at every alpha."""
     unfilled: list[str] = []
     """Parameters that vLLM's code fills from no tensor, with or without expo."""
     peak_host_memory_bytes: int
@@ -103,6 +105,8 @@ class InspectedSource(PublicSource):
     """A source as ``inspect`` found it. ``bytes`` are those of its tensors."""
 
     path: str
+    kind: str | None = None
+    """Of a delta: ``packed``, ``lora`` or ``full``."""
     files: int
     tensors: int
     bytes: int
@@ -154,6 +158,8 @@ class Inspection(BaseModel):
     alphas: dict[str, int] = {}
     copied_unmatched: list[str] = []
     ignored_base: list[str] = []
+    unchanged: list[str] = []
+    """Tensors that the delta does not name."""
     tensor_parallel_size: int = 1
     read_bytes_per_rank: dict[str, int] = {}
     memory: InspectedMemory | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from expo_serve import memory
 from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
-from expo_serve.config import Source
+from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.report import (
     InspectedMemory,
@@ -18,8 +18,10 @@ from expo_serve.report import (
     Refusal,
 )
 from expo_serve.weights.checkpoint import Checkpoint, open_checkpoint
+from expo_serve.weights.deltas import Delta, open_delta
 from expo_serve.weights.pair import Plan, PlannedTensor, plan_pair
-from expo_serve.weights.source import find_source, read_config
+from expo_serve.weights.prepare import locate
+from expo_serve.weights.source import read_config
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -77,34 +79,41 @@ def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
     """Find, check and pair the sources; whatever would be refused is listed, not raised."""
     refusals: list[ExpoError] = []
     sources: dict[str, Source] = {}
-    checkpoints: dict[str, Checkpoint] = {}
-    for side in ("base", "aligned"):
-        given, revision = getattr(options.config, side), getattr(options.config, f"{side}_revision")
+    opened: dict[str, Checkpoint | Delta] = {}
+    for side in ("base", "delta" if options.config.delta else "aligned"):
         try:
-            sources[side] = find_source(side, given, revision, options.hub)
-            checkpoints[side] = open_checkpoint(side, sources[side])
+            sources[side] = locate(side, options.config, options.hub)
+            opened[side] = open_delta(sources[side]) if side == "delta" else open_checkpoint(side, sources[side])
         except ExpoError as error:
             refusals.append(error)
     plan = None
-    if len(checkpoints) == 2:
+    if len(opened) == 2:
         try:
-            plan = plan_pair(checkpoints["base"], checkpoints["aligned"], options.config)
+            plan = plan_opened(opened, options.config)
         except ExpoError as error:
             refusals.append(error)
     return Inspection(
         alpha=options.config.alpha,
         alpha_rules=[rule.text for rule in options.config.alpha_rules],
-        sources={side: _source(source, checkpoints.get(side)) for side, source in sources.items()},
+        sources={side: _source(source, opened.get(side)) for side, source in sources.items()},
         refusals=[Refusal(message=error.message, details=list(error.details)) for error in refusals],
         **(_planned(plan, options, tensor_parallel_size) if plan else {}),
     )
 
 
-def _source(source: Source, checkpoint: Checkpoint | None) -> InspectedSource:
+def plan_opened(opened: dict[str, Checkpoint | Delta], config: ExpoConfig) -> Plan:
+    """Plan both sides, whatever stands beside base."""
+    base, other = opened.values()
+    assert isinstance(base, Checkpoint)
+    return plan_pair(base, other, config) if isinstance(other, Checkpoint) else other.plan(base, config)
+
+
+def _source(source: Source, checkpoint: Checkpoint | Delta | None) -> InspectedSource:
     return InspectedSource(
         name=source.name,
         path=source.path,
         revision=source.revision,
+        kind=getattr(checkpoint, "kind", None),
         fingerprint=checkpoint.source.fingerprint if checkpoint else "",
         files=len(checkpoint.files) if checkpoint else 0,
         tensors=len(checkpoint.tensors) if checkpoint else 0,
@@ -114,21 +123,22 @@ def _source(source: Source, checkpoint: Checkpoint | None) -> InspectedSource:
 
 
 def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
-    weights = sum(_share(tensor, tensor.aligned.nbytes, ranks) for tensor in plan.tensors.values())
+    weights = sum(_share(tensor, tensor.result.nbytes, ranks) for tensor in plan.tensors.values())
     reads = {
-        side: sum(_share(tensor, tensor.read_bytes[side], ranks) for tensor in plan.tensors.values())
-        for side in ("base", "aligned")
+        side: sum(_share(tensor, tensor.read_bytes.get(side, 0), ranks) for tensor in plan.tensors.values())
+        for side in plan.sources
     }
     available = memory.available_bytes()
-    aligned = plan.aligned.source
+    side, files = _side_files(plan)
     return {
-        "served_model_name": f"{aligned.short_name}-expo-{options.config.alpha_text}",
-        "tokenizer": _first_there(aligned, _TOKENIZERS),
-        "chat_template": _chat_template(aligned),
+        "served_model_name": f"{plan.other.source.short_name}-expo-{options.config.alpha_text}",
+        "tokenizer": _first_there(side, files, _TOKENIZERS),
+        "chat_template": _chat_template(side, files),
         "counts": {"extrapolated": len(plan.extrapolated), "copied": len(plan.copied)},
         "alphas": plan.alphas,
         "copied_unmatched": list(plan.copied_unmatched),
         "ignored_base": list(plan.ignored_base),
+        "unchanged": list(plan.unchanged),
         "tensor_parallel_size": ranks,
         "read_bytes_per_rank": reads,
         "memory": InspectedMemory(
@@ -151,7 +161,7 @@ def _tensor(tensor: PlannedTensor) -> InspectedTensor:
     return InspectedTensor(
         name=tensor.name,
         shape=list(tensor.aligned.shape),
-        dtype=tensor.aligned.dtype,
+        dtype=tensor.result.dtype,
         base_name=tensor.base.name if tensor.base else None,
         base_dtype=tensor.base.dtype if tensor.base else None,
         kind="extrapolated" if tensor.base else "copied",
@@ -160,15 +170,21 @@ def _tensor(tensor: PlannedTensor) -> InspectedTensor:
     )
 
 
-def _first_there(source: Source, names: tuple[str, ...]) -> str | None:
-    return next((f"aligned: {name}" for name in names if Path(source.path, name).is_file()), None)
+def _side_files(plan: Plan) -> tuple[str, Source]:
+    """The side that tokenizer, chat template and generation config come from."""
+    source = plan.tokenizer or plan.model
+    return next(side for side, there in plan.sources.items() if there == source), source
 
 
-def _chat_template(source: Source) -> str | None:
-    if found := _first_there(source, ("chat_template.jinja", "chat_template.json")):
+def _first_there(side: str, source: Source, names: tuple[str, ...]) -> str | None:
+    return next((f"{side}: {name}" for name in names if Path(source.path, name).is_file()), None)
+
+
+def _chat_template(side: str, source: Source) -> str | None:
+    if found := _first_there(side, source, ("chat_template.jinja", "chat_template.json")):
         return found
     try:
-        settings = read_config("aligned", source, "tokenizer_config.json")
+        settings = read_config(side, source, "tokenizer_config.json")
     except ExpoError:
         return None
-    return "aligned: tokenizer_config.json" if settings.get("chat_template") else None
+    return f"{side}: tokenizer_config.json" if settings.get("chat_template") else None

@@ -43,6 +43,7 @@ def _sources(inspection: Inspection) -> Table:
     sides = inspection.sources.values()
     rows = {
         "name": [source.name for source in sides],
+        **({"kind": [source.kind or "checkpoint" for source in sides]} if any(source.kind for source in sides) else {}),
         "revision": [source.revision or "-" for source in sides],
         "fingerprint": [source.fingerprint or "-" for source in sides],
         "files": [str(source.files) for source in sides],
@@ -67,6 +68,7 @@ def _plan(inspection: Inspection) -> Table:
         "tensors": ", ".join(f"{count} {kind}" for kind, count in inspection.counts.items()),
         "by alpha": ", ".join(f"{count} at {alpha}" for alpha, count in inspection.alphas.items()) or "-",
         "unmatched": f"{len(inspection.copied_unmatched)} copied, {len(inspection.ignored_base)} of base ignored",
+        **({"unchanged": f"{len(inspection.unchanged)} that the delta does not name"} if inspection.unchanged else {}),
         "tokenizer": inspection.tokenizer or "none",
         "chat template": inspection.chat_template or "none",
         f"to read, each of {inspection.tensor_parallel_size} ranks": " + ".join(

@@ -13,7 +13,7 @@ from types import FrameType
 from expo_serve import __version__
 from expo_serve.errors import ExpoError
 
-SUBCOMMANDS = ("inspect", "merge")
+SUBCOMMANDS = ("inspect", "merge", "delta")
 
 
 class _Stopped(BaseException):
@@ -53,6 +53,10 @@ def _run(arguments: list[str], started: float) -> int:
         from expo_serve.cli import merge
 
         return merge.run(arguments[1:])
+    if command == "delta":
+        from expo_serve.cli import delta
+
+        return delta.run(arguments[1:])
     from expo_serve.cli import serve
 
     return serve.run(arguments, started)

@@ -17,7 +17,9 @@ from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, parse_co
 from expo_serve.errors import ConfigError, UsageError
 from expo_serve.weights.source import HubAccess
 
-_SOURCE_FLAGS = ("base", "aligned", "alpha", "base-revision", "aligned-revision", "alpha-rule", "unmatched")
+_SOURCE_FLAGS = (
+    "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule", "unmatched",
+)  # fmt: skip
 _SHARED_FLAGS = ("hf-token", "download-dir")
 _OURS_TO_SET = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
 
@@ -57,6 +59,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is extrapolated")
     group.add_argument("--base", metavar="B", help="the model before alignment: folder or hub id")
     group.add_argument("--aligned", metavar="A", help="the model after alignment: folder or hub id")
+    group.add_argument("--delta", metavar="D", help="in place of --aligned, what takes base to it: a packed delta, a LoRA "
+                       "adapter or a full delta; folder or hub id")  # fmt: skip
     group.add_argument("--alpha", metavar="X", help="how far to go on from base through aligned: 0 is aligned itself, "
                        f"-1 is base; {ALPHA_RANGE}")  # fmt: skip
     group.add_argument("--base-revision", metavar="R", help="branch, tag or commit of a hub id")
@@ -64,6 +68,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--aligned-revision", "--revision", metavar="R", dest="aligned_revision",
         help="branch, tag or commit of a hub id",
     )  # fmt: skip
+    group.add_argument("--delta-revision", metavar="R", help="branch, tag or commit of a hub id")
     group.add_argument(
         "--alpha-rule", metavar="REGEX=VALUE", action="append", default=[],
         help="another alpha for the tensors whose name matches (first match decides); may be repeated",
@@ -85,9 +90,9 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
         UsageError: a flag of ours is wrong, missing, or one of vLLM's that is ours to set.
         ConfigError: the ``--config`` file is wrong.
     """
-    namespace, rest = parser.parse_known_args(_normalise(arguments, parser.known_flags()))
+    namespace, rest = parser.parse_known_args(normalise(arguments, parser.known_flags()))
     if rest and not rest[0].startswith("-"):
-        raise UsageError(f"unexpected {rest[0]!r}: the models are named by --base and --aligned")
+        raise UsageError(f"unexpected {rest[0]!r}: the models are named by --base and --aligned or --delta")
     for argument in rest:
         _refuse_ours_to_set(argument.split("=", 1)[0])
     from_file = {} if namespace.config is None else _read_file(namespace.config)
@@ -98,7 +103,7 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
     return Options(_validate(values), hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
 
 
-def _normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+def normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
     """Underscores in our flags as vLLM allows them, and values that begin with ``-`` (``--alpha -1e-3``).
 
     Args:
@@ -123,7 +128,7 @@ def _normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
 def _refuse_ours_to_set(flag: str) -> None:
     name = flag.replace("_", "-").removeprefix("--").split(".")[0]
     if flag.startswith("--") and name in _OURS_TO_SET:
-        raise UsageError(f"--{name} is set by expo-serve; leave it out (--base and --aligned name the models)")
+        raise UsageError(f"--{name} is set by expo-serve; leave it out (--base and --aligned or --delta name the models)")
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -157,7 +162,13 @@ def _pick(namespace: argparse.Namespace, from_file: dict[str, Any], key: str) ->
 
 
 def _validate(values: dict[str, Any]) -> ExpoConfig:
-    for key, hint in (("base", "folder or hub id"), ("aligned", "folder or hub id"), ("alpha", ALPHA_RANGE)):
+    if values["aligned"] is not None and values["delta"] is not None:
+        raise UsageError("--aligned and --delta are both given: leave one out")
+    other = "aligned" if values["delta"] is None else "delta"
+    for side, revision in (("aligned", "aligned-revision"), ("delta", "delta-revision")):
+        if side != other and values[revision] is not None:
+            raise UsageError(f"--{revision} is given, but --{side} is not")
+    for key, hint in (("base", "folder or hub id"), (other, "folder or hub id"), ("alpha", ALPHA_RANGE)):
         if values[key] is None:
             raise UsageError(f"--{key} is missing: expected {hint}")
         if values[key] == "":

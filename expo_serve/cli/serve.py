@@ -28,6 +28,7 @@ Every flag of `vllm serve` is accepted too, and means what it means there.
 Other commands, with the same flags for the sources:
   expo-serve inspect           what a load would do, from the files' headers alone
   expo-serve merge --out DIR   write the extrapolated checkpoint
+  expo-serve delta create      pack the difference of two checkpoints (also: verify, apply)
 
 Exit codes: 0 well, also after SIGTERM while serving; 2 the call or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.
@@ -58,7 +59,7 @@ def _read(arguments: list[str]) -> Options:
     )
     add_source_flags(parser)
     if arguments and not arguments[0].startswith("-"):
-        raise UsageError(f"unexpected {arguments[0]!r}: the model is named by --base and --aligned")
+        raise UsageError(f"unexpected {arguments[0]!r}: the model is named by --base and --aligned or --delta")
     return read_options(parser, arguments)
 
 
@@ -92,7 +93,7 @@ def _request(config: ExpoConfig, options: Options) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "arguments": options.arguments,
         "file_options": options.file_options,
-        "served_model_name": None if given else f"{config.pinned.aligned.short_name}-expo-{config.alpha_text}",
+        "served_model_name": None if given else f"{config.pinned.named_after.short_name}-expo-{config.alpha_text}",
     }
 
 

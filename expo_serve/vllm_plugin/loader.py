@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.account import LoadAccount
+from expo_serve.vllm_plugin.plain import check_config, with_model
 from expo_serve.vllm_plugin.progress import LoadProgress
 from expo_serve.vllm_plugin.written import check_written
 from expo_serve.weights.activity import Activity
 from expo_serve.weights.background import Background, Run, run_now
 from expo_serve.weights.coverage import WriteTracker, unwatched
+from expo_serve.weights.deltas import kind_of
 from expo_serve.weights.fused import fused
 from expo_serve.weights.lazy import lazy_tensor
 from expo_serve.weights.pair import Plan
@@ -42,7 +45,7 @@ logger = compat.init_logger("vllm.expo_serve.loader")
 
 
 class ExpoModelLoader(compat.DefaultModelLoader):
-    """Loads ``aligned + alpha * (aligned - base)`` while vLLM loads ``aligned``.
+    """Loads ``aligned + alpha * (aligned - base)``, or base and what a delta makes of it, while vLLM loads a model.
 
     Args:
         load_config: vLLM's; its ``model_loader_extra_config`` is an :class:`ExpoConfig`.
@@ -77,7 +80,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         )
         self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
         if compat.current_platform.is_cpu():  # ready by the time the model is built
-            start("expo-compile", fused)
+            start("expo-compile", partial(_compile, self.config))
 
     def download_model(self, model_config: Any) -> None:
         """Find both sides, downloading them where they come from the hub."""
@@ -143,13 +146,13 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         return tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor that vLLM would read of the aligned checkpoint, lazily extrapolated.
+        """Yield every tensor that vLLM would read of the model, lazily extrapolated.
 
         Weights that the model takes from elsewhere (``secondary_weights``) come as they are.
         """
         pinned = self.config.pinned
         if pinned and not self._is_deployed_model(model_config):
-            raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.aligned.path} is deployed")
+            raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.deployed.path} is deployed")
         plan = self._prepare(model_config)
         further = getattr(model, "secondary_weights", ())
         for source in further:
@@ -185,23 +188,24 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         chosen = getattr(model, "allow_patterns_overrides", None)
         unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
         primary = self.Source(
-            model_or_path=plan.aligned.source.path,
+            model_or_path=plan.model.path,
             revision=None,
             allow_patterns_overrides=chosen,
             # A file that the plan leaves out whole repeats the others in a publisher's own format.
             is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
         names = [name for name, _ in self._get_weights_iterator(primary) if name not in plan.left_out]
+        names += [name for name in plan.added if not unused(name)]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(
-                f"{plan.aligned.source.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
+                f"{plan.model.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
             )
         return names
 
     def _is_deployed_model(self, model_config: Any) -> bool:
         """Drafts of speculative decoding get our load config too; only the model itself is a pair."""
         if self.config.pinned:
-            return _same_path(model_config.model, self.config.pinned.aligned.path)
+            return _same_path(model_config.model, self.config.pinned.deployed.path)
         deployed = compat.get_current_vllm_config()
         speculative = deployed.speculative_config
         target = speculative.target_model_config if speculative else None
@@ -209,10 +213,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
 
     def _prepare(self, model_config: Any) -> Plan:
         if self._plan is None:
-            config = self.config if self.config.pinned else _with_aligned(self.config, model_config)
             hub = HubAccess(getattr(model_config, "hf_token", None), self.load_config.download_dir)
+            config = self.config if self.config.pinned else with_model(self.config, model_config, hub)
             self._plan = prepare(config, hub)
             if not config.pinned:
+                check_config(self._plan, model_config)
                 for warning in self._plan.warnings:
                     logger.warning("expo: %s", warning)
         return self._plan
@@ -231,20 +236,17 @@ def register_loader() -> None:
         compat.register_model_loader(LOAD_FORMAT)(ExpoModelLoader)
 
 
-def _with_aligned(config: ExpoConfig, model_config: Any) -> ExpoConfig:
-    """Under plain vLLM the model itself is the aligned side."""
-    if config.aligned not in (None, model_config.model):
-        raise ConfigError(
-            f"--model-loader-extra-config: aligned is the model itself ({model_config.model!r}); "
-            f"leave the key out or give the same, found {config.aligned!r}"
-        )
-    revision = config.aligned_revision or model_config.revision
-    return config.model_copy(update={"aligned": model_config.model, "aligned_revision": revision})
+def _compile(config: ExpoConfig) -> None:
+    """Compile the loops that this load uses."""
+    fused()
+    delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
+    if delta and Path(delta).is_dir():
+        kind_of(Path(delta)).compile()
 
 
 def _threads(plan: Plan) -> int:
     """How many threads read and combine."""
-    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned)))
+    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.other)))
 
 
 def _same_path(one: str, other: str) -> bool:

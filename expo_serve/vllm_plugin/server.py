@@ -102,6 +102,7 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
     from_file = flatten(request["file_options"], set(subparser._option_string_actions))
     args = parser.parse_args(["serve", *ours, *from_file, *request["arguments"]])
     args.model = args.model_tag
+    args.hf_overrides = with_overrides(args.hf_overrides, config)
     _check_ours(args, config)
     return command, args
 
@@ -110,12 +111,21 @@ def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str
     """The flags of vLLM that are ours to set; the model comes first."""
     assert config.pinned is not None
     return [
-        config.pinned.aligned.path,
+        config.pinned.deployed.path,
+        *_side_files(config.pinned.tokenizer),
         *(["--served-model-name", served_model_name] if served_model_name else []),
         "--model-loader-extra-config", config.model_dump_json(exclude_defaults=True),
         "--worker-extension-cls", EXTENSION,
         "--load-format", "expo",
     ]  # fmt: skip
+
+
+def _side_files(folder: str | None) -> list[str]:
+    """The tokenizer of a delta, and its generation config where it has one; a flag of the user's comes later and wins."""
+    if folder is None:
+        return []
+    has_config = Path(folder, "generation_config.json").is_file()
+    return ["--tokenizer", folder, *(["--generation-config", folder] if has_config else [])]
 
 
 def flatten(options: dict[str, Any], known: set[str]) -> list[str]:
@@ -139,6 +149,13 @@ def flatten(options: dict[str, Any], known: set[str]) -> list[str]:
     return flags
 
 
+def with_overrides(given: Any, config: ExpoConfig) -> Any:
+    """``--hf-overrides``, with what a delta needs the config to say (a vocabulary that has grown) under the user's own."""
+    overrides = config.pinned.overrides if config.pinned else {}
+    given = json.loads(given) if isinstance(given, str) else given
+    return {**overrides, **(given or {})} if overrides else given
+
+
 def _check_ours(args: Namespace, config: ExpoConfig) -> None:
     """vLLM's parser knows abbreviations and dotted keys; none of them may change what is ours."""
     assert config.pinned is not None
@@ -146,7 +163,7 @@ def _check_ours(args: Namespace, config: ExpoConfig) -> None:
     extra = json.loads(extra) if isinstance(extra, str) else extra
     expected = json.loads(config.model_dump_json(exclude_defaults=True))
     for flag, found, wanted in (
-        ("--model", args.model, config.pinned.aligned.path),
+        ("--model", args.model, config.pinned.deployed.path),
         ("--load-format", args.load_format, "expo"),
         ("--worker-extension-cls", args.worker_extension_cls, EXTENSION),
         ("--model-loader-extra-config", extra, expected),

@@ -49,10 +49,35 @@ def open_checkpoint(side: str, source: Source) -> Checkpoint:
     Raises:
         CheckpointError: anything is not as the format, the index or the fingerprint say.
     """
-    folder = Path(source.path)
     config = read_config(side, source)
-    _refuse_quantised(side, config, folder)
-    files = tuple(_weight_files(side, folder))
+    refuse_quantised(side, config, Path(source.path))
+    opened = open_files(side, source, tuple(_weight_files(side, Path(source.path))))
+    return Checkpoint(side, opened.source, config, opened.files, opened.tensors)
+
+
+@dataclass(frozen=True)
+class OpenedFiles:
+    """Checked safetensors files: ``source`` with their fingerprint, and what their headers say."""
+
+    source: Source
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorRecord]
+    metadata: dict[Path, dict[str, str]]
+
+
+def open_files(side: str, source: Source, files: tuple[Path, ...] = ()) -> OpenedFiles:
+    """Read and check the headers of a folder's safetensors files.
+
+    Args:
+        side: ``base``, ``aligned`` or ``delta``, for messages.
+        source: where they lie; a fingerprint in it must be that of the files found.
+        files: which ones; by default those that the index names, else every one.
+
+    Raises:
+        CheckpointError: anything is not as the format, the index or the fingerprint say.
+    """
+    folder = Path(source.path)
+    files = files or tuple(_weight_files(side, folder))
     for file in files:
         _check_inside(file, folder)
     headers = {file: read_header(file) for file in files}
@@ -65,10 +90,15 @@ def open_checkpoint(side: str, source: Source) -> Checkpoint:
             f"expected fingerprint {source.fingerprint}, found {fingerprint}"
         )
     source = source.model_copy(update={"fingerprint": fingerprint})
-    return Checkpoint(side, source, config, files, tensors)
+    return OpenedFiles(source, files, tensors, {file: header.metadata for file, header in headers.items()})
 
 
-def _refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
+def refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
+    """Numbers of a quantised checkpoint cannot be extrapolated.
+
+    Raises:
+        CheckpointError: it is quantised, by its config or by a quantiser's own file.
+    """
     method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
     if method:
         raise CheckpointError(

@@ -73,34 +73,43 @@ def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def cut(dest: torch.Tensor, elements: Elements, limit: int) -> Iterator[tuple[torch.Tensor, Elements]]:
+def cut(
+    dest: torch.Tensor, elements: Elements, limit: int, grain: int = 1
+) -> Iterator[tuple[torch.Tensor, Elements]]:
     """Cut a copy into pieces of at most ``limit`` elements each, in the order in which they are stored.
 
     Args:
         dest: where the elements go; same shape.
         elements: what is copied.
-        limit: at least 1.
+        limit: at least 1; raised to ``grain`` where that is more.
+        grain: elements that lie one behind the other are cut where their index is a multiple of it.
     """
+    limit = max(grain, limit - limit % grain)
     numel = elements.numel
     if numel == 0:
         return
     if numel <= limit:
         yield dest, elements
     elif elements.is_contiguous and dest.is_contiguous():
-        starts = range(elements.offset, elements.offset + numel, limit)
-        for start, out in zip(starts, torch.split(dest.view(-1), limit), strict=True):
-            yield out, Elements((out.numel(),), (1,), start)
+        start, end = elements.offset, elements.offset + numel
+        flat = dest.view(-1)
+        while start < end:
+            stop = min(end, start + limit - start % grain)
+            yield flat[start - elements.offset : stop - elements.offset], Elements((stop - start,), (1,), start)
+            start = stop
     else:
-        yield from _cut_outer(dest, elements, limit)
+        yield from _cut_outer(dest, elements, limit, grain)
 
 
-def _cut_outer(dest: torch.Tensor, elements: Elements, limit: int) -> Iterator[tuple[torch.Tensor, Elements]]:
+def _cut_outer(
+    dest: torch.Tensor, elements: Elements, limit: int, grain: int
+) -> Iterator[tuple[torch.Tensor, Elements]]:
     dim = elements.outer_dim()
     size = elements.shape[dim]
     row = elements.numel // size
     if row > limit:
         for index in range(size):
-            yield from cut(dest.select(dim, index), elements.select(dim, index), limit)
+            yield from cut(dest.select(dim, index), elements.select(dim, index), limit, grain)
         return
     step = limit // row
     for start in range(0, size, step):

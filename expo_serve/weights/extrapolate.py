@@ -1,34 +1,28 @@
-"""The formula, and its one rounding.
+"""The formulas, and their one rounding.
 
 ExPO (arXiv 2404.16792): ``theta = theta_aligned + alpha * (theta_aligned - theta_base)``, which is
 ``lerp(theta_base, theta_aligned, 1 + alpha)``. It is computed on fp32 values (fp64 where an operand
 is fp64) and rounded once, to the dtype of the aligned tensor. At alpha 0 the bits of the aligned
 tensor are copied, at alpha -1 those of the base tensor: lerp alone would flip the sign of -0.0 there
 and could overflow on the way.
+
+With a delta in place of the aligned tensor it is ``theta = theta_base + (1 + alpha) * delta``, one fused
+multiplication and addition on fp32 values, rounded once to the dtype of the tensor that it replaces.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from expo_serve.weights.fused import fused
-
-Side = Literal["base", "aligned"]
+from expo_serve.weights.pair import Side
 
 
 class NotFiniteError(ArithmeticError):
-    """A piece of the result, or an operand of it, holds NaN or Inf. Args: ``base``, ``aligned`` or ``result``."""
-
-
-def sides_used(has_base: bool, alpha: float) -> tuple[Side, ...]:
-    """What is read for a result: both sides, ``base`` first, or the one whose bits are copied."""
-    if not has_base or alpha == 0:
-        return ("aligned",)
-    return ("base",) if alpha == -1 else ("base", "aligned")
+    """A piece of the result, or an operand of it, holds NaN or Inf. Args: the operand's side, or ``result``."""
 
 
 def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float) -> None:
@@ -37,14 +31,14 @@ def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtyp
     Args:
         dest: any device, dtype and strides. When its dtype is not ``dtype``, the rounded result is cast to it, as a
             checkpoint's tensor would be.
-        operands: the sides that :func:`sides_used` names, of the shape of ``dest``.
-        dtype: the aligned tensor's, which the result is rounded to.
+        operands: the sides that :func:`~expo_serve.weights.pair.sides_used` names, of the shape of ``dest``.
+        dtype: what the result is rounded to.
         alpha: finite.
 
     Raises:
         NotFiniteError: a value of an operand, or of the result, is NaN or Inf.
     """
-    if dest.dtype == torch.bfloat16 and len(operands) == 2 and _combined_at_once(dest, operands, 1 + alpha):
+    if dest.dtype == torch.bfloat16 and len(operands) == 2 and _combined_at_once(dest, operands, dtype, 1 + alpha):
         return
     _check_finite(combine_unchecked(dest, operands, dtype, alpha), operands)
 
@@ -57,10 +51,12 @@ def combine_unchecked(
     Returns:
         The result before it was cast to the dtype of ``dest``: what must be finite.
     """
-    base, aligned = operands.get("base"), operands.get("aligned")
-    if base is None or aligned is None:
+    base, aligned, delta = operands.get("base"), operands.get("aligned"), operands.get("delta")
+    if base is not None and delta is not None:
+        value = _step(base, delta, 1 + alpha).to(dtype)
+    elif base is None or aligned is None:
         value = next(iter(operands.values())).to(dtype)
-    elif base.dtype == aligned.dtype == dest.dtype:
+    elif base.dtype == aligned.dtype == dest.dtype == dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
         return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
     else:
@@ -70,13 +66,31 @@ def combine_unchecked(
     return value
 
 
-def _combined_at_once(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], weight: float) -> bool:
+def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
+    """``base + weight * delta`` with one rounding to fp32.
+
+    torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values is
+    exact, so that only the sum is rounded, and what fp32 makes of that is what a fused operation gives.
+    """
+    if torch.float64 in (base.dtype, delta.dtype):
+        return torch.add(base.double(), delta.double(), alpha=weight)
+    weight = torch.tensor(weight, dtype=torch.float32).item()
+    return torch.add(base.double(), delta.double(), alpha=weight).float()
+
+
+def _combined_at_once(
+    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, weight: float
+) -> bool:
     """Combine and check in one pass where that is possible and all is finite."""
-    base, aligned = operands["base"], operands["aligned"]
-    if base.dtype != dest.dtype or aligned.dtype != dest.dtype or not _are_plain(dest, base, aligned):
+    tensors = (dest, *operands.values())
+    if dtype != dest.dtype or any(tensor.dtype != dtype for tensor in tensors) or not _are_plain(*tensors):
         return False
     loops = fused()
-    return loops is not None and loops.combine(base, aligned, dest, weight)
+    if loops is None:
+        return False
+    if "delta" in operands:
+        return loops.add(operands["base"], operands["delta"], dest, weight)
+    return loops.combine(operands["base"], operands["aligned"], dest, weight)
 
 
 def _are_plain(*tensors: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from expo_serve.weights.native import compiled, once
 # exponent of Inf and NaN: adding 0x0080 to the exponent alone sets the sign bit for no other, and `or` keeps it.
 _IR = """
 define zeroext i1 @combine(ptr noalias readonly %base, ptr noalias readonly %aligned, ptr noalias %out, i64 %count,
-                   float %weight, i1 %from_aligned) {
+                   float %weight, i1 %from_aligned, i1 %is_delta) {
 entry:
   %none = icmp eq i64 %count, 0
   br i1 %none, label %done, label %loop
@@ -43,7 +43,8 @@ loop:
   %aligned.high = shl i32 %aligned.wide, 16
   %b = bitcast i32 %base.high to float
   %a = bitcast i32 %aligned.high to float
-  %step = fsub float %a, %b
+  %difference = fsub float %a, %b
+  %step = select i1 %is_delta, float %a, float %difference
   %start = select i1 %from_aligned, float %a, float %b
   %value = call float @llvm.fma.f32(float %weight, float %step, float %start)
   %bits = bitcast float %value to i32
@@ -68,7 +69,7 @@ done:
 declare float @llvm.fma.f32(float, float, float)
 
 define i64 @stream(i32 %base.file, i64 %base.offset, i32 %aligned.file, i64 %aligned.offset, ptr %base, ptr %aligned,
-                   ptr %out, i64 %bytes, i64 %piece, float %weight, i1 %from_aligned) {
+                   ptr %out, i64 %bytes, i64 %piece, float %weight, i1 %from_aligned, i1 %is_delta) {
 entry:
   br label %loop
 loop:
@@ -88,7 +89,8 @@ read:
 ready:
   %out.at = getelementptr inbounds i8, ptr %out, i64 %done
   %count = lshr i64 %size, 1
-  %bad = call zeroext i1 @combine(ptr %base, ptr %aligned, ptr %out.at, i64 %count, float %weight, i1 %from_aligned)
+  %bad = call zeroext i1 @combine(ptr %base, ptr %aligned, ptr %out.at, i64 %count, float %weight,
+                                  i1 %from_aligned, i1 %is_delta)
   br i1 %bad, label %stopped, label %combined
 combined:
   %next = add i64 %done, %size
@@ -105,7 +107,7 @@ declare i64 @pread(i32, ptr, i64, i64)
 STREAM_PIECE_BYTES = 1 << 20
 """Read of each side before it is combined."""
 _POINTER, _SIZE, _FILE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_WEIGHT = ctypes.c_float, ctypes.c_bool
+_WEIGHT = ctypes.c_float, ctypes.c_bool, ctypes.c_bool
 _SIGNATURES = {
     "combine": ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER, _POINTER, _POINTER, _SIZE, *_WEIGHT),
     "stream": ctypes.CFUNCTYPE(_SIZE, _FILE, _SIZE, _FILE, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, *_WEIGHT),
@@ -141,24 +143,41 @@ class Fused:
             weight: 1 + alpha.
         """
         pointers = base.data_ptr(), aligned.data_ptr(), out.data_ptr()
-        return not self._combine(*pointers, out.numel(), *_step(weight))
+        return not self._combine(*pointers, out.numel(), *step_of(weight))
 
-    def stream(self, base: Place, aligned: Place, out: torch.Tensor, weight: float) -> int:
+    def add(self, base: torch.Tensor, delta: torch.Tensor, out: torch.Tensor, weight: float) -> bool:
+        """The same with a delta: ``base + weight * delta``."""
+        pointers = base.data_ptr(), delta.data_ptr(), out.data_ptr()
+        return not self._combine(*pointers, out.numel(), weight, False, True)
+
+    def stream(self, base: Place, other: Place, out: torch.Tensor, weight: float, is_delta: bool = False) -> int:
         """Read both sides of ``out``, which has elements, and combine them.
+
+        Args:
+            base: one side.
+            other: aligned, or a delta.
+            out: where to.
+            weight: 1 + alpha.
+            is_delta: which of the two ``other`` is.
 
         Returns:
             How many bytes of ``out`` are done; fewer than it has where a read did not give what was asked, or a
             result was not finite.
         """
-        places = base.file, base.offset, aligned.file, aligned.offset, base.memory, aligned.memory
-        return self._stream(*places, out.data_ptr(), out.nbytes, STREAM_PIECE_BYTES, *_step(weight))
+        places = base.file, base.offset, other.file, other.offset, base.memory, other.memory
+        step = (weight, False, True) if is_delta else step_of(weight)
+        return self._stream(*places, out.data_ptr(), out.nbytes, STREAM_PIECE_BYTES, *step)
 
 
-def _step(weight: float) -> tuple[float, bool]:
-    """How far from which side: torch's lerp starts from the nearer one, so that 0 and 1 give that side's value."""
+def step_of(weight: float) -> tuple[float, bool, bool]:
+    """How far from which side: torch's lerp starts from the nearer one, so that 0 and 1 give that side's value.
+
+    Returns:
+        The factor (fp32), whether to start from aligned, and False: that it is no delta.
+    """
     weight = ctypes.c_float(weight).value
     from_aligned = abs(weight) >= 0.5
-    return (ctypes.c_float(weight - 1).value if from_aligned else weight), from_aligned
+    return (ctypes.c_float(weight - 1).value if from_aligned else weight), from_aligned, False
 
 
 @once

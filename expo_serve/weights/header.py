@@ -68,6 +68,7 @@ class Header:
 
     tensors: dict[str, TensorRecord]
     digest: str
+    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -77,12 +78,12 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is no regular file, is cut, or its header is wrong.
     """
     raw, data_bytes = _read_raw(path)
-    entries = _parse(path, raw)
+    entries, metadata = _parse(path, raw)
     start = _LENGTH_BYTES + len(raw)
     tensors = {name: _record(path, name, entry, start) for name, entry in entries.items()}
     _check_layout(path, tensors, start, data_bytes)
     digest = sha256(raw + data_bytes.to_bytes(8, "little")).hexdigest()
-    return Header(tensors, digest)
+    return Header(tensors, digest, metadata)
 
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
@@ -118,7 +119,8 @@ def _length_problem(prefix: bytes, length: int, available: int) -> str:
     return f"file is cut: header needs {length} bytes, {available} are there; copy or download it again"
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors' entries, and the metadata."""
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise CheckpointError(f"{path}: header names over {MAX_TENSORS} tensors")
     try:
@@ -133,7 +135,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     metadata = header.pop("__metadata__", None)
     if not (metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))):
         raise CheckpointError(f"{path}: __metadata__ must map texts to texts, found {metadata!r:.200}")
-    return header
+    return header, metadata or {}
 
 
 class _DuplicateKeyError(Exception):

@@ -22,12 +22,11 @@ from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
 from expo_serve.weights.background import Run, run_now
 from expo_serve.weights.elements import Elements, cut
-from expo_serve.weights.extrapolate import Side, sides_used
-from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 from expo_serve.weights.job import Job, fill_here
 from expo_serve.weights.names import is_leftover
-from expo_serve.weights.pair import PlannedTensor
+from expo_serve.weights.pair import PlannedTensor, Side
 from expo_serve.weights.reader import Reader
+from expo_serve.weights.sides import Sides, sides_of
 from expo_serve.weights.staging import Stages
 from expo_serve.weights.tally import Tally
 
@@ -40,7 +39,7 @@ the files side by side, and end together."""
 
 
 class Operands:
-    """The two sides of one tensor, shared by all the views that are taken of it.
+    """The sides of one tensor, shared by all the views that are taken of it.
 
     ``value`` is None until an operation writes into the lazy tensor; from then on it is the tensor.
     """
@@ -51,12 +50,10 @@ class Operands:
         self._run = run
         self._stages = stages
         self._reader = reader
-        self._records: dict[Side, TensorRecord] = {"aligned": planned.aligned}
-        if planned.base:
-            self._records["base"] = planned.base
-        for record in self._records.values():
+        self._sides: dict[tuple[Side, ...], Sides] = {}
+        for record in planned.records:
             reader.check(record)
-        self.whole = reader.whole(planned.aligned)
+        self.whole = reader.whole(planned.result)
         self.value: torch.Tensor | None = None
         self._is_leftover = is_leftover(planned.aligned)  # a mask may be minus infinity
 
@@ -84,14 +81,15 @@ class Operands:
             return
         block = BLOCK_BYTES // self.whole.element_size()
         for part, elements, has_base in self._by_base_rows(dest, Elements.of(view)):
-            job = self._job(sides_used(has_base and not self._is_leftover, self.planned.alpha))
-            for out, chosen in cut(part, elements, block):
-                run(out, partial(self._fill, out, chosen, job), job.ranges(chosen))
+            job = self._job(self.planned.used(has_base and not self._is_leftover))
+            for out, chosen in cut(part, elements, block, job.sides.grain):
+                run(out, partial(self._fill, out, chosen, job), job.sides.ranges(chosen))
 
-    def _job(self, sides: tuple[Side, ...]) -> Job:
-        records = {side: self._records[side] for side in sides}
+    def _job(self, used: tuple[Side, ...]) -> Job:
+        if used not in self._sides:
+            self._sides[used] = sides_of(self.planned, self._reader, used)
         fail = None if self._is_leftover else self._values_error
-        return Job(self._reader, records, self.whole.dtype, self.planned.alpha, fail)
+        return Job(self._sides[used], self._reader, self.whole.dtype, self.planned.alpha, fail)
 
     def _by_base_rows(self, dest: torch.Tensor, elements: Elements) -> Iterator[tuple[torch.Tensor, Elements, bool]]:
         """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
@@ -116,17 +114,17 @@ class Operands:
     def _fill(self, dest: torch.Tensor, elements: Elements, job: Job) -> None:
         stage = self._stages.onto(dest.device) if self._stages else None
         (stage.fill if stage else fill_here)(dest, elements, job)
-        for side, record in job.records.items():
-            self.tally.add_read(side, elements.stored * DTYPE_BYTES[record.dtype])
+        for source, count in job.sides.read_bytes(elements).items():
+            self.tally.add_read(source, count)
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned
         if what == "result":
             return ValuesError(
                 f"tensor {planned.name!r}: extrapolated with alpha {format_alpha(planned.alpha)} it is too large for "
-                f"its dtype ({planned.aligned.dtype}); choose a smaller alpha (file {planned.aligned.file})"
+                f"its dtype ({planned.result.dtype}); choose a smaller alpha (file {planned.records[-1].file})"
             )
-        record = planned.base if what == "base" and planned.base else planned.aligned
+        record = planned.base if what == "base" and planned.base else planned.records[-1]
         return ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the checkpoint is damaged")
 
     def materialize(self, view: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from expo_serve.weights.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ def _under_aligned_names(base: Tensors, aligned: Tensors) -> dict[str, TensorRec
     A body that was saved without its head lacks the prefix under which the whole model holds it
     (``layers.0`` against ``model.layers.0``); one saved within a wrapper has a prefix more.
     """
-    renaming = _find_renaming(base, aligned)
+    renaming = find_renaming(base, aligned)
     renamed = {}
     for name, record in base.items():
         other = renaming.apply(name)
@@ -119,25 +119,26 @@ def _under_aligned_names(base: Tensors, aligned: Tensors) -> dict[str, TensorRec
 
 
 @dataclass(frozen=True)
-class _Renaming:
+class Renaming:
     """From base's names to aligned's: ``cut`` is a prefix that only base has, ``put`` one that only aligned has."""
 
     cut: str = ""
     put: str = ""
 
     def apply(self, name: str) -> str:
+        """The other side's name."""
         return self.put + name.removeprefix(self.cut)
 
 
-def _find_renaming(base: Tensors, aligned: Tensors) -> _Renaming:
+def find_renaming(base: Collection[str], aligned: Collection[str]) -> Renaming:
     """The one prefix that pairs the most tensors, more of them than the names as they are, and most of base's."""
     only_base = dict.fromkeys(name for name in base if name not in aligned)
     only_aligned = dict.fromkeys(name for name in aligned if name not in base)
-    votes = Counter(_Renaming(put=prefix) for prefix in _prefixes(only_aligned, only_base))
-    votes.update(_Renaming(cut=prefix) for prefix in _prefixes(only_base, only_aligned))
-    (best, count), (_, second) = [*votes.most_common(2), (_Renaming(), 0), (_Renaming(), 0)][:2]
+    votes = Counter(Renaming(put=prefix) for prefix in _prefixes(only_aligned, only_base))
+    votes.update(Renaming(cut=prefix) for prefix in _prefixes(only_base, only_aligned))
+    (best, count), (_, second) = [*votes.most_common(2), (Renaming(), 0), (Renaming(), 0)][:2]
     is_clear = count > second and count > len(base) - len(only_base) and 2 * count > len(only_base)
-    return best if is_clear else _Renaming()
+    return best if is_clear else Renaming()
 
 
 def _prefixes(longer: Iterable[str], shorter: Mapping[str, None]) -> Iterator[str]:

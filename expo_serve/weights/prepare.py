@@ -6,7 +6,8 @@ from pathlib import Path
 
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import ConfigError
-from expo_serve.weights.checkpoint import Checkpoint, open_checkpoint
+from expo_serve.weights.checkpoint import open_checkpoint
+from expo_serve.weights.deltas import open_delta
 from expo_serve.weights.pair import Plan, plan_pair
 from expo_serve.weights.source import HubAccess, find_source
 
@@ -15,29 +16,47 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
     """Find, check and pair; reads headers only.
 
     Args:
-        config: with ``aligned`` set, or pinned sources.
+        config: with ``base`` and one of ``aligned`` and ``delta`` set, or pinned sources.
         hub: how the hub is reached.
 
     Raises:
         SourceError, CheckpointError, PairError, UsageError: as found, base first.
     """
     hub = hub or HubAccess()
-    if config.aligned is None and config.pinned is None:
-        raise ConfigError("aligned is missing")
-    return plan_pair(_open("base", config, hub), _open("aligned", config, hub), config)
+    pinned = config.pinned
+    if not pinned and (config.base is None or (config.aligned is None and config.delta is None)):
+        raise ConfigError("base is missing" if config.base is None else "aligned is missing")
+    base = open_checkpoint("base", locate("base", config, hub))
+    if config.delta if pinned is None else pinned.delta:
+        return open_delta(locate("delta", config, hub)).plan(base, config)
+    return plan_pair(base, open_checkpoint("aligned", locate("aligned", config, hub)), config)
 
 
 def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:
     """The configuration for the workers: the very versions that were checked."""
-    pinned = Pinned(base=plan.base.source, aligned=plan.aligned.source, started=started, on_terminal=on_terminal)
+    sources = plan.sources
+    pinned = Pinned(
+        base=plan.base.source,
+        aligned=sources.get("aligned"),
+        delta=sources.get("delta"),
+        model=next(side for side in ("aligned", "base", "delta") if sources.get(side) == plan.model),
+        tokenizer=plan.tokenizer.path if plan.tokenizer else None,
+        overrides=plan.overrides,
+        started=started,
+        on_terminal=on_terminal,
+    )
     return config.model_copy(update={"pinned": pinned})
 
 
-def _open(side: str, config: ExpoConfig, hub: HubAccess) -> Checkpoint:
+def locate(side: str, config: ExpoConfig, hub: HubAccess) -> Source:
+    """Find the source of a side, or take what is pinned.
+
+    Raises:
+        SourceError: nothing usable is there.
+    """
     if config.pinned:
-        return open_checkpoint(side, _on_this_machine(side, getattr(config.pinned, side), hub))
-    given, revision = getattr(config, side), getattr(config, f"{side}_revision")
-    return open_checkpoint(side, find_source(side, given, revision, hub))
+        return _on_this_machine(side, getattr(config.pinned, side), hub)
+    return find_source(side, getattr(config, side), getattr(config, f"{side}_revision"), hub)
 
 
 def _on_this_machine(side: str, source: Source, hub: HubAccess) -> Source:

@@ -31,10 +31,10 @@ from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.weights.activity import Activity
 from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.elements import Elements, span
-from expo_serve.weights.extrapolate import Side
 from expo_serve.weights.fused import Place
 from expo_serve.weights.gather import Offsets, read_runs
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
+from expo_serve.weights.pair import Side
 
 PIECE_BYTES = 2 << 20
 """Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
@@ -120,12 +120,17 @@ class Reader:
             LoadError: there is no memory for the buffer.
         """
         size = elements.numel * _DTYPES[record.dtype].itemsize
-        return self.read_into(record, elements, self._buffer(record, max(size, PIECE_BYTES), slot))
+        return self.read_into(record, elements, self.buffer(slot, size))
 
-    def _buffer(self, record: TensorRecord, size: int, slot: str) -> Buffer:
+    def buffer(self, slot: str, size: int) -> Buffer:
+        """This thread's buffer of a name, of at least so many bytes.
+
+        Raises:
+            LoadError: there is no memory for it.
+        """
         buffer: Buffer | None = getattr(self._scratch, slot, None)
         if buffer is None or len(buffer.bytes) < size:
-            buffer = Buffer(_allocate(size, record))
+            buffer = Buffer(_allocate(max(size, PIECE_BYTES)))
             setattr(self._scratch, slot, buffer)
         return buffer
 
@@ -150,12 +155,25 @@ class Reader:
         layout = _Layout.of(elements)
         values = buffer.values(dtype, layout.shape)
         if layout.is_scattered:  # single elements near each other: what lies between them is read too
-            around = _allocate((elements.end - elements.offset) * dtype.itemsize, record)
+            around = _allocate((elements.end - elements.offset) * dtype.itemsize)
             self._read_runs(record, np.array([elements.offset]), _bytes(around))
             values.copy_(around.view(dtype).as_strided(layout.shape, layout.stride))
         else:
             self._read_runs(record, layout.run_starts(elements.offset), buffer.bytes[: values.nbytes])
         return values.permute(layout.places).expand(shape)
+
+    def read_onto(self, record: TensorRecord, elements: Elements, dest: torch.Tensor) -> None:
+        """Read elements that lie one behind the other straight to where they belong.
+
+        Args:
+            record: whose.
+            elements: which.
+            dest: of the same dtype and size, contiguous, on the CPU.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        self._read_runs(record, np.array([elements.offset]), _bytes(dest.view(torch.uint8)))
 
     def _read_runs(self, record: TensorRecord, starts: Offsets, memory: memoryview) -> None:
         """Read runs of one length, beginning at these elements of the tensor, one behind the other into memory."""
@@ -184,7 +202,7 @@ class Reader:
         places: dict[Side, Place] = {}
         for side, record in records.items():
             part = self.range_of(side, record, elements)
-            places[side] = Place(part.descriptor, part.offset, self._buffer(record, piece_bytes, side).address)
+            places[side] = Place(part.descriptor, part.offset, self.buffer(side, piece_bytes).address)
         with self.activity.during(*(record.file for record in records.values())):
             yield places
 
@@ -235,11 +253,11 @@ class _Layout:
         return starts
 
 
-def _allocate(size: int, record: TensorRecord) -> torch.Tensor:
+def _allocate(size: int) -> torch.Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
-        raise LoadError(f"no memory to read {record.file}: {size} bytes were refused; give the process more") from None
+        raise LoadError(f"no memory to read into: {size} bytes were refused; give the process more") from None
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

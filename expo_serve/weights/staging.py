@@ -16,10 +16,11 @@ import torch
 
 from expo_serve.errors import ExpoError, LoadError
 from expo_serve.weights.elements import Elements, cut
-from expo_serve.weights.extrapolate import NotFiniteError, Side, combine_into, combine_unchecked
-from expo_serve.weights.header import DTYPE_BYTES
+from expo_serve.weights.extrapolate import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.weights.job import Job
+from expo_serve.weights.pair import Side
 from expo_serve.weights.reader import PIECE_BYTES, Buffer
+from expo_serve.weights.sides import Memory
 from expo_serve.weights.threads import Workers, default_threads
 
 STAGE_BYTES = 8 << 20
@@ -123,8 +124,9 @@ def _nothing() -> None:
 class _Turn:
     """One set of buffers, and what the device was last given of it."""
 
-    host: dict[Side, torch.Tensor]
-    device: dict[Side, torch.Tensor]
+    host: tuple[torch.Tensor, torch.Tensor]
+    """Of base, and of what stands beside it."""
+    device: tuple[torch.Tensor, torch.Tensor]
     is_finite: torch.Tensor
     """One byte on the host."""
     mark: Mark | None = None
@@ -152,12 +154,9 @@ class Stage:
         self._readers = Workers(threads or default_threads(), "expo-stage")
 
     def _new_turn(self) -> _Turn:
-        sides: tuple[Side, Side] = ("base", "aligned")
-        return _Turn(
-            {side: self._queue.host_memory(self.piece_bytes) for side in sides},
-            {side: self._queue.device_memory(self.piece_bytes) for side in sides},
-            self._queue.host_memory(1),
-        )
+        host, device = self._queue.host_memory, self._queue.device_memory
+        size = self.piece_bytes
+        return _Turn((host(size), host(size)), (device(size), device(size)), host(1))
 
     def fill(self, dest: torch.Tensor, elements: Elements, job: Job) -> None:
         """Read, copy and combine elements into ``dest`` on the device; returns before the device is done.
@@ -166,7 +165,7 @@ class Stage:
             ExpoError: a file cannot be read, or a value of an earlier piece was not finite.
         """
         self._queue.begin(dest)
-        for out, piece in cut(dest, elements, self.piece_bytes // job.widest):
+        for out, piece in cut(dest, elements, self.piece_bytes // job.sides.widest, self._grain(job)):
             turn = self._turns[self._next]
             self._next = (self._next + 1) % len(self._turns)
             self._settle(turn)
@@ -206,21 +205,31 @@ class Stage:
 
     def _read(self, turn: _Turn, piece: Elements, job: Job) -> dict[Side, torch.Tensor]:
         """Fill the turn's host buffers, by several threads where the elements lie one behind the other."""
-        operands, reads = {}, []
-        for side, record in job.records.items():
-            memory = turn.host[side][: piece.numel * DTYPE_BYTES[record.dtype]]
-            if piece.is_contiguous:
-                operands[side] = Buffer(memory).values(job.reader.whole(record).dtype, piece.shape)
-                parts = cut(operands[side], piece, max(1, PIECE_BYTES // DTYPE_BYTES[record.dtype]))
-                reads += [partial(job.reader.read_into, record, part, Buffer(_raw(out))) for out, part in parts]
-            else:
-                operands[side] = job.reader.read_into(record, piece, Buffer(memory))
-        self._readers.do_all(reads)
-        return operands
+
+        def memory(start: int, count: int) -> Memory:
+            """So many elements of each side, from one of the piece's on."""
+            return lambda side, size: Buffer(turn.host[_place(side)][start * (size // count) :][:size])
+
+        if not piece.is_contiguous:
+            return job.sides.read(piece, memory(0, max(1, piece.numel)))
+        dtypes: dict[Side, torch.dtype] = {}
+
+        def read(part: Elements) -> None:
+            values = job.sides.read(part, memory(part.offset - piece.offset, part.numel))
+            dtypes.update({side: value.dtype for side, value in values.items()})
+
+        index = torch.empty(piece.numel, device="meta")
+        parts = cut(index, piece, max(1, PIECE_BYTES // job.sides.widest), self._grain(job))
+        self._readers.do_all([partial(read, part) for _, part in parts])
+        return {side: Buffer(turn.host[_place(side)]).values(dtype, piece.shape) for side, dtype in dtypes.items()}
+
+    def _grain(self, job: Job) -> int:
+        """What is best read together, where it fits into a turn."""
+        return job.sides.grain if job.sides.grain * job.sides.widest <= self.piece_bytes else 1
 
 
-def _raw(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1).view(torch.uint8)
+def _place(side: Side) -> int:
+    return 0 if side == "base" else 1
 
 
 def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Side, torch.Tensor], job: Job) -> None:
@@ -228,7 +237,7 @@ def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Side, torch.Tensor],
     there: dict[Side, torch.Tensor] = {}
     for side, operand in operands.items():
         size = operand.numel() * operand.element_size()
-        memory = turn.device[side][:size].copy_(turn.host[side][:size], non_blocking=True)
+        memory = turn.device[_place(side)][:size].copy_(turn.host[_place(side)][:size], non_blocking=True)
         there[side] = memory.view(operand.dtype).as_strided(operand.shape, operand.stride())
     with torch.no_grad():
         value = combine_unchecked(out, there, job.dtype, job.alpha)

@@ -24,6 +24,14 @@ def default_threads(on_network: bool = False) -> int:
     return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
 
 
+def all_cores() -> int:
+    """The cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
 def leave_core() -> None:
     """vLLM's CPU worker is pinned to its cores, often one; the threads of a load may use the others meanwhile."""
     with suppress(AttributeError, OSError):  # not Linux, or not allowed

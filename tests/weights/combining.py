@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from expo_serve.weights.extrapolate import Side, combine_into, sides_used
+from expo_serve.weights.extrapolate import combine_into
+from expo_serve.weights.pair import Side, sides_used
 
 
 def extrapolate_into(dest: torch.Tensor, base: torch.Tensor | None, aligned: torch.Tensor, alpha: float) -> None:

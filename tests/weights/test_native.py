@@ -122,7 +122,7 @@ def test_what_a_loop_that_stops_early_leaves_is_done_the_plain_way(
     stream, given = fused.Fused.stream, []
 
     def stop_early(
-        loops: fused.Fused, base: fused.Place, aligned: fused.Place, out: torch.Tensor, weight: float
+        loops: fused.Fused, base: fused.Place, aligned: fused.Place, out: torch.Tensor, weight: float, is_delta: bool
     ) -> int:
         given.append(stream(loops, base, aligned, out.view(-1)[: done // 2], weight) if done else 0)
         return given[-1]

@@ -1,0 +1,200 @@
+"""Where the modules of an adapter lie in base, and whether they fit."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from expo_serve.config import ExpoConfig, Source
+from expo_serve.errors import PairError
+from expo_serve.weights.checkpoint import Checkpoint
+from expo_serve.weights.deltas.over_base import Changes, base_names, plan_over_base
+from expo_serve.weights.header import TensorRecord
+from expo_serve.weights.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
+from expo_serve.weights.pair import OtherSide, Plan, PlannedTensor, Side
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The two factors of one module's step: ``scale * B A``."""
+
+    name: str
+    a: TensorRecord
+    b: TensorRecord
+    scale: float
+    is_embedding: bool
+    fan_in_fan_out: bool
+    """Whether a square weight is stored with its inputs first; of others their shape says it."""
+
+    def orientation(self, weight: tuple[int, ...]) -> bool | None:
+        """Whether a weight of this shape is changed by the transposed product; None where it does not fit."""
+        inputs, outputs = math.prod(self.a.shape[1:]), math.prod(self.b.shape[:1] + self.b.shape[2:])
+        if self.is_embedding:
+            return True if weight == (inputs, outputs) else None
+        plain = len(weight) >= 2 and weight[0] == outputs and math.prod(weight[1:]) == inputs
+        transposed = weight == (inputs, outputs)
+        if plain and transposed:
+            return self.fan_in_fan_out
+        return not plain if plain or transposed else None
+
+
+@dataclass(frozen=True)
+class LowRankChange:
+    """The step of one tensor: a :class:`~expo_serve.weights.pair.Change`. Several modules where they are tied."""
+
+    base: TensorRecord
+    modules: tuple[LoraModule, ...]
+    other: ClassVar[Side] = "delta"
+
+    @property
+    def records(self) -> tuple[TensorRecord, ...]:
+        """See :class:`~expo_serve.weights.pair.Change`."""
+        return tuple(record for module in self.modules for record in (module.a, module.b))
+
+    def read_bytes(self, alpha: float) -> dict[str, int]:
+        """See :class:`~expo_serve.weights.pair.Change`."""
+        factors = sum(record.nbytes for record in self.records)
+        return {"base": self.base.nbytes, "delta": 0 if alpha == -1 else factors}
+
+    def sides(self, planned: PlannedTensor, reader: Any, used: tuple[Side, ...]) -> Any:
+        """See :class:`~expo_serve.weights.pair.Change`."""
+        from expo_serve.weights.deltas.lora_sides import LowRankSides
+        from expo_serve.weights.sides import RecordSides
+
+        if "delta" not in used:
+            return RecordSides(reader, {"base": self.base}, {"base": "base"})
+        return LowRankSides(self, reader)
+
+
+class Adapter(OtherSide, Protocol):
+    """The adapter that is planned."""
+
+    @property
+    def tokenizer(self) -> Source | None:
+        """Where it carries one."""
+
+
+def plan_adapter(
+    adapter: Adapter,
+    base: Checkpoint,
+    config: ExpoConfig,
+    modules: Sequence[LoraModule],
+    whole: Mapping[str, TensorRecord],
+    warnings: tuple[str, ...],
+) -> Plan:
+    """Find base's tensor for every module.
+
+    Raises:
+        PairError: base lacks one, or it has another shape.
+        UsageError: an alpha rule that matches no tensor.
+    """
+    names = base_names([*(f"{module.name}.weight" for module in modules), *whole], base)
+    homes = {name: _home(theirs, base) for name, theirs in names.items()}
+    _refuse_strangers(adapter, base, homes, whole, config)
+    grouped: defaultdict[str, list[LoraModule]] = defaultdict(list)
+    for module in modules:
+        grouped[homes[f"{module.name}.weight"]].append(module)
+    steps = {name: LowRankChange(base.tensors[name], tuple(group)) for name, group in grouped.items()}
+    _refuse_shapes(adapter, steps)
+    placed = {names[name]: record for name, record in whole.items()}
+    partners = {name: base.tensors[home] for name in placed if (home := _home(name, base)) in base.tensors}
+    _refuse_whole(adapter, steps, placed, partners, base)
+    changes = Changes(
+        steps, placed, {name: partner for name, partner in partners.items() if name not in base.tensors},
+        _overrides(placed, base), warnings=warnings,
+    )  # fmt: skip
+    return plan_over_base(adapter, base, config, changes, adapter.tokenizer)
+
+
+def _home(name: str, base: Checkpoint) -> str:
+    """The tensor of base that a name means: an output that base does not store is its embedding."""
+    if name in base.tensors or not name.endswith(("lm_head.weight", "embed_out.weight")):
+        return name
+    embeddings = [record.name for record in base.tensors.values() if is_embedding(record)]
+    return embeddings[0] if len(embeddings) == 1 and may_tie_output(base.config) else name
+
+
+def _refuse_strangers(
+    adapter: Adapter,
+    base: Checkpoint,
+    homes: Mapping[str, str],
+    whole: Mapping[str, TensorRecord],
+    config: ExpoConfig,
+) -> None:
+    strangers = [name for name, home in homes.items() if home not in base.tensors]
+    if config.unmatched == "copy":
+        strangers = [name for name in strangers if name not in whole]
+    if strangers:
+        only_whole = all(name in whole for name in strangers)
+        raise PairError(
+            f"the adapter ({adapter.source.name}) changes {len(strangers)} tensors that base ({base.source.name}) lacks, "
+            f"the first {strangers[0]}; give the base that it was trained on"
+            + (", or --unmatched copy to take them over" if only_whole else ""),
+            [f"only in the adapter: {name}" for name in strangers],
+        )
+
+
+def _refuse_shapes(adapter: Adapter, steps: Mapping[str, LowRankChange]) -> None:
+    wrong = [
+        f"{name}: base {list(change.base.shape)}, adapter B {list(module.b.shape)} times A {list(module.a.shape)}"
+        for name, change in steps.items()
+        for module in change.modules
+        if module.orientation(change.base.shape) is None or not change.base.is_float
+    ]
+    if wrong:
+        raise PairError(
+            f"the adapter ({adapter.source.name}) does not fit base: {len(wrong)} of {len(steps)} modules have another "
+            f"shape, the first {wrong[0].split(':')[0]}; give the base that it was trained on",
+            wrong,
+        )
+
+
+def _refuse_whole(
+    adapter: Adapter,
+    steps: Mapping[str, LowRankChange],
+    placed: Mapping[str, TensorRecord],
+    partners: Mapping[str, TensorRecord],
+    base: Checkpoint,
+) -> None:
+    twice = [name for name in placed if name in steps]
+    if twice:
+        raise PairError(
+            f"the adapter ({adapter.source.name}) has both factors and a whole tensor for {twice[0]}, as PEFT saves it "
+            "when a vocabulary was resized: this is no plain sum on base's weights; merge it with PEFT and give --aligned"
+        )
+    wrong = [
+        f"{name}: base {list(partner.shape)}, adapter {list(placed[name].shape)}"
+        for name, partner in partners.items()
+        if not _can_replace(placed[name], partner)
+    ]
+    if wrong:
+        raise PairError(
+            f"the adapter ({adapter.source.name}) does not fit base: {len(wrong)} of the tensors that it holds whole have "
+            "another shape; give the base that it was trained on",
+            wrong,
+        )
+
+
+def _can_replace(whole: TensorRecord, base: TensorRecord) -> bool:
+    """Of one shape, or with more rows of a vocabulary."""
+    has_rows = is_embedding(whole) or is_output(whole) or is_embedding(base) or is_output(base)
+    grows = has_rows and len(base.shape) == len(whole.shape) > 0 and whole.shape[0] > base.shape[0]
+    return whole.is_float and base.is_float and (whole.shape == base.shape or (grows and whole.shape[1:] == base.shape[1:]))
+
+
+def _overrides(placed: Mapping[str, TensorRecord], base: Checkpoint) -> dict[str, Any]:
+    """What the config must say otherwise: the number of rows of a grown vocabulary, and that an output of its own came."""
+    overrides: dict[str, Any] = {}
+    rows = {
+        record.shape[0] for name, record in placed.items()
+        if (there := base.tensors.get(name)) and is_embedding(there) and record.shape[0] != there.shape[0]
+    }  # fmt: skip
+    if rows and vocabulary_sizes(base.config):
+        size = {"vocab_size": max(rows)}
+        overrides.update(size if "vocab_size" in base.config else {"text_config": size})
+    if any(is_output(record) and name not in base.tensors for name, record in placed.items()):
+        overrides["tie_word_embeddings"] = False
+    return overrides

@@ -1,0 +1,149 @@
+"""How the elements of a tensor with a low-rank step come out of files: base is read, the step is computed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from expo_serve.errors import ValuesError
+from expo_serve.weights.ahead import FileRange
+from expo_serve.weights.deltas.lora_plan import LoraModule, LowRankChange
+from expo_serve.weights.deltas.low_rank import Factors, low_rank
+from expo_serve.weights.elements import Elements
+from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
+from expo_serve.weights.pair import Side
+from expo_serve.weights.reader import Reader
+from expo_serve.weights.sides import Memory
+
+_FLOAT_BYTES = 4
+_STREAM_BYTES = 1 << 20
+"""Of base, read before its step is added: both stay in the cache."""
+
+
+class LowRankSides:
+    """Base, and ``s * B A`` for just the rows and columns that are wanted. See :class:`~expo_serve.weights.sides.Sides`.
+
+    The factors are read when the first element is wanted, and go when the tensor is done.
+    """
+
+    def __init__(self, change: LowRankChange, reader: Reader) -> None:
+        self._change, self._reader = change, reader
+        self._base = change.base
+        self._columns = _columns(change)
+        self._factors: Factors | None = None
+        self._lock = threading.Lock()
+        self._unread = sum(record.nbytes for record in change.records)
+
+    @property
+    def grain(self) -> int:
+        """A row."""
+        return self._columns
+
+    @property
+    def widest(self) -> int:
+        """Steps are fp32."""
+        return max(_FLOAT_BYTES, DTYPE_BYTES[self._base.dtype])
+
+    def ranges(self, elements: Elements) -> list[FileRange]:
+        """Those of base: factors are small."""
+        return [self._reader.range_of("base", self._base, elements)] if elements.is_contiguous else []
+
+    def read_bytes(self, elements: Elements) -> Mapping[str, int]:
+        """Base's elements; and the factors, once."""
+        with self._lock:
+            unread, self._unread = self._unread, 0
+        return {"base": elements.stored * DTYPE_BYTES[self._base.dtype], "delta": unread}
+
+    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+        """The elements of base in their dtype, and their steps in fp32."""
+        size = elements.numel * DTYPE_BYTES[self._base.dtype]
+        base = self._reader.read_into(self._base, elements, memory("base", size))
+        box = _Box.around(elements, self._columns)
+        steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
+        self._read_factors().product(box.rows, box.columns, steps)
+        values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
+        return {"base": base, "delta": values.copy_(box.pick(steps, elements))}
+
+    def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
+        """Read base into its place and add the step there, some whole rows at a time."""
+        columns = self._columns
+        if self._base.dtype != "BF16" or elements.offset % columns or not low_rank():
+            return 0
+        factors, flat = self._read_factors(), dest.view(-1)
+        first, rows = elements.offset // columns, elements.numel // columns
+        step = max(1, _STREAM_BYTES // (2 * columns))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            values = flat[row * columns : (row + count) * columns]
+            part = Elements((values.numel(),), (1,), (first + row) * columns)
+            self._reader.read_onto(self._base, part, values)
+            if not factors.add(range(first + row, first + row + count), range(columns), values, 1 + alpha):
+                return row * columns
+        return rows * columns
+
+    def _read_factors(self) -> Factors:
+        with self._lock:
+            if self._factors is None:
+                self._factors = _join([self._module(module) for module in self._change.modules])
+            return self._factors
+
+    def _module(self, module: LoraModule) -> Factors:
+        a, b = self._matrix(module.a), self._matrix(module.b)
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], b.shape[1])
+        if module.orientation(self._base.shape):
+            return Factors(a.t().contiguous(), b.t().contiguous(), module.scale)
+        return Factors(b.contiguous(), a.contiguous(), module.scale)
+
+    def _matrix(self, record: TensorRecord) -> torch.Tensor:
+        whole = Elements.of(self._reader.whole(record))
+        values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
+        values.copy_(self._reader.read(record, whole, "factor"))
+        if not values.isfinite().all():
+            raise ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the adapter is damaged")
+        return values
+
+
+def _columns(change: LowRankChange) -> int:
+    rows = change.base.shape[0]
+    return change.base.numel // rows if rows else 1
+
+
+def _join(parts: list[Factors]) -> Factors:
+    """One product for all modules that share a tensor: the ranks side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    left = torch.cat([part.left * part.scale for part in parts], dim=1)
+    return Factors(left, torch.cat([part.right for part in parts], dim=0), 1.0)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The smallest part of a matrix, rows by columns, that holds some elements."""
+
+    rows: range
+    columns: range
+    width: int
+    """Of the matrix."""
+
+    @staticmethod
+    def around(elements: Elements, width: int) -> _Box:
+        """Where no step along a dimension crosses from one row's end into the next row, the columns are few."""
+        if not elements.numel:
+            return _Box(range(0), range(0), width)
+        start, last = elements.offset, elements.end - 1
+        across = start % width + sum(
+            (size - 1) * (stride % width) for size, stride in zip(elements.shape, elements.stride, strict=True)
+        )
+        rows = range(start // width, last // width + 1)
+        return _Box(rows, range(start % width, across + 1) if across < width else range(width), width)
+
+    def pick(self, values: torch.Tensor, elements: Elements) -> torch.Tensor:
+        """The elements, out of the box's values."""
+        columns = len(self.columns)
+        if columns == self.width:
+            return values.as_strided(elements.shape, elements.stride, elements.offset - self.rows.start * self.width)
+        strides = [stride // self.width * columns + stride % self.width for stride in elements.stride]
+        return values.as_strided(elements.shape, strides, 0)

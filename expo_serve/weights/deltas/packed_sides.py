@@ -1,0 +1,244 @@
+"""How the elements of a packed tensor come out of files: whole blocks of base are read and checked, aligned is decoded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from expo_serve.errors import CheckpointError, ValuesError
+from expo_serve.weights.ahead import FileRange
+from expo_serve.weights.deltas.blocks import Changes, Coded, DamagedError, decode
+from expo_serve.weights.deltas.packed import PackedChange
+from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, checksum, read_table
+from expo_serve.weights.deltas.patch import extrapolating
+from expo_serve.weights.elements import Elements
+from expo_serve.weights.fused import fused
+from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
+from expo_serve.weights.pair import Side
+from expo_serve.weights.reader import Reader
+from expo_serve.weights.sides import Memory
+
+_SPAN_BYTES = 8 << 20
+"""Decoded at a time where elements lie apart: what lies between them is decoded too."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    entries: Any
+    offsets: Any
+
+
+class PackedSides:
+    """Base and the decoded aligned tensor. See :class:`~expo_serve.weights.sides.Sides`.
+
+    Base's bytes are compared with the checksums of those that the delta was made against, at every alpha: so blocks of it
+    are read whole, also where a rank wants a part of each row.
+    """
+
+    def __init__(self, change: PackedChange, reader: Reader, used: tuple[Side, ...]) -> None:
+        self._change, self._reader, self._used = change, reader, used
+        self._tensor, self._base = change.tensor, change.base
+        self._spans = self._tensor.spans(change.block)
+        self._known: _Table | None = None
+        self._lock = threading.Lock()
+        self._uncounted = self._tensor.count(change.block) * TABLE.itemsize
+        self._dtype = reader.whole(TensorRecord("", change.record.file, 0, self._tensor.dtype, ())).dtype
+        self._base_dtype = reader.whole(self._base).dtype if self._base else self._dtype
+
+    @property
+    def grain(self) -> int:
+        """A block."""
+        return self._change.block
+
+    @property
+    def widest(self) -> int:
+        """Bytes of an element of base or aligned."""
+        return max(self._dtype.itemsize, self._base_dtype.itemsize)
+
+    def ranges(self, elements: Elements) -> list[FileRange]:
+        """See :class:`~expo_serve.weights.sides.Sides`."""
+        if not elements.is_contiguous or not elements.numel:
+            return []
+        blocks = self._blocks(elements)
+        offsets = self._table().offsets
+        packed = Elements((int(offsets[blocks.stop] - offsets[blocks.start]),), (1,), int(offsets[blocks.start]))
+        wanted = [self._reader.range_of("delta", self._change.record, packed)] if packed.numel else []
+        if self._base and (shared := self._shared(blocks)).numel:
+            wanted.append(self._reader.range_of("base", self._base, shared))
+        return wanted
+
+    def read_bytes(self, elements: Elements) -> Mapping[str, int]:
+        """Whole blocks of both; and the table, once."""
+        if not elements.numel:
+            return {}
+        with self._lock:
+            table, self._uncounted = self._uncounted, 0
+        blocks = self._blocks(elements)
+        offsets = self._table().offsets
+        base = self._shared(blocks).numel * DTYPE_BYTES[self._base.dtype] if self._base else 0
+        packed = int(offsets[blocks.stop] - offsets[blocks.start]) if "aligned" in self._used else 0
+        return {"base": base, "delta": table + packed}
+
+    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+        """See :class:`~expo_serve.weights.sides.Sides`."""
+        dtypes: dict[Side, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
+        values = {
+            side: memory(side, elements.numel * dtypes[side].itemsize).values(dtypes[side], elements.shape)
+            for side in self._used
+        }
+        self._pick(elements, values)
+        return values
+
+    def _pick(self, elements: Elements, values: dict[Side, torch.Tensor]) -> None:
+        """Decode what lies around elements and take them out of it, in parts where that would be much."""
+        if (elements.end - elements.offset) * self.widest > _SPAN_BYTES and max(elements.shape) > 1:
+            dim = elements.outer_dim()
+            half = elements.shape[dim] // 2
+            for start, length in ((0, half), (half, elements.shape[dim] - half)):
+                part = {side: value.narrow(dim, start, length) for side, value in values.items()}
+                self._pick(elements.narrow(dim, start, length), part)
+            return
+        blocks = self._blocks(elements)
+        start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
+        shape = (end - start,)
+        around: dict[Side, torch.Tensor] = {
+            "base": self._scratch("base", self._base_dtype, shape),
+            "aligned": self._scratch("aligned", self._dtype, shape),
+        }
+        for block in blocks:
+            first, last = (place - start for place in self._spans[block])
+            self._decode(block, around["base"][first:last], around["aligned"][first:last])
+        for side, value in values.items():
+            value.copy_(around[side].as_strided(elements.shape, elements.stride, elements.offset - start))
+
+    def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
+        """Read blocks of base to where they belong, and change there what the delta changes."""
+        first, end = elements.offset, elements.offset + elements.numel
+        is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
+        if not is_plain or self._base is None or end > self._tensor.shared or not extrapolating():
+            return 0
+        flat = dest.view(-1)
+        for block in self._blocks(elements):
+            start, stop = self._spans[block]
+            low, high = max(start, first), min(stop, end)
+            part = flat[low - first : high - first]
+            is_whole = (low, high) == (start, stop)
+            values = part if is_whole else self._scratch("aligned", self._dtype, (stop - start,))
+            if not self._result(block, values, alpha):
+                return low - first
+            if not is_whole:
+                part.copy_(values[low - start : high - start])
+        return elements.numel
+
+    def _result(self, block: int, values: torch.Tensor, alpha: float) -> bool:
+        """A block's result, from base to the end; says whether all was plain and finite."""
+        loops = extrapolating()
+        assert loops is not None
+        coded = self._coded(block)
+        self._read_base(block, values)
+        if alpha == 0:
+            self._decoded(block, coded, values, values)
+            return loops.is_finite(values)
+        if coded.coding == SAME:
+            return loops(values, b"", b"", b"", 1 + alpha)
+        if coded.coding == CHANGES:
+            changes = self._changes(block, coded, values)
+            return loops(values, changes.bits, changes.small, changes.large, 1 + alpha)
+        aligned = self._scratch("base", self._dtype, (values.numel(),))
+        self._decoded(block, coded, None, aligned)
+        combine = fused()
+        return combine is not None and combine.combine(values.clone(), aligned, values, 1 + alpha)
+
+    def _decode(self, block: int, base: torch.Tensor, aligned: torch.Tensor) -> None:
+        """One block of both sides."""
+        start, _ = self._spans[block]
+        coded = self._coded(block) if "aligned" in self._used else None
+        is_shared = self._base is not None and start < self._tensor.shared
+        if is_shared:
+            self._read_base(block, base)
+        if coded is not None:
+            self._decoded(block, coded, base.to(self._dtype) if is_shared else None, aligned)
+
+    def _decoded(self, block: int, coded: Coded, base: torch.Tensor | None, out: torch.Tensor) -> None:
+        try:
+            decode(coded, None if base is None else _bits(base), out.numel(), _bits(out))
+        except DamagedError as error:
+            raise self._damaged(block, str(error)) from None
+
+    def _changes(self, block: int, coded: Coded, values: torch.Tensor) -> Changes:
+        try:
+            return Changes.of(coded, values.numel(), values.element_size())
+        except DamagedError as error:
+            raise self._damaged(block, str(error)) from None
+
+    def _read_base(self, block: int, out: torch.Tensor) -> None:
+        """A block of base, which must be what the delta was made against."""
+        assert self._base is not None
+        start, end = self._spans[block]
+        self._reader.read_onto(self._base, Elements((end - start,), (1,), start), out)
+        if checksum(_raw(out)) != int(self._table().entries["base"][block]):
+            raise ValuesError(
+                f"base is not the one that the delta was made against ({self._change.base_name}): tensor "
+                f"{self._base.name!r} in {self._base.file} has other values (values {start} to {end}); give that base"
+            )
+
+    def _coded(self, block: int) -> Coded:
+        """A block's bytes, checked."""
+        table = self._table()
+        entry = table.entries[block]
+        start, end = int(table.offsets[block]), int(table.offsets[block + 1])
+        if start == end:
+            return Coded(int(entry["coding"]))
+        raw: Any = self._reader.read(self._change.record, Elements((end - start,), (1,), start), "packed").numpy()
+        if checksum(raw) != int(entry["bytes"]):
+            raise self._damaged(block, "wrong checksum")
+        one, two, three = np.cumsum(entry["parts"], dtype=np.int64).tolist()
+        view = memoryview(raw)
+        return Coded(int(entry["coding"]), (view[:one], view[one:two], view[two:three]))
+
+    def _damaged(self, block: int, why: str) -> CheckpointError:
+        record = self._change.record
+        return CheckpointError(f"{record.file}: tensor {record.name!r}: block {block} is damaged ({why}); copy it again")
+
+    def _table(self) -> _Table:
+        with self._lock:
+            if self._known is None:
+                record, tensor = self._change.record, self._tensor
+                size = tensor.count(self._change.block) * TABLE.itemsize
+                raw = self._reader.read(record, Elements((size,), (1,), 0), "packed").numpy().tobytes()
+                self._known = _Table(*read_table(raw, tensor, self._change.block, record))
+            return self._known
+
+    def _blocks(self, elements: Elements) -> range:
+        """Those that hold elements, of which there are some."""
+        return range(self._block_of(elements.offset), self._block_of(elements.end - 1) + 1)
+
+    def _block_of(self, place: int) -> int:
+        size, shared = self._change.block, int(self._tensor.shared)
+        return place // size if place < shared else -(-shared // size) + (place - shared) // size
+
+    def _shared(self, blocks: range) -> Elements:
+        """What of base these blocks need."""
+        start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
+        shared = self._tensor.shared
+        return Elements((max(0, min(end, shared) - start),), (1,), min(start, shared))
+
+    def _scratch(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """This thread's memory of a name."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self._reader.buffer(f"packed-{name}", size).values(dtype, shape)
+
+
+def _raw(values: torch.Tensor) -> Any:
+    return values.view(torch.uint8).numpy()
+
+
+def _bits(values: torch.Tensor) -> Any:
+    """The values' bits as signed integers, in the same memory."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(width).numpy()
