@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from expo_serve import memory
+from expo_serve.config import ExpoConfig
 from loadtests.pairs import Pair
 from loadtests.results import ALPHA
 from tests.inprocess import worker_config
@@ -67,8 +69,17 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def load_once(model: torch.nn.Module, config: Any, contender: Contender, pair: Pair) -> dict[str, Any]:
+def load_once(
+    model: torch.nn.Module, config: Any, contender: Contender, pair: Pair, sources: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Fill the model once.
+
+    Args:
+        model: its parameters are written over.
+        config: vLLM's.
+        contender: who loads.
+        pair: what expo loads, unless ``sources`` says otherwise.
+        sources: an :class:`ExpoConfig` with pinned sources, as the command gives it to the workers.
 
     Returns:
         seconds, what the memory did, and the bytes read: ``rchar`` counts those that were asked of the kernel by read
@@ -76,7 +87,13 @@ def load_once(model: torch.nn.Module, config: Any, contender: Contender, pair: P
     """
     from vllm.model_executor.model_loader import get_model_loader
 
-    extra = {"base": str(pair.base), "alpha": ALPHA} if contender.load_format == "expo" else {}
+    extra = sources or {"base": str(pair.base), "alpha": ALPHA} if contender.load_format == "expo" else {}
+    model_config = config.model_config
+    if sources:
+        model_config = copy(model_config)
+        pinned = ExpoConfig.model_validate(sources).pinned
+        assert pinned is not None
+        model_config.model = pinned.deployed.path
     load_config = replace(
         config.load_config,
         load_format=contender.load_format,
@@ -87,7 +104,7 @@ def load_once(model: torch.nn.Module, config: Any, contender: Contender, pair: P
     memory.reset_peak()
     anonymous, asked = memory.anonymous_bytes(), _read_characters()
     started = time.perf_counter()
-    get_model_loader(load_config).load_weights(model, config.model_config)
+    get_model_loader(load_config).load_weights(model, model_config)
     return {
         "seconds": time.perf_counter() - started,
         "peak_resident_bytes": memory.peak_resident_bytes(),

@@ -19,8 +19,6 @@ from expo_serve.weights.reader import Reader
 from expo_serve.weights.sides import Memory
 
 _FLOAT_BYTES = 4
-_STREAM_BYTES = 1 << 20
-"""Of base, read before its step is added: both stay in the cache."""
 
 
 class LowRankSides:
@@ -68,21 +66,18 @@ class LowRankSides:
         return {"base": base, "delta": values.copy_(box.pick(steps, elements))}
 
     def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
-        """Read base into its place and add the step there, some whole rows at a time."""
+        """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
         if self._base.dtype != "BF16" or elements.offset % columns or not low_rank():
             return 0
-        factors, flat = self._read_factors(), dest.view(-1)
-        first, rows = elements.offset // columns, elements.numel // columns
-        step = max(1, _STREAM_BYTES // (2 * columns))
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            values = flat[row * columns : (row + count) * columns]
-            part = Elements((values.numel(),), (1,), (first + row) * columns)
-            self._reader.read_onto(self._base, part, values)
-            if not factors.add(range(first + row, first + row + count), range(columns), values, 1 + alpha):
-                return row * columns
-        return rows * columns
+        factors = self._read_factors()
+        first = elements.offset // columns
+        rows = range(first, first + elements.numel // columns)
+        there = self._reader.range_of("base", self._base, elements)
+        with self._reader.activity.during(there.path):
+            done = factors.stream(there.descriptor, there.offset, rows, dest, 1 + alpha) * columns
+        self._reader.activity.add_bytes(done * dest.element_size())
+        return done
 
     def _read_factors(self) -> Factors:
         with self._lock:
