@@ -1,9 +1,10 @@
 """How long base plus a delta takes to load, against plain vLLM's load of the aligned checkpoint and against the pair.
 
-As in `load_time`: one process, one model, in turn, parameters touched before. Warm: all files in the page cache, which is
-checked. Cold: dropped before every load, and reads of the disk throttled to 1 GB/s by the kernel's block controller where
-it lets us (`throttled` says so), the same for all. zipnn, where it is installed, is the aligned checkpoint compressed whole
-(ZipNN, arXiv 2411.05239): its own time to decompress all tensors to memory, before any load.
+As in `load_time`: one process, one model, in turn, parameters touched before. Warm: all files in the page cache,
+which is checked. Cold: dropped before every load, and reads of the disk throttled to 1 GB/s by the kernel's block
+controller where it lets us (`throttled` says so), the same for all. zipnn, where it is installed, is the aligned
+checkpoint compressed whole (ZipNN, arXiv 2411.05239): its own time to decompress all tensors to memory, before any
+load.
 
     python -m loadtests.delta_load [--size demo|1.1b] [--rounds 9] [--cold-rounds 5]
 """
@@ -185,7 +186,15 @@ def show(size: str, figures: dict[str, Any]) -> str:
         if state in figures
         for name, series in figures[state]["seconds"].items()
     ]  # fmt: skip
-    head = ("pair", "page cache", "what loads", "delta, of the checkpoint", "seconds", "to plain", "anonymous, MiB above")
+    head = (
+        "pair",
+        "page cache",
+        "what loads",
+        "delta, of the checkpoint",
+        "seconds",
+        "to plain",
+        "anonymous, MiB above",
+    )
     return table(head, rows)
 
 

@@ -1,8 +1,8 @@
 """The deltas that are measured: what takes a pair's base to an aligned side, in each of the three kinds.
 
 A random adapter of rank 16 (or 8), scaled so that about as many bf16 values change as in the demo's real run; the
-aligned side is base with that adapter merged, as `expo-serve delta apply` writes it; from the two come the packed and the
-full delta. Everything is removed in the end unless `--keep` is given.
+aligned side is base with that adapter merged, as `expo-serve delta apply` writes it; from the two come the packed and
+the full delta. Everything is removed in the end unless `--keep` is given.
 
     python -m loadtests.deltas --size 1.1b --keep     make them in .bench/deltas and leave them there
 """

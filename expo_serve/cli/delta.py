@@ -58,8 +58,10 @@ def _parser() -> Parser:
     for side in ("base", "aligned", "delta"):
         parser.add_argument(f"--{side}-revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--unmatched", choices=("refuse", "copy"), default="refuse",
-                        help="create: tensors on one side only; those of aligned are stored whole with copy")  # fmt: skip
+    parser.add_argument(
+        "--unmatched", choices=("refuse", "copy"), default="refuse",
+        help="create: with copy, tensors that only aligned has are stored whole, those that only base has left out",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="apply: largest file (default 5GB)")
     parser.add_argument("--hf-token", nargs="?", const=True, metavar="TOKEN", help="token for the hub (or HF_TOKEN)")
     parser.add_argument("--download-dir", metavar="DIR", help="where downloads go instead of the hub cache")
@@ -102,7 +104,8 @@ def _verify(given: argparse.Namespace) -> None:
     delta, plan = _open(given, hub)
     if not isinstance(delta, PackedDelta):
         raise UsageError(
-            f"delta verify: {given.delta} is a {delta.kind} delta, which carries no checksums; it can be applied or served"
+            f"delta verify: {given.delta} is a {delta.kind} delta, which carries no checksums; it can be applied "
+            f"or served"
         )
     aligned = None
     if given.aligned:

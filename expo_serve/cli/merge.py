@@ -47,7 +47,9 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, advance: Advanc
 
     copy_side_files(Path(plan.model.path), folder)
     if plan.tokenizer:
-        copy_side_files(Path(plan.tokenizer.path), folder, leave_out=("adapter_config.json", "config.json", "README.md"))
+        copy_side_files(
+            Path(plan.tokenizer.path), folder, leave_out=("adapter_config.json", "config.json", "README.md")
+        )
     if plan.overrides:
         _override(folder / "config.json", plan)
     save(list(plan.tensors.values()), folder, shard_bytes, advance)

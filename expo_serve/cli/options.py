@@ -18,7 +18,8 @@ from expo_serve.errors import ConfigError, UsageError
 from expo_serve.weights.source import HubAccess
 
 _SOURCE_FLAGS = (
-    "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule", "unmatched",
+    "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
+    "unmatched",
 )  # fmt: skip
 _SHARED_FLAGS = ("hf-token", "download-dir")
 _OURS_TO_SET = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
@@ -59,8 +60,10 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is extrapolated")
     group.add_argument("--base", metavar="B", help="the model before alignment: folder or hub id")
     group.add_argument("--aligned", metavar="A", help="the model after alignment: folder or hub id")
-    group.add_argument("--delta", metavar="D", help="in place of --aligned, what takes base to it: a packed delta, a LoRA "
-                       "adapter or a full delta; folder or hub id")  # fmt: skip
+    group.add_argument(
+        "--delta", metavar="D",
+        help="in place of --aligned, what takes base to it: a packed delta, a LoRA adapter or a full delta",
+    )  # fmt: skip
     group.add_argument("--alpha", metavar="X", help="how far to go on from base through aligned: 0 is aligned itself, "
                        f"-1 is base; {ALPHA_RANGE}")  # fmt: skip
     group.add_argument("--base-revision", metavar="R", help="branch, tag or commit of a hub id")
@@ -128,7 +131,9 @@ def normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
 def _refuse_ours_to_set(flag: str) -> None:
     name = flag.replace("_", "-").removeprefix("--").split(".")[0]
     if flag.startswith("--") and name in _OURS_TO_SET:
-        raise UsageError(f"--{name} is set by expo-serve; leave it out (--base and --aligned or --delta name the models)")
+        raise UsageError(
+            f"--{name} is set by expo-serve; leave it out (--base and --aligned or --delta name the models)"
+        )
 
 
 def _read_file(path: str) -> dict[str, Any]:

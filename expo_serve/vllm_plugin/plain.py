@@ -19,7 +19,8 @@ _NO_MATTER = frozenset({"_name_or_path", "transformers_version", "torch_dtype", 
 
 
 def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoConfig:
-    """The configuration with the model as one of its sides: base where a delta is given, else aligned or a packed delta.
+    """The configuration with the model as one of its sides: base where a delta is given, else aligned or a packed
+    delta.
 
     Raises:
         ConfigError: that side is given too, and is another one.
@@ -55,7 +56,8 @@ def check_config(plan: Plan, model_config: Any) -> None:
         theirs, ours = plan.base.config, plan.other.config
         if differing := sorted(key for key in {*theirs, *ours} - _NO_MATTER if theirs.get(key) != ours.get(key)):
             raise ConfigError(
-                f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's folder as "
+                f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's "
+                f"folder as "
                 f'the model and {{"base": ..., "alpha": ...}} here'
             )
     for key, wanted in _flat(plan.overrides).items():

@@ -121,7 +121,7 @@ def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str
 
 
 def _side_files(folder: str | None) -> list[str]:
-    """The tokenizer of a delta, and its generation config where it has one; a flag of the user's comes later and wins."""
+    """The tokenizer of a delta, and its generation config if it has one. A flag of the user's comes later and wins."""
     if folder is None:
         return []
     has_config = Path(folder, "generation_config.json").is_file()
@@ -150,7 +150,8 @@ def flatten(options: dict[str, Any], known: set[str]) -> list[str]:
 
 
 def with_overrides(given: Any, config: ExpoConfig) -> Any:
-    """``--hf-overrides``, with what a delta needs the config to say (a vocabulary that has grown) under the user's own."""
+    """``--hf-overrides``, with what a delta needs the config to say (a vocabulary that has grown) under the user's
+    own."""
     overrides = config.pinned.overrides if config.pinned else {}
     given = json.loads(given) if isinstance(given, str) else given
     return {**overrides, **(given or {})} if overrides else given

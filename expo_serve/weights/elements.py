@@ -73,9 +73,7 @@ def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def cut(
-    dest: torch.Tensor, elements: Elements, limit: int, grain: int = 1
-) -> Iterator[tuple[torch.Tensor, Elements]]:
+def cut(dest: torch.Tensor, elements: Elements, limit: int, grain: int = 1) -> Iterator[tuple[torch.Tensor, Elements]]:
     """Cut a copy into pieces of at most ``limit`` elements each, in the order in which they are stored.
 
     Args:

@@ -69,8 +69,8 @@ def combine_unchecked(
 def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
     """``base + weight * delta`` with one rounding to fp32.
 
-    torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values is
-    exact, so that only the sum is rounded, and what fp32 makes of that is what a fused operation gives.
+    torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values
+    is exact, so that only the sum is rounded, and what fp32 makes of that is what a fused operation gives.
     """
     if torch.float64 in (base.dtype, delta.dtype):
         return torch.add(base.double(), delta.double(), alpha=weight)

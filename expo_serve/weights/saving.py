@@ -60,7 +60,10 @@ def _shards(tensors: list[PlannedTensor], limit: int) -> list[list[PlannedTensor
 
 
 def _write(
-    shard: list[PlannedTensor], file: Path, value: Callable[[PlannedTensor], torch.Tensor], advance: Callable[[int], None]
+    shard: list[PlannedTensor],
+    file: Path,
+    value: Callable[[PlannedTensor], torch.Tensor],
+    advance: Callable[[int], None],
 ) -> None:
     # The widest first, as the format's own library orders them, so that every tensor is aligned to its dtype.
     ordered = sorted(shard, key=lambda tensor: -tensor.result.nbytes // max(1, tensor.result.numel))

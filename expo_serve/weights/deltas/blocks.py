@@ -11,13 +11,11 @@ import numpy.typing as npt
 import zstandard
 
 from expo_serve.weights.deltas.packed_format import CHANGES, RAW, SAME, SHUFFLED
-from expo_serve.weights.deltas.patch import patch
+from expo_serve.weights.deltas.patch import Parts, fits, patch
+from expo_serve.weights.deltas.patch_ir import LARGE, SKIP
 
 LEVEL = 1
 """Higher ones gain nothing: 3.28% of the demo's checkpoint at level 1, 3.33 at level 9."""
-_LARGE = 255
-"""Stands for a step that does not fit a byte."""
-
 Values = npt.NDArray[Any]
 _local = threading.local()
 
@@ -60,11 +58,10 @@ def _changes(aligned: Values, base: Values) -> Coded:
     if not changed.any():
         return Coded(SAME)
     steps = _zigzag(_rank(aligned[changed]) - _rank(base[changed])) - 1
-    is_large = steps >= _LARGE
-    small = np.where(is_large, _LARGE, steps).astype(np.uint8)
-    bits = np.packbits(changed, bitorder="little")
+    is_large = steps >= LARGE
+    small = np.where(is_large, LARGE, steps).astype(np.uint8)
     large = _compress(_shuffle(steps[is_large] + 1)) if is_large.any() else b""
-    return Coded(CHANGES, (_compress(bits.tobytes()), _compress(small.tobytes()), large))
+    return Coded(CHANGES, (_compress(_gaps(changed)), _compress(small.tobytes()), large))
 
 
 def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
@@ -83,7 +80,7 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
         raw = coded.parts[0] if coded.coding == RAW else decompress(coded.parts[0], out.nbytes)
         if len(raw) != out.nbytes:
             raise DamagedError(f"{len(raw)} bytes for {count} values")
-        plain = raw if coded.coding == RAW else _unshuffle(raw, out.itemsize)
+        plain = bytes(raw) if coded.coding == RAW else _unshuffle(bytes(raw), out.itemsize)
         out[:] = np.frombuffer(plain, dtype=out.dtype)
         return
     if base is None or coded.coding not in (SAME, CHANGES):
@@ -91,46 +88,68 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
     if out is not base:
         out[:] = base
     if coded.coding == CHANGES:
-        _apply(Changes.of(coded, count, out.itemsize), out)
+        _apply(changes_of(coded, count, out.itemsize), out)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """The parts of a block of changes, decompressed and checked against each other."""
+def changes_of(coded: Coded, count: int, width: int) -> Parts:
+    """Decompress a block of changes.
 
-    bits: bytes
-    small: bytes
-    large: bytes
-    """Steps in the width of the dtype."""
+    Args:
+        coded: its bytes.
+        count: values in the block.
+        width: bytes of a value.
 
-    @staticmethod
-    def of(coded: Coded, count: int, width: int) -> Changes:
-        """Decompress.
-
-        Raises:
-            DamagedError: the parts do not fit each other, so that whoever walks them would read beyond their ends.
-        """
-        bits = decompress(coded.parts[0], -(-count // 64) * 8)
-        if len(bits) != -(-count // 8):
-            raise DamagedError(f"{len(bits)} bytes of bits for {count} values")
-        small = decompress(coded.parts[1], count)
-        large = decompress(coded.parts[2], count * width) if coded.parts[2] else b""
-        marks = np.frombuffer(bits, dtype=np.uint8)
-        changed = int(np.bitwise_count(marks).sum()) if hasattr(np, "bitwise_count") else int(np.unpackbits(marks).sum())
-        spare = count % 8 and marks[-1] >> count % 8
-        if changed != len(small) or small.count(_LARGE) * width != len(large) or spare:
-            raise DamagedError(f"{changed} changes, {len(small)} steps, {len(large)} bytes of large ones")
-        return Changes(bits, small, _unshuffle(large, width))
+    Raises:
+        DamagedError: the parts do not fit each other, so that whoever walks them would leave them.
+    """
+    gaps, small = decompress(coded.parts[0], 2 * count), decompress(coded.parts[1], count)
+    raw = decompress(coded.parts[2], count * width) if coded.parts[2] else b""
+    if len(raw) % width:
+        raise DamagedError(f"{len(raw)} bytes of large steps")
+    parts = Parts(gaps, small, _unshuffle(raw, width))
+    if not (_fit(parts, count, width) if (found := fits(parts, count, width)) is None else found):
+        raise DamagedError(f"{len(gaps)} gaps, {len(small)} steps, {len(raw)} bytes of large ones")
+    return parts
 
 
-def _apply(changes: Changes, out: Values) -> None:
+def _fit(parts: Parts, count: int, width: int) -> bool:
+    """See :func:`~expo_serve.weights.deltas.patch.fits`."""
+    places = _places(parts)
+    is_full = len(places) == len(parts.small) and (_end(parts) <= count)
+    return is_full and parts.small.count(LARGE) * width == len(parts.large)
+
+
+def _places(parts: Parts) -> Values:
+    """Where the changes are."""
+    gaps = np.frombuffer(parts.gaps, np.uint8)
+    is_change = gaps != SKIP
+    places: Values = (np.cumsum(gaps.astype(np.int64) + is_change) - 1)[is_change]
+    return places
+
+
+def _end(parts: Parts) -> int:
+    """One past the last value that the gaps lead to."""
+    gaps = np.frombuffer(parts.gaps, np.uint8)
+    return int(gaps.sum(dtype=np.int64)) + int((gaps != SKIP).sum())
+
+
+def _gaps(changed: Values) -> bytes:
+    """The other way round."""
+    gaps = np.diff(np.flatnonzero(changed), prepend=-1) - 1
+    skips, rests = np.divmod(gaps, SKIP)
+    coded = np.full(int(skips.sum()) + len(gaps), SKIP, dtype=np.uint8)
+    coded[np.cumsum(skips + 1) - 1] = rests
+    return coded.tobytes()
+
+
+def _apply(changes: Parts, out: Values) -> None:
     """Change values in place."""
-    if patch_loops := patch(out.itemsize):
-        patch_loops(out, changes.bits, changes.small, changes.large)
+    if loop := patch(out.itemsize):
+        loop(out, changes)
         return
-    changed = np.unpackbits(np.frombuffer(changes.bits, np.uint8), count=len(out), bitorder="little").view(bool)
+    changed = _places(changes)
     steps = np.frombuffer(changes.small, np.uint8).astype(f"u{out.itemsize}")
-    is_large = steps == _LARGE
+    is_large = steps == LARGE
     steps += 1
     steps[is_large] = np.frombuffer(changes.large, steps.dtype)
     out[changed] = _rank(_rank(out[changed]) + _unzigzag(steps))

@@ -65,7 +65,8 @@ def _refuse_other_tensors(plan: Plan, aligned: Checkpoint) -> None:
     ]
     if wrong:
         raise PairError(
-            f"the delta was made from another checkpoint than {aligned.source.name}: {len(wrong)} tensors differ in name, "
+            f"the delta was made from another checkpoint than {aligned.source.name}: {len(wrong)} tensors differ "
+            f"in name, "
             f"dtype or shape, the first {wrong[0].split(':')[0]}",
             wrong,
         )

@@ -73,7 +73,8 @@ class FullDelta:
     def _refuse_strangers(self, strangers: dict[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:
         if strangers and (config.unmatched == "refuse" or len(strangers) == len(self.tensors)):
             raise PairError(
-                f"the delta ({self.source.name}) has {len(strangers)} tensors that base ({base.source.name}) lacks, the "
+                f"the delta ({self.source.name}) has {len(strangers)} tensors that base ({base.source.name}) "
+                f"lacks, the "
                 f"first {next(iter(strangers))}; give the base that it was made from"
                 + ("" if len(strangers) == len(self.tensors) else ", or --unmatched copy to take them over"),
                 [f"only in delta: {record.name} {list(record.shape)}" for record in strangers.values()],
@@ -89,7 +90,8 @@ def _refuse_shapes(delta: FullDelta, steps: dict[str, FullChange]) -> None:
     wrong = [change for change in steps.values() if not change.fits]
     if wrong:
         raise PairError(
-            f"the delta ({delta.source.name}) does not fit base: {len(wrong)} of {len(delta.tensors)} tensors differ in "
+            f"the delta ({delta.source.name}) does not fit base: {len(wrong)} of {len(delta.tensors)} tensors "
+            f"differ in "
             "shape or kind; give the base that it was made from",
             [
                 f"{change.base.name}: base {change.base.dtype} {list(change.base.shape)}, "
@@ -128,4 +130,3 @@ class FullChange:
 
         records: dict[Side, TensorRecord] = {"base": self.base, "delta": self.record}
         return RecordSides(reader, {side: records[side] for side in used}, {"base": "base", "delta": "delta"})
-

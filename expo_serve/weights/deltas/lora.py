@@ -1,9 +1,9 @@
 """A PEFT LoRA adapter: ``theta = base + (1 + alpha) * s * B A``, for every module that it names.
 
-Format (https://huggingface.co/docs/peft/developer_guides/checkpoint): adapter_config.json, and adapter_model.safetensors
-with ``base_model.model.MODULE.lora_A.weight`` (rank by in) and ``lora_B.weight`` (out by rank), ``lora_embedding_A`` (rank
-by rows) and ``lora_embedding_B`` (width by rank) for an embedding, and under their plain names the tensors that were
-trained whole (``modules_to_save``, biases).
+Format (https://huggingface.co/docs/peft/developer_guides/checkpoint): adapter_config.json, and
+adapter_model.safetensors with ``base_model.model.MODULE.lora_A.weight`` (rank by in) and ``lora_B.weight`` (out by
+rank), ``lora_embedding_A`` (rank by rows) and ``lora_embedding_B`` (width by rank) for an embedding, and under their
+plain names the tensors that were trained whole (``modules_to_save``, biases).
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class LoraDelta:
         theirs, ours = (self.lora.base or "").rstrip("/"), base.source
         if not theirs or theirs in (ours.name, ours.path) or theirs.rsplit("/", 1)[-1] == ours.short_name:
             return ()
-        return (f"the adapter {self.source.name} was trained on {theirs!r}, base is {ours.name!r}: is it the same model?",)
+        return (
+            f"the adapter {self.source.name} was trained on {theirs!r}, base is {ours.name!r}: is it the same model?",
+        )
 
 
 def _nothing_to_read(folder: Path) -> str:

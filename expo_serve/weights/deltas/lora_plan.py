@@ -130,7 +130,8 @@ def _refuse_strangers(
     if strangers:
         only_whole = all(name in whole for name in strangers)
         raise PairError(
-            f"the adapter ({adapter.source.name}) changes {len(strangers)} tensors that base ({base.source.name}) lacks, "
+            f"the adapter ({adapter.source.name}) changes {len(strangers)} tensors that base ({base.source.name}) "
+            f"lacks, "
             f"the first {strangers[0]}; give the base that it was trained on"
             + (", or --unmatched copy to take them over" if only_whole else ""),
             [f"only in the adapter: {name}" for name in strangers],
@@ -163,7 +164,8 @@ def _refuse_whole(
     if twice:
         raise PairError(
             f"the adapter ({adapter.source.name}) has both factors and a whole tensor for {twice[0]}, as PEFT saves it "
-            "when a vocabulary was resized: this is no plain sum on base's weights; merge it with PEFT and give --aligned"
+            "when a vocabulary was resized: this is no plain sum on base's weights; merge it with PEFT and give "
+            "--aligned"
         )
     wrong = [
         f"{name}: base {list(partner.shape)}, adapter {list(placed[name].shape)}"
@@ -172,7 +174,8 @@ def _refuse_whole(
     ]
     if wrong:
         raise PairError(
-            f"the adapter ({adapter.source.name}) does not fit base: {len(wrong)} of the tensors that it holds whole have "
+            f"the adapter ({adapter.source.name}) does not fit base: {len(wrong)} of the tensors that it holds "
+            f"whole have "
             "another shape; give the base that it was trained on",
             wrong,
         )
@@ -182,11 +185,16 @@ def _can_replace(whole: TensorRecord, base: TensorRecord) -> bool:
     """Of one shape, or with more rows of a vocabulary."""
     has_rows = is_embedding(whole) or is_output(whole) or is_embedding(base) or is_output(base)
     grows = has_rows and len(base.shape) == len(whole.shape) > 0 and whole.shape[0] > base.shape[0]
-    return whole.is_float and base.is_float and (whole.shape == base.shape or (grows and whole.shape[1:] == base.shape[1:]))
+    return (
+        whole.is_float
+        and base.is_float
+        and (whole.shape == base.shape or (grows and whole.shape[1:] == base.shape[1:]))
+    )
 
 
 def _overrides(placed: Mapping[str, TensorRecord], base: Checkpoint) -> dict[str, Any]:
-    """What the config must say otherwise: the number of rows of a grown vocabulary, and that an output of its own came."""
+    """What the config must say otherwise: the number of rows of a grown vocabulary, and that an output of its own
+    came."""
     overrides: dict[str, Any] = {}
     rows = {
         record.shape[0] for name, record in placed.items()

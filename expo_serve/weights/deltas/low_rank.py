@@ -94,7 +94,8 @@ class Factors:
         step = max(1, STREAM_BYTES // (2 * self.columns))
         sizes = self._sizes((len(rows), self.columns))
         place = file, offset, values.data_ptr()
-        return loops.stream(*place, *self._left(rows), *self._right(range(1)), *sizes, self.scale, weight, step)
+        factors = *self._left(rows), *self._right(range(1))
+        return int(loops.stream(*place, *factors, *sizes, self.scale, weight, step))
 
     def _left(self, rows: range) -> tuple[int, int]:
         rank = self.left.shape[1]
@@ -114,7 +115,12 @@ class LowRank:
         self._add, self._product, self.stream = functions["add"], functions["product"], functions["stream"]
 
     def product(
-        self, left: tuple[int, int], right: tuple[int, int], sizes: tuple[int, int, int], scale: float, out: torch.Tensor
+        self,
+        left: tuple[int, int],
+        right: tuple[int, int],
+        sizes: tuple[int, int, int],
+        scale: float,
+        out: torch.Tensor,
     ) -> None:
         """See :meth:`Factors.product`."""
         there = out.data_ptr(), sizes[1]

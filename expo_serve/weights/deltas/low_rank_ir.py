@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+
+from expo_serve.weights.ir import FunctionWriter
 
 _PANEL = 512
 """Columns: at rank 16 the panel takes 32 KB."""
@@ -26,8 +26,8 @@ def source() -> str:
     return f"{module}{_STREAM}"
 
 
-# stream(file, offset, out, left, left stride, right, right stride, rows, columns, rank, scale, weight, step): rows of bf16
-# are read onto their place and the product is added there, ``step`` of them at a time; gives how many are done.
+# stream(file, offset, out, left, left stride, right, right stride, rows, columns, rank, scale, weight, step): rows of
+# bf16 are read onto their place and the product is added there, ``step`` of them at a time; gives how many are done.
 _STREAM = """
 declare i64 @pread(i32, ptr, i64, i64)
 
@@ -68,7 +68,7 @@ finished:
 """
 
 
-class _Writer:
+class _Writer(FunctionWriter):
     """Writes one function: ``add(base, stride, out, stride, left, stride, right, stride, rows, columns, rank, scale,
     weight)``; ``product`` has the same arguments, and stores the scaled product instead of adding it to base.
 
@@ -81,56 +81,51 @@ class _Writer:
     """
 
     def __init__(self, ir: Any, module: Any, name: str, lanes: int, rows: int) -> None:
-        self._ir, self._lanes, self._rows, self._adds = ir, lanes, rows, name == "add"
-        self.word, self.real = ir.IntType(64), ir.FloatType()
-        self.pointer = ir.IntType(8).as_pointer()
-        matrices = [kind for _ in range(4) for kind in (self.pointer, self.word)]
-        kinds = [*matrices, *[self.word] * 3, self.real, self.real]
-        function = ir.Function(module, ir.FunctionType(ir.IntType(1), kinds), name)
-        function.attributes.add("nounwind")
-        self._arguments = function.args
-        self._builder = ir.IRBuilder(function.append_basic_block("entry"))
+        word, real, pointer = ir.IntType(64), ir.FloatType(), ir.IntType(8).as_pointer()
+        matrices = [kind for _ in range(4) for kind in (pointer, word)]
+        super().__init__(ir, module, name, ir.IntType(1), [*matrices, *[word] * 3, real, real])
+        self._lanes, self._rows, self._adds = lanes, rows, name == "add"
 
     def write(self) -> None:
         """Panels of columns, blocks of rows within, vectors of columns within, the rank within."""
-        builder, word = self._builder, self.word
-        rows, columns = self._arguments[8], self._arguments[9]
+        builder, word = self.builder, self.word
+        rows, columns = self.arguments[8], self.arguments[9]
         self._bad = {lanes: self._zeros(lanes) for lanes in (1, self._lanes)}
-        zero = self._ir.Constant(word, 0)
-        full_rows = builder.sub(rows, builder.urem(rows, self._number(self._rows)))
-        with self._loop(zero, columns, self._number(_PANEL)) as panel:
-            after = builder.add(panel, self._number(_PANEL))
+        zero = self.ir.Constant(word, 0)
+        full_rows = builder.sub(rows, builder.urem(rows, self.number(self._rows)))
+        with self.loop(zero, columns, self.number(_PANEL)) as panel:
+            after = builder.add(panel, self.number(_PANEL))
             end = builder.select(builder.icmp_unsigned("<", after, columns), after, columns)
-            with self._loop(zero, full_rows, self._number(self._rows)) as row:
+            with self.loop(zero, full_rows, self.number(self._rows)) as row:
                 self._row_block(row, panel, end, self._rows)
-            with self._loop(full_rows, rows, self._number(1)) as row:
+            with self.loop(full_rows, rows, self.number(1)) as row:
                 self._row_block(row, panel, end, 1)
         builder.ret(self._any_negative())
 
     def _row_block(self, row: Any, start: Any, end: Any, count: int) -> None:
-        builder = self._builder
-        lanes = self._number(self._lanes)
+        builder = self.builder
+        lanes = self.number(self._lanes)
         whole = builder.sub(end, builder.urem(builder.sub(end, start), lanes))
-        with self._loop(start, whole, lanes) as column:
+        with self.loop(start, whole, lanes) as column:
             self._tile(row, column, count, self._lanes)
-        with self._loop(whole, end, self._number(1)) as column:
+        with self.loop(whole, end, self.number(1)) as column:
             self._tile(row, column, count, 1)
 
     def _tile(self, row: Any, column: Any, count: int, lanes: int) -> None:
         """``count`` rows of ``lanes`` columns: their sums over the rank, then what becomes of them."""
-        builder, ir = self._builder, self._ir
+        builder, ir = self.builder, self.ir
         vector = ir.VectorType(self.real, lanes)
         with builder.goto_entry_block():  # only there a place in memory becomes a register
             sums = [builder.alloca(vector) for _ in range(count)]
         for total in sums:
             builder.store(ir.Constant(vector, [0.0] * lanes), total)
-        rows = [builder.add(row, self._number(index)) for index in range(count)]
-        with self._loop(self._number(0), self._arguments[10], self._number(1)) as place:
+        rows = [builder.add(row, self.number(index)) for index in range(count)]
+        with self.loop(self.number(0), self.arguments[10], self.number(1)) as place:
             right = builder.load(self._at(6, place, column, vector), align=4)
             for index, total in zip(rows, sums, strict=True):
                 left = self._spread(builder.load(self._at(4, index, place, self.real), align=4), lanes)
-                builder.store(builder.call(self._fma(vector), [left, right, builder.load(total)]), total)
-        scale = self._spread(self._arguments[11], lanes)
+                builder.store(self._fma(left, right, builder.load(total)), total)
+        scale = self._spread(self.arguments[11], lanes)
         for index, total in zip(rows, sums, strict=True):
             step = builder.fmul(builder.load(total), scale)
             if self._adds:
@@ -140,7 +135,7 @@ class _Writer:
 
     def _add(self, step: Any, row: Any, column: Any, lanes: int) -> None:
         """``base + weight * step``, rounded to bf16 as torch does it, to the nearest with ties to even."""
-        builder, ir = self._builder, self._ir
+        builder, ir = self.builder, self.ir
         narrow, wide = ir.VectorType(ir.IntType(16), lanes), ir.VectorType(ir.IntType(32), lanes)
 
         def number(kind: Any, value: int) -> Any:
@@ -148,12 +143,14 @@ class _Writer:
 
         bits = builder.zext(builder.load(self._at(0, row, column, narrow), align=2), wide)
         base = builder.bitcast(builder.shl(bits, number(wide, 16)), ir.VectorType(self.real, lanes))
-        weight = self._spread(self._arguments[12], lanes)
-        value = builder.call(self._fma(base.type), [weight, step, base])
+        weight = self._spread(self.arguments[12], lanes)
+        value = self._fma(weight, step, base)
         bits = builder.bitcast(value, wide)
         odd = builder.and_(builder.lshr(bits, number(wide, 16)), number(wide, 1))
         rounded = builder.add(builder.add(bits, number(wide, 0x7FFF)), odd)
-        result = builder.trunc(builder.lshr(rounded, number(wide, 16)), narrow)
+        halves = builder.bitcast(rounded, ir.VectorType(ir.IntType(16), 2 * lanes))
+        upper = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [2 * lane + 1 for lane in range(lanes)])
+        result = builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), upper)
         builder.store(result, self._at(2, row, column, narrow), align=2)
         # See fused.py: the sum sets the sign bit for an exponent of Inf or NaN, and for no other.
         mark = builder.add(builder.and_(result, number(narrow, 0x7F80)), number(narrow, 0x80))
@@ -162,13 +159,13 @@ class _Writer:
 
     def _zeros(self, lanes: int) -> Any:
         """A place for what was seen in each lane."""
-        kind = self._ir.VectorType(self._ir.IntType(16), lanes)
-        place = self._builder.alloca(kind)
-        self._builder.store(self._ir.Constant(kind, [0] * lanes), place)
+        kind = self.ir.VectorType(self.ir.IntType(16), lanes)
+        place = self.builder.alloca(kind)
+        self.builder.store(self.ir.Constant(kind, [0] * lanes), place)
         return place
 
     def _any_negative(self) -> Any:
-        builder, ir = self._builder, self._ir
+        builder, ir = self.builder, self.ir
         found = ir.Constant(ir.IntType(16), 0)
         for lanes, place in self._bad.items():
             seen = builder.load(place)
@@ -178,42 +175,18 @@ class _Writer:
 
     def _at(self, matrix: int, row: Any, column: Any, kind: Any) -> Any:
         """The address of an element of a matrix, given by the place of its argument."""
-        builder = self._builder
+        builder = self.builder
         element = kind.element if hasattr(kind, "element") else kind
-        start = builder.bitcast(self._arguments[matrix], element.as_pointer())
-        index = builder.add(builder.mul(row, self._arguments[matrix + 1]), column)
+        start = builder.bitcast(self.arguments[matrix], element.as_pointer())
+        index = builder.add(builder.mul(row, self.arguments[matrix + 1]), column)
         return builder.bitcast(builder.gep(start, [index]), kind.as_pointer())
 
-    def _fma(self, vector: Any) -> Any:
-        """LLVM's own function for a vector of this type."""
-        module, name = self._builder.module, f"llvm.fma.v{vector.count}f32"
-        kind = self._ir.FunctionType(vector, [vector] * 3)
-        return module.globals.get(name) or self._ir.Function(module, kind, name)
+    def _fma(self, left: Any, right: Any, total: Any) -> Any:
+        return self.intrinsic(f"llvm.fma.v{total.type.count}f32", total.type, left, right, total)
 
     def _spread(self, value: Any, lanes: int) -> Any:
-        ir, builder = self._ir, self._builder
+        ir, builder = self.ir, self.builder
         vector = ir.VectorType(self.real, lanes)
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
         mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
         return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
-
-    def _number(self, value: int) -> Any:
-        return self._ir.Constant(self.word, value)
-
-    @contextmanager
-    def _loop(self, start: Any, end: Any, step: Any) -> Iterator[Any]:
-        """``for index in range(start, end, step)``."""
-        builder = self._builder
-        head = builder.append_basic_block()
-        body, done = builder.append_basic_block(), builder.append_basic_block()
-        before = builder.block
-        builder.branch(head)
-        builder.position_at_end(head)
-        index = builder.phi(self.word)
-        index.add_incoming(start, before)
-        builder.cbranch(builder.icmp_unsigned("<", index, end), body, done)
-        builder.position_at_end(body)
-        yield index
-        index.add_incoming(builder.add(index, step), builder.block)
-        builder.branch(head)
-        builder.position_at_end(done)

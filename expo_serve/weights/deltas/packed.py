@@ -69,12 +69,11 @@ class PackedDelta:
             infos.append(read_info(metadata, records, str(file)))
         if any(info.files != len(infos) or info.block != infos[0].block for info in infos):
             raise CheckpointError(
-                f"delta: {source.path} holds {len(infos)} files of a packed delta of {infos[0].files}; copy all of it again"
+                f"delta: {source.path} holds {len(infos)} files of a packed delta of {infos[0].files}; copy all "
+                f"of it again"
             )
         described = {name: tensor for info in infos for name, tensor in info.tensors.items()}
-        return cls(
-            opened.source, config, opened.files, opened.tensors, described, infos[0].block, infos[0].base_name
-        )
+        return cls(opened.source, config, opened.files, opened.tensors, described, infos[0].block, infos[0].base_name)
 
     def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
         """See :class:`~expo_serve.weights.deltas.Delta`."""
@@ -115,7 +114,8 @@ class PackedDelta:
         if wrong := list(self._differences(base)):
             raise PairError(
                 f"{base.source.name} is not the base that {self.source.name} was made against ({self.base_name}): "
-                f"{len(wrong)} of {len(self.tensors)} tensors differ, the first {wrong[0].split(':')[0]}; give that base",
+                f"{len(wrong)} of {len(self.tensors)} tensors differ, the first {wrong[0].split(':')[0]}; give "
+                f"that base",
                 wrong,
             )
 

@@ -11,44 +11,45 @@ A folder: config.json, tokenizer and the other small files of the aligned checkp
 ``block``       values in a block: a power of two
 ``base``        JSON, ``{"name", "revision"}``: what it was made against, for messages
 ``tensors``     JSON, an object from the name of each tensor in this file to an object with its ``dtype`` and ``shape``
-                in the aligned checkpoint (dtypes by the names of safetensors); ``base``: ``[name, dtype, shape]`` of the
-                base tensor that its values are predicted from, or null; ``extrapolated``: false where the tensor is
-                taken over at every alpha; ``table``: the checksum of its table
+                in the aligned checkpoint (dtypes by the names of safetensors); ``base``: ``[name, dtype, shape]`` of
+                the base tensor that its values are predicted from, or null; ``extrapolated``: false where the tensor
+                is taken over at every alpha; ``table``: the checksum of its table
 ``checksum``    of the UTF-8 bytes of the five texts above, in this order, each followed by a zero byte
 =============== ==================================================================================================
 
 Each tensor stands under its own name as ``U8`` of one dimension: its table, then its blocks one behind the other.
 
 *Blocks.* Values count in row-major order. The first ones, as many as the base tensor has, are cut into blocks from 0
-on; what the aligned tensor has beyond them (new rows of a vocabulary) is cut into further blocks from there on, which have
-no base. A tensor without a base has blocks of the second kind only.
+on; what the aligned tensor has beyond them (new rows of a vocabulary) is cut into further blocks from there on, which
+have no base. A tensor without a base has blocks of the second kind only.
 
 *Table.* For each block 32 bytes, little-endian: the checksum of the block's bytes in the base tensor (u64, 0 without
-base), the checksum of its bytes here (u64, 0 if there are none), and four u32: the coding, and the sizes in bytes of the
-three parts of which the block consists here.
+base), the checksum of its bytes here (u64, 0 if there are none), and four u32: the coding, and the sizes in bytes of
+the three parts of which the block consists here.
 
 *Codings.*
 
-====== ==================================================================================================================
+====== ===========================================================================================================
 0      the same values as base's. No bytes.
-1      changes. Part one, a bit for each value, the lowest bit first: whether it changed. Part two, a byte for each change:
-       the step less one, or 255 for one that does not fit. Part three, the steps that did not fit, in the width of the
-       dtype, shuffled.
+1      changes. Part one, bytes: how many values lie between a change and the one before it (or the block's
+       beginning), up to 254; 255 means as many, and no change behind them: the next byte goes on. Part two, a byte for
+       each change: the step less one, or 255 for one that does not fit. Part three, the steps that did not fit, in the
+       width of the dtype, shuffled.
 2      whole: part one, the values' bytes, shuffled.
 3      whole: part one, the values' bytes as they are.
-====== ==================================================================================================================
+====== ===========================================================================================================
 
-A *step* is the difference ``rank(aligned) - rank(base)`` modulo 2 to the number of bits, zigzag-coded (0, -1, 1, -2 become
-0, 1, 2, 3), with ``rank(x) = x ^ ((x >> bits - 1) & 2^(bits - 1) - 1)`` of the values' bits as a signed integer (>> keeps
-the sign): neighbours among the floating-point numbers have neighbouring ranks, and 0.0 comes right after -0.0. Where base's dtype is another one,
-its values are first cast to the aligned tensor's, to the nearest with ties to even. *Shuffled*: all lowest bytes first, then all second ones, and so on. All
-parts but that of coding 3 are Zstandard frames (RFC 8878) that give their content size; an empty part has no bytes. A
-*checksum* is XXH3 with 64 bits and no seed (https://github.com/Cyan4973/xxHash), as a number in the table and as 16
-hexadecimal digits in the metadata.
+A *step* is the difference ``rank(aligned) - rank(base)`` modulo 2 to the number of bits, zigzag-coded (0, -1, 1, -2
+become 0, 1, 2, 3), with ``rank(x) = x ^ ((x >> bits - 1) & 2^(bits - 1) - 1)`` of the values' bits as a signed
+integer (>> keeps the sign): neighbours among the floating-point numbers have neighbouring ranks, and 0.0 comes right
+after -0.0. Where base's dtype is another one, its values are first cast to the aligned tensor's, to the nearest with
+ties to even. *Shuffled*: all lowest bytes first, then all second ones, and so on. All parts but that of coding 3 are
+Zstandard frames (RFC 8878) that give their content size; an empty part has no bytes. A *checksum* is XXH3 with 64
+bits and no seed (https://github.com/Cyan4973/xxHash), as a number in the table and as 16 hexadecimal digits in the
+metadata.
 
-Why changes in two parts and not whole differences: between a model and its fine-tuned self 80 to 95% of bf16 values are the
-same. On the demo's pair this takes 3.3% of the checkpoint's bytes; bitshuffled differences (blosc2, Zstandard) take more than twice
-that and decode at a tenth of the speed, since every value goes through the decoder.
+Why gaps and steps and not whole differences: between a model and its fine-tuned self 80 to 95% of bf16 values are the
+same, and decoding costs what is decoded. FIGURES
 """
 
 from __future__ import annotations
@@ -212,8 +213,23 @@ def _check_records(info: FileInfo, records: Mapping[str, TensorRecord], where: s
             )
 
 
-def read_table(raw: bytes | memoryview, tensor: PackedTensor, block: int, record: TensorRecord) -> Any:
-    """A tensor's table, checked, and where each block begins behind it.
+@dataclass(frozen=True)
+class Table:
+    """A tensor's table, by block."""
+
+    base: list[int]
+    """Checksums of base's bytes."""
+    packed: list[int]
+    """Checksums of the bytes here."""
+    codings: list[int]
+    parts: list[list[int]]
+    """Sizes in bytes."""
+    offsets: list[int]
+    """Of the first byte within the tensor's; one more for the end."""
+
+
+def read_table(raw: bytes, tensor: PackedTensor, block: int, record: TensorRecord) -> Table:
+    """A tensor's table, checked.
 
     Args:
         raw: the table's bytes.
@@ -221,18 +237,17 @@ def read_table(raw: bytes | memoryview, tensor: PackedTensor, block: int, record
         block: values in a block.
         record: where its bytes lie.
 
-    Returns:
-        The entries (:data:`TABLE`), and for each block the offset of its first byte within the record, int64, with one
-        more for the end.
-
     Raises:
         CheckpointError: it is damaged.
     """
     if f"{checksum(raw):016x}" != tensor.table:
-        raise CheckpointError(f"{record.file}: tensor {tensor.name!r}: its table is damaged (wrong checksum); copy it again")
+        raise CheckpointError(
+            f"{record.file}: tensor {tensor.name!r}: its table is damaged (wrong checksum); copy it again"
+        )
     entries = np.frombuffer(raw, dtype=TABLE)
     sizes = entries["parts"].astype(np.int64).sum(axis=1)
     offsets = np.concatenate([[len(raw)], len(raw) + np.cumsum(sizes)]).astype(np.int64)
     if len(entries) != tensor.count(block) or offsets[-1] != record.nbytes:
         raise CheckpointError(f"{record.file}: tensor {tensor.name!r}: its table does not fit its bytes")
-    return entries, offsets
+    base, packed, codings, parts = (entries[name].tolist() for name in ("base", "bytes", "coding", "parts"))
+    return Table(base, packed, codings, parts, offsets.tolist())

@@ -1,21 +1,21 @@
-"""How the elements of a packed tensor come out of files: whole blocks of base are read and checked, aligned is decoded."""
+"""How the elements of a packed tensor come out of files: whole blocks of base are read and checked, aligned is
+decoded."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.weights.ahead import FileRange
-from expo_serve.weights.deltas.blocks import Changes, Coded, DamagedError, decode
+from expo_serve.weights.deltas.blocks import Coded, DamagedError, changes_of, decode
 from expo_serve.weights.deltas.packed import PackedChange
-from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, checksum, read_table
-from expo_serve.weights.deltas.patch import extrapolating
+from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, Table, checksum, read_table
+from expo_serve.weights.deltas.patch import Parts, extrapolating
 from expo_serve.weights.elements import Elements
 from expo_serve.weights.fused import fused
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
@@ -27,24 +27,18 @@ _SPAN_BYTES = 8 << 20
 """Decoded at a time where elements lie apart: what lies between them is decoded too."""
 
 
-@dataclass(frozen=True)
-class _Table:
-    entries: Any
-    offsets: Any
-
-
 class PackedSides:
     """Base and the decoded aligned tensor. See :class:`~expo_serve.weights.sides.Sides`.
 
-    Base's bytes are compared with the checksums of those that the delta was made against, at every alpha: so blocks of it
-    are read whole, also where a rank wants a part of each row.
+    Base's bytes are compared with the checksums of those that the delta was made against, at every alpha: so blocks
+    of it are read whole, also where a rank wants a part of each row.
     """
 
     def __init__(self, change: PackedChange, reader: Reader, used: tuple[Side, ...]) -> None:
         self._change, self._reader, self._used = change, reader, used
         self._tensor, self._base = change.tensor, change.base
         self._spans = self._tensor.spans(change.block)
-        self._known: _Table | None = None
+        self._known: Table | None = None
         self._lock = threading.Lock()
         self._uncounted = self._tensor.count(change.block) * TABLE.itemsize
         self._dtype = reader.whole(TensorRecord("", change.record.file, 0, self._tensor.dtype, ())).dtype
@@ -66,7 +60,7 @@ class PackedSides:
             return []
         blocks = self._blocks(elements)
         offsets = self._table().offsets
-        packed = Elements((int(offsets[blocks.stop] - offsets[blocks.start]),), (1,), int(offsets[blocks.start]))
+        packed = Elements((offsets[blocks.stop] - offsets[blocks.start],), (1,), offsets[blocks.start])
         wanted = [self._reader.range_of("delta", self._change.record, packed)] if packed.numel else []
         if self._base and (shared := self._shared(blocks)).numel:
             wanted.append(self._reader.range_of("base", self._base, shared))
@@ -81,7 +75,7 @@ class PackedSides:
         blocks = self._blocks(elements)
         offsets = self._table().offsets
         base = self._shared(blocks).numel * DTYPE_BYTES[self._base.dtype] if self._base else 0
-        packed = int(offsets[blocks.stop] - offsets[blocks.start]) if "aligned" in self._used else 0
+        packed = offsets[blocks.stop] - offsets[blocks.start] if "aligned" in self._used else 0
         return {"base": base, "delta": table + packed}
 
     def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
@@ -118,7 +112,7 @@ class PackedSides:
 
     def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
         """Read blocks of base to where they belong, and change there what the delta changes."""
-        first, end = elements.offset, elements.offset + elements.numel
+        first, end = int(elements.offset), int(elements.offset + elements.numel)
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
         if not is_plain or self._base is None or end > self._tensor.shared or not extrapolating():
             return 0
@@ -145,10 +139,9 @@ class PackedSides:
             self._decoded(block, coded, values, values)
             return loops.is_finite(values)
         if coded.coding == SAME:
-            return loops(values, b"", b"", b"", 1 + alpha)
+            return loops(values, None, 1 + alpha)
         if coded.coding == CHANGES:
-            changes = self._changes(block, coded, values)
-            return loops(values, changes.bits, changes.small, changes.large, 1 + alpha)
+            return loops(values, self._changes(block, coded, values), 1 + alpha)
         aligned = self._scratch("base", self._dtype, (values.numel(),))
         self._decoded(block, coded, None, aligned)
         combine = fused()
@@ -170,9 +163,9 @@ class PackedSides:
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
-    def _changes(self, block: int, coded: Coded, values: torch.Tensor) -> Changes:
+    def _changes(self, block: int, coded: Coded, values: torch.Tensor) -> Parts:
         try:
-            return Changes.of(coded, values.numel(), values.element_size())
+            return changes_of(coded, values.numel(), values.element_size())
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
@@ -181,7 +174,7 @@ class PackedSides:
         assert self._base is not None
         start, end = self._spans[block]
         self._reader.read_onto(self._base, Elements((end - start,), (1,), start), out)
-        if checksum(_raw(out)) != int(self._table().entries["base"][block]):
+        if checksum(_raw(out)) != self._table().base[block]:
             raise ValuesError(
                 f"base is not the one that the delta was made against ({self._change.base_name}): tensor "
                 f"{self._base.name!r} in {self._base.file} has other values (values {start} to {end}); give that base"
@@ -190,28 +183,31 @@ class PackedSides:
     def _coded(self, block: int) -> Coded:
         """A block's bytes, checked."""
         table = self._table()
-        entry = table.entries[block]
-        start, end = int(table.offsets[block]), int(table.offsets[block + 1])
+        start, end = table.offsets[block], table.offsets[block + 1]
         if start == end:
-            return Coded(int(entry["coding"]))
+            return Coded(table.codings[block])
         raw: Any = self._reader.read(self._change.record, Elements((end - start,), (1,), start), "packed").numpy()
-        if checksum(raw) != int(entry["bytes"]):
+        if checksum(raw) != table.packed[block]:
             raise self._damaged(block, "wrong checksum")
-        one, two, three = np.cumsum(entry["parts"], dtype=np.int64).tolist()
+        one, two, _ = table.parts[block]
         view = memoryview(raw)
-        return Coded(int(entry["coding"]), (view[:one], view[one:two], view[two:three]))
+        return Coded(table.codings[block], (view[:one], view[one : one + two], view[one + two :]))
 
     def _damaged(self, block: int, why: str) -> CheckpointError:
         record = self._change.record
-        return CheckpointError(f"{record.file}: tensor {record.name!r}: block {block} is damaged ({why}); copy it again")
+        return CheckpointError(
+            f"{record.file}: tensor {record.name!r}: block {block} is damaged ({why}); copy it again"
+        )
 
-    def _table(self) -> _Table:
+    def _table(self) -> Table:
+        if self._known:
+            return self._known
         with self._lock:
             if self._known is None:
                 record, tensor = self._change.record, self._tensor
                 size = tensor.count(self._change.block) * TABLE.itemsize
                 raw = self._reader.read(record, Elements((size,), (1,), 0), "packed").numpy().tobytes()
-                self._known = _Table(*read_table(raw, tensor, self._change.block, record))
+                self._known = read_table(raw, tensor, self._change.block, record)
             return self._known
 
     def _blocks(self, elements: Elements) -> range:
@@ -230,7 +226,7 @@ class PackedSides:
 
     def _scratch(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """This thread's memory of a name."""
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         return self._reader.buffer(f"packed-{name}", size).values(dtype, shape)
 
 
