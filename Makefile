@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ALPHA ?= 0.5
+DELTA ?=
 PORT ?= 8000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
@@ -33,8 +34,8 @@ setup: .venv/.ready ## the locked CPU environment, in .venv
 models: setup ## the demo's two models, made once in .demo
 	$(BIN)/python deploy/demo/prepare.py --out .demo
 
-demo: models ## serve a real pair, ask it, show the answers and the metrics
-	$(BIN)/python deploy/demo/demo.py --models .demo --alpha $(ALPHA)
+demo: models ## serve a real pair, ask it, show answers and metrics (ALPHA=0.5; DELTA=lora or packed: base plus a delta)
+	$(BIN)/python deploy/demo/demo.py --models .demo --alpha $(ALPHA) --delta "$(DELTA)"
 
 serve: models ## the demo's server, left running (ALPHA=0.5 PORT=8000)
 	exec $(BIN)/expo-serve --base .demo/base --aligned .demo/aligned --alpha $(ALPHA) --port $(PORT) --max-model-len 2048

@@ -142,7 +142,9 @@ def test_first_rule_that_matches_decides() -> None:
         ({"base": "b", "alpha": 0.5, "alpha_rules": ["x"]}, ["alpha_rules.0", "REGEX=VALUE"]),
         ({"base": "b", "alpha": 0.5, "alpha_rules": [{"x": 1}]}, ["alpha_rules.0", "REGEX=VALUE"]),
         ({"base": "b", "alpha": 0.5, "alpha_rules": "x=1"}, ["alpha_rules"]),
-        ({"base": "b", "alpha": 0.5, "delta": "d"}, ["unknown key 'delta'"]),
+        ({"base": "b", "alpha": 0.5, "aligned": "a", "delta": "d"}, ["aligned and delta are both given"]),
+        ({"base": "b", "alpha": 0.5, "delta_revision": "r"}, ["delta_revision", "no delta"]),
+        ({"base": "b", "alpha": 0.5, "delta": "d", "aligned_revision": "r"}, ["aligned_revision", "base and delta"]),
         ({"base": "b", "alpha": 0.5, "pinned": {}}, ["pinned"]),
     ],
 )

@@ -21,6 +21,7 @@ from openai import OpenAI
 
 QUESTIONS = ("What should I know about planting a tree?", "How can I get better at making soup?")
 MAX_TOKENS = 80
+ADAPTER = Path(__file__).parent / "adapter"
 START_SECONDS = 300
 # The demo is one user on a small machine: a small cache, and no minutes spent on compiling.
 FLAGS = ("--enforce-eager", "--max-model-len", "1024")
@@ -52,12 +53,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(models: Path, alpha: str) -> Iterator[Server]:
-    """Start expo-serve, wait until it is ready, stop it in the end."""
+def running(models: Path, alpha: str, other: list[str]) -> Iterator[Server]:
+    """Start expo-serve, wait until it is ready, stop it in the end. ``other``: the flags for what stands beside base."""
     port = free_port()
     log = models / f"server-alpha-{alpha}.log"
     command = [str(Path(sys.executable).with_name("expo-serve")), "--base", str(models / "base")]
-    command += ["--aligned", str(models / "aligned"), "--alpha", alpha, *FLAGS, "--port", str(port)]
+    command += [*other, "--alpha", alpha, *FLAGS, "--port", str(port)]
     print(f"$ {' '.join(['expo-serve', *command[1:]])}", flush=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **ENVIRONMENT})
@@ -120,11 +121,28 @@ def show_answers(plain: list[str], extrapolated: list[str], alpha: str) -> None:
         print(f"### {question}\n--- alpha 0 (aligned itself)\n{before}\n--- alpha {alpha}\n{after}\n")
 
 
-def run(models: Path, alpha: str) -> None:
+def other_side(models: Path, kind: str) -> list[str]:
+    """The flags for the aligned checkpoint, or for what leads to it: an adapter, or a packed delta, made once."""
+    if kind == "lora":
+        return ["--delta", str(ADAPTER)]
+    if kind != "packed":
+        return ["--aligned", str(models / "aligned")]
+    delta = models / "packed"
+    if not delta.is_dir():
+        command = [str(Path(sys.executable).with_name("expo-serve")), "delta", "create", "--base", str(models / "base")]
+        command += ["--aligned", str(models / "aligned"), "--out", str(delta)]
+        print(f"$ {' '.join(['expo-serve', *command[1:]])}", flush=True)
+        if code := subprocess.run(command, check=False).returncode:
+            raise DemoError(f"the delta could not be made (code {code})")
+    return ["--delta", str(delta)]
+
+
+def run(models: Path, alpha: str, kind: str) -> None:
     """Ask both servers and show the answers, the report and the metrics."""
-    with running(models, "0") as server:
+    other = other_side(models, kind)
+    with running(models, "0", other) as server:
         plain = [ask(server, question) for question in QUESTIONS]
-    with running(models, alpha) as server:
+    with running(models, alpha, other) as server:
         extrapolated = [ask(server, QUESTIONS[0]), *(ask_streamed(server, question) for question in QUESTIONS[1:])]
         report = server.text("/v1/expo")
         metrics = [line for line in server.text("/metrics").splitlines() if line.startswith("expo_")]
@@ -138,9 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path(".demo"), help="where prepare.py put the models")
     parser.add_argument("--alpha", default="0.5")
+    parser.add_argument(
+        "--delta", choices=("", "lora", "packed"), default="", help="in place of the aligned checkpoint"
+    )
     options = parser.parse_args()
     try:
-        run(options.models, options.alpha)
+        run(options.models, options.alpha, options.delta)
     except (DemoError, OSError) as error:
         sys.exit(f"error: {error}")
 

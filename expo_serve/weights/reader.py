@@ -130,7 +130,7 @@ class Reader:
         """
         buffer: Buffer | None = getattr(self._scratch, slot, None)
         if buffer is None or len(buffer.bytes) < size:
-            buffer = Buffer(_allocate(max(size, PIECE_BYTES)))
+            buffer = Buffer(_allocate(max(size, PIECE_BYTES), slot))
             setattr(self._scratch, slot, buffer)
         return buffer
 
@@ -155,7 +155,7 @@ class Reader:
         layout = _Layout.of(elements)
         values = buffer.values(dtype, layout.shape)
         if layout.is_scattered:  # single elements near each other: what lies between them is read too
-            around = _allocate((elements.end - elements.offset) * dtype.itemsize)
+            around = _allocate((elements.end - elements.offset) * dtype.itemsize, str(record.file))
             self._read_runs(record, np.array([elements.offset]), _bytes(around))
             values.copy_(around.view(dtype).as_strided(layout.shape, layout.stride))
         else:
@@ -253,11 +253,11 @@ class _Layout:
         return starts
 
 
-def _allocate(size: int) -> torch.Tensor:
+def _allocate(size: int, what: str) -> torch.Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
-        raise LoadError(f"no memory to read into: {size} bytes were refused; give the process more") from None
+        raise LoadError(f"no memory to read {what}: {size} bytes were refused; give the process more") from None
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

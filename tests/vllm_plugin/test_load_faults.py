@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from expo_serve.errors import CheckpointError
-from expo_serve.weights import job
+from expo_serve.weights import sides
 from tests.inprocess import worker_config
 from tests.load_memory import measure_load
 from tests.models import build_pair
@@ -55,7 +55,7 @@ def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail_later)
-        patch.setattr(job, "fused", lambda: None)  # its reads are not Python's
+        patch.setattr(sides, "fused", lambda: None)  # its reads are not Python's
         with pytest.raises(CheckpointError, match=r"model.safetensors: tensor '.*' cannot be read: Input/output error"):
             load_expo(base, aligned)
     assert threads_left() == []
@@ -73,7 +73,7 @@ def test_a_file_that_shrinks_while_it_is_loaded_ends_the_load(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", shrink_later)
-        patch.setattr(job, "fused", lambda: None)
+        patch.setattr(sides, "fused", lambda: None)
         with pytest.raises(CheckpointError, match=r"base/model.safetensors: tensor '.*' is cut"):
             load_expo(base, aligned)
     assert threads_left() == []

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
 from expo_serve.weights import background as background_module
-from expo_serve.weights import fused, job, lazy
+from expo_serve.weights import fused, job, lazy, sides
 from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.background import Background
 from expo_serve.weights.lazy import LazyTensor, lazy_tensor
@@ -151,7 +151,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 
         return preadv(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", fail_later)
-    monkeypatch.setattr(job, "fused", lambda: None)  # its reads are not Python's
+    monkeypatch.setattr(sides, "fused", lambda: None)  # its reads are not Python's
 
 
 def test_a_read_error_ends_the_load_with_its_cause(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_memory_that_is_refused_is_named(many: Plan, monkeypatch: pytest.MonkeyP
     case, tally = next(iter(many.tensors.values())), Tally()
     tensor, dest = lazy_tensor(case, Reader(), tally), torch.empty(8, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(LoadError, match=r"no memory to read .*model.safetensors: .* bytes were refused"):
+    with pytest.raises(LoadError, match=r"no memory to read base: .* bytes were refused"):
         dest.copy_(tensor)
 
 
@@ -268,7 +268,7 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(os, "preadv", hang)
-    monkeypatch.setattr(job, "fused", lambda: None)
+    monkeypatch.setattr(sides, "fused", lambda: None)
     monkeypatch.setattr(background_module, "_JOIN_SECONDS", 0.2)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()

@@ -37,7 +37,7 @@ class PackedSides:
     def __init__(self, change: PackedChange, reader: Reader, used: tuple[Side, ...]) -> None:
         self._change, self._reader, self._used = change, reader, used
         self._tensor, self._base = change.tensor, change.base
-        self._spans = self._tensor.spans(change.block)
+        self._spans: list[tuple[int, int]] = self._tensor.spans(change.block)
         self._known: Table | None = None
         self._lock = threading.Lock()
         self._uncounted = self._tensor.count(change.block) * TABLE.itemsize

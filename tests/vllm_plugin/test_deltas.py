@@ -1,0 +1,173 @@
+"""Base plus a delta inside vLLM: the bits of the merged checkpoint, loaded plainly, alone and on two ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expo_serve.cli import merge
+from expo_serve.config import ExpoConfig
+from expo_serve.report import LoadReport
+from expo_serve.weights.prepare import pin, prepare
+from tests.inprocess import state_of, vllm_model
+from tests.models import build_pair, read_tensors, reference_checkpoint
+from tests.models.deltas import KINDS, write_delta, write_lora
+from tests.rank_state import run_ranks
+
+pytestmark = pytest.mark.engine
+
+
+class Case:
+    """A tiny pair with a delta, and what plain vLLM makes of its result."""
+
+    def __init__(self, folder: Path, kind: str, family: str = "llama") -> None:
+        self.base, self.aligned = build_pair(folder, family)
+        self.delta = write_delta(kind, self.base, self.aligned, folder)
+        self.folder, self.kind = folder, kind
+
+    def merged(self, alpha: float) -> Path:
+        """The result as a checkpoint; of a packed delta it is the pair's, made by a rule written out a second time."""
+        out = self.folder / f"merged-{alpha}"
+        if self.kind == "packed":
+            return reference_checkpoint(self.base, self.aligned, alpha, out)
+        sources = ["--base", str(self.base), "--delta", str(self.delta)]
+        assert merge.run([*sources, "--alpha", str(alpha), "--out", str(out)]) == 0
+        return out
+
+    def pinned(self, alpha: float) -> tuple[Path, dict[str, Any]]:
+        """The model and the extra config, as the command gives them to vLLM."""
+        config = ExpoConfig(base=str(self.base), delta=str(self.delta), alpha=alpha)
+        plan = prepare(config)
+        return Path(plan.model.path), json.loads(pin(config, plan, None).model_dump_json(exclude_defaults=True))
+
+
+def assert_same_bits(expected: Path, model: Path, extra: dict[str, Any], **arguments: Any) -> LoadReport:
+    """Load both and compare; returns expo's report."""
+    with vllm_model(expected, **arguments) as plain:
+        wanted = state_of(plain)
+    with vllm_model(model, load_format="expo", model_loader_extra_config=extra, **arguments) as ours:
+        found = state_of(ours)
+        report: LoadReport = ours.expo_load_report  # type: ignore[assignment]
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    return report
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "alpha"),
+    [("packed", "mixtral", 0.5), ("packed", "llama-tied", 0), ("lora", "mixtral", 0.5), ("lora", "llama", 0),
+     ("full", "llama", 1.7)],
+)  # fmt: skip
+def test_bits(tmp_path: Path, kind: str, family: str, alpha: float) -> None:
+    case = Case(tmp_path, kind, family)
+    report = assert_same_bits(case.merged(alpha), *case.pinned(alpha))
+    assert set(report.read_bytes) == {"base", "delta"}
+    assert report.read_bytes["delta"] > 0
+    assert report.tensors["materialized"] == 0
+
+
+def test_demo_pair_packed(demo_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A real pair: small, and the pair's bits at every alpha."""
+    base, aligned = demo_pair
+    delta = write_delta("packed", base, aligned, tmp_path)
+    checkpoint, packed = ((folder / file).stat().st_size for folder, file in
+                          ((aligned, "model.safetensors"), (delta, "delta.safetensors")))  # fmt: skip
+    assert packed < 0.1 * checkpoint
+    for alpha in (0.5, 8):  # at -1 and 0 in tests/weights/deltas
+        extra = {"base": str(base), "delta": str(delta), "alpha": alpha}
+        expected = reference_checkpoint(base, aligned, alpha, tmp_path / f"merged-{alpha}")
+        report = assert_same_bits(expected, base, extra)
+        assert report.read_bytes["base"] == pytest.approx(checkpoint, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_vllm_with_base_as_the_model(tmp_path: Path, kind: str) -> None:
+    case = Case(tmp_path, kind)
+    report = assert_same_bits(case.merged(0.5), case.base, {"delta": str(case.delta), "alpha": 0.5})
+    assert {side: source.name for side, source in report.sources.items()} == {"base": "base", "delta": kind}
+
+
+def test_plain_vllm_with_the_packed_delta_as_the_model(tmp_path: Path) -> None:
+    case = Case(tmp_path, "packed")
+    report = assert_same_bits(case.merged(0.5), case.delta, {"base": str(case.base), "alpha": 0.5})
+    assert set(report.sources) == {"base", "delta"}
+
+
+def test_plain_vllm_whose_model_has_another_config_is_told_the_other_way(tmp_path: Path) -> None:
+    case = Case(tmp_path, "packed")
+    config = json.loads((case.delta / "config.json").read_text())
+    (case.delta / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    assert_refused(
+        case.base, {"delta": str(case.delta), "alpha": 0.5}, r"config differs from base's.*delta's folder as"
+    )
+
+
+def assert_refused(model: Path, extra: dict[str, Any], words: str) -> None:
+    """Loading ends with an error whose text matches."""
+    with (
+        pytest.raises(Exception, match=words),
+        vllm_model(model, load_format="expo", model_loader_extra_config=extra),
+    ):
+        pass
+
+
+def with_more_rows(case: Case) -> Path:
+    """The adapter with a whole embedding and output of 8 more rows each."""
+    from safetensors.torch import load_file, save_file
+
+    file = case.delta / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weight = read_tensors(case.base)[name]
+        tensors[f"base_model.model.{name}"] = torch.cat([weight * 1.01, torch.ones(8, weight.shape[1]).bfloat16()])
+    save_file(tensors, file)
+    return case.delta
+
+
+def test_adapter_with_a_larger_vocabulary(tmp_path: Path) -> None:
+    case = Case(tmp_path, "lora")
+    with_more_rows(case)
+    merged = case.merged(0.5)
+    assert json.loads((merged / "config.json").read_text())["vocab_size"] == 264
+    model, extra = case.pinned(0.5)
+    report = assert_same_bits(merged, model, extra, hf_overrides={"vocab_size": 264})
+    assert report.grown_rows == {"model.embed_tokens.weight": 8, "lm_head.weight": 8}
+    assert_refused(case.base, {"delta": str(case.delta), "alpha": 0.5}, r"vocab_size 264.*--hf-overrides")
+
+
+def test_a_wrong_base_is_found_while_loading(tmp_path: Path) -> None:
+    case = Case(tmp_path, "packed")
+    _, extra = case.pinned(0.5)
+    other = build_pair(tmp_path / "other", "llama")[1]
+    shutil.copy(other / "model.safetensors", case.base)
+    assert_refused(case.delta, extra, r"base is not the one that the delta was made against \(base\): tensor '")
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    loads = []
+    for kind in KINDS:
+        case = Case(tmp_path / kind, kind)
+        model, extra = case.pinned(0.5)
+        loads += [
+            {"path": str(case.merged(0.5))},
+            {"path": str(model), "load_format": "expo", "model_loader_extra_config": extra},
+        ]
+    for answers in run_ranks(loads, tmp_path / "store"):
+        for plain, expo in zip(answers[::2], answers[1::2], strict=True):
+            assert expo["hashes"] == plain["hashes"]
+            assert plain["hashes"]
+            assert set(expo["read_bytes"]) == {"base", "delta"}
+
+
+def test_lora_on_two_ranks_reads_half_of_base(tmp_path: Path) -> None:
+    base, _ = build_pair(tmp_path, "llama")
+    extra = {"delta": str(write_lora(base, tmp_path / "lora")), "alpha": 0.5}
+    load = {"path": str(base), "load_format": "expo", "model_loader_extra_config": extra}
+    size = (base / "model.safetensors").stat().st_size
+    for (answer,) in run_ranks([load], tmp_path / "store"):
+        assert answer["read_bytes"]["base"] < 0.56 * size
