@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(models: Path, alpha: str, other: list[str]) -> Iterator[Server]:
-    """Start expo-serve, wait until it is ready, stop it in the end. ``other``: the flags for what stands beside base."""
+    """Start expo-serve, wait until it is ready, stop it in the end. ``other``: flags for what stands beside base."""
     port = free_port()
     log = models / f"server-alpha-{alpha}.log"
     command = [str(Path(sys.executable).with_name("expo-serve")), "--base", str(models / "base")]

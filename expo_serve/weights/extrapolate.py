@@ -70,12 +70,19 @@ def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tenso
     """``base + weight * delta`` with one rounding to fp32.
 
     torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values
-    is exact, so that only the sum is rounded, and what fp32 makes of that is what a fused operation gives.
+    is exact, and the sum is rounded to odd, so that rounding it again gives what a fused operation gives (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
+    wide = base.double()
     if torch.float64 in (base.dtype, delta.dtype):
-        return torch.add(base.double(), delta.double(), alpha=weight)
-    weight = torch.tensor(weight, dtype=torch.float32).item()
-    return torch.add(base.double(), delta.double(), alpha=weight).float()
+        return torch.add(wide, delta.double(), alpha=weight)
+    product = delta.double() * torch.tensor(weight, dtype=torch.float32).item()
+    total = wide + product
+    added = total - wide
+    lost = (wide - (total - added)) + (product - added)
+    is_even = total.view(torch.int64) & 1 == 0
+    towards = torch.copysign(torch.full_like(lost, torch.inf), lost)
+    return torch.where((lost != 0) & is_even, torch.nextafter(total, towards), total).float()
 
 
 def _combined_at_once(

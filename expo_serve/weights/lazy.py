@@ -119,7 +119,7 @@ class Operands:
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned
-        if what == "result":
+        if what == "result" or (what == "delta" and planned.change and planned.change.is_computed):
             return ValuesError(
                 f"tensor {planned.name!r}: extrapolated with alpha {format_alpha(planned.alpha)} it is too large for "
                 f"its dtype ({planned.result.dtype}); choose a smaller alpha (file {planned.records[-1].file})"

@@ -44,6 +44,10 @@ class Change(Protocol):
         """What its sides give beside base: ``delta``, or ``aligned`` where it decodes to that."""
 
     @property
+    def is_computed(self) -> bool:
+        """Whether a step that is not finite comes of values that are."""
+
+    @property
     def records(self) -> tuple[TensorRecord, ...]:
         """What is read of the delta."""
 

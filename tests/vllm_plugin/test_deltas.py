@@ -149,7 +149,7 @@ def test_a_wrong_base_is_found_while_loading(tmp_path: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    loads = []
+    loads: list[dict[str, Any]] = []
     for kind in KINDS:
         case = Case(tmp_path / kind, kind)
         model, extra = case.pinned(0.5)

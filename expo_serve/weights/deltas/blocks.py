@@ -92,7 +92,7 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
 
 
 def changes_of(coded: Coded, count: int, width: int) -> Parts:
-    """Decompress a block of changes.
+    """A block of changes, decompressed and checked.
 
     Args:
         coded: its bytes.
@@ -102,14 +102,25 @@ def changes_of(coded: Coded, count: int, width: int) -> Parts:
     Raises:
         DamagedError: the parts do not fit each other, so that whoever walks them would leave them.
     """
+    parts = decompressed(coded, count, width)
+    if not (_fit(parts, count, width) if (found := fits(parts, count, width)) is None else found):
+        raise DamagedError(f"{len(parts.gaps)} gaps, {len(parts.small)} steps, {len(parts.large)} bytes of large ones")
+    return parts
+
+
+def decompressed(coded: Coded, count: int, width: int) -> Parts:
+    """A block of changes, of which nothing is known yet.
+
+    Raises:
+        DamagedError: a part does not decode.
+    """
+    if coded.coding == SAME:
+        return Parts()
     gaps, small = decompress(coded.parts[0], 2 * count), decompress(coded.parts[1], count)
     raw = decompress(coded.parts[2], count * width) if coded.parts[2] else b""
     if len(raw) % width:
         raise DamagedError(f"{len(raw)} bytes of large steps")
-    parts = Parts(gaps, small, _unshuffle(raw, width))
-    if not (_fit(parts, count, width) if (found := fits(parts, count, width)) is None else found):
-        raise DamagedError(f"{len(gaps)} gaps, {len(small)} steps, {len(raw)} bytes of large ones")
-    return parts
+    return Parts(gaps, small, _unshuffle(raw, width))
 
 
 def _fit(parts: Parts, count: int, width: int) -> bool:

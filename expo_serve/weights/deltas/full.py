@@ -107,6 +107,7 @@ class FullChange:
 
     record: TensorRecord
     base: TensorRecord
+    is_computed: ClassVar[bool] = False
     other: ClassVar[Side] = "delta"
 
     @property

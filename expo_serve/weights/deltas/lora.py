@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import CheckpointError, PairError
+from expo_serve.errors import CheckpointError
 from expo_serve.weights.checkpoint import Checkpoint, open_files
 from expo_serve.weights.deltas.lora_config import CONFIG_FILE, LoraConfig, read_lora_config
 from expo_serve.weights.deltas.lora_plan import LoraModule, plan_adapter
@@ -83,8 +83,6 @@ class LoraDelta:
 
     def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
         """See :class:`~expo_serve.weights.deltas.Delta`."""
-        if not self.modules and not self.whole:
-            raise PairError(f"the adapter {self.source.name} changes nothing: it names no module")
         return plan_adapter(self, base, config, self.modules, self.whole, self._warnings(base))
 
     def _warnings(self, base: Checkpoint) -> tuple[str, ...]:
@@ -139,4 +137,4 @@ def _module(name: str, parts: dict[str, TensorRecord], lora: LoraConfig) -> Lora
         )
     if not (a.is_float and b.is_float):
         raise CheckpointError(f"{there.file}: module {name!r} has factors of dtype {a.dtype} and {b.dtype}")
-    return LoraModule(name, a, b, lora.scale_of(name), is_embedding, lora.fan_in_fan_out)
+    return LoraModule(name, a, b, lora.scale_of(name), is_embedding)

@@ -56,7 +56,6 @@ class LoraConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
-    fan_in_fan_out: bool
     base: str | None
     """Which model it was trained on, as its trainer called it."""
 
@@ -110,7 +109,6 @@ def read_lora_config(values: Mapping[str, Any], where: str) -> LoraConfig:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         use_rslora=bool(values.get("use_rslora")),
-        fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         base=base if isinstance(base, str) and base else None,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from expo_serve.config import ExpoConfig, Source
@@ -26,8 +26,8 @@ class LoraModule:
     b: TensorRecord
     scale: float
     is_embedding: bool
-    fan_in_fan_out: bool
-    """Whether a square weight is stored with its inputs first; of others their shape says it."""
+    inputs_first: bool = False
+    """Whether a square weight is stored so; of others their shape says it."""
 
     def orientation(self, weight: tuple[int, ...]) -> bool | None:
         """Whether a weight of this shape is changed by the transposed product; None where it does not fit."""
@@ -37,7 +37,7 @@ class LoraModule:
         plain = len(weight) >= 2 and weight[0] == outputs and math.prod(weight[1:]) == inputs
         transposed = weight == (inputs, outputs)
         if plain and transposed:
-            return self.fan_in_fan_out
+            return self.inputs_first
         return not plain if plain or transposed else None
 
 
@@ -47,12 +47,16 @@ class LowRankChange:
 
     base: TensorRecord
     modules: tuple[LoraModule, ...]
+    start: TensorRecord | None = None
+    """What the product is added to, where the adapter holds that too: base's own tensor, most often."""
+    is_computed: ClassVar[bool] = True
     other: ClassVar[Side] = "delta"
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
         """See :class:`~expo_serve.weights.pair.Change`."""
-        return tuple(record for module in self.modules for record in (module.a, module.b))
+        factors = tuple(record for module in self.modules for record in (module.a, module.b))
+        return (*((self.start,) if self.start else ()), *factors)
 
     def read_bytes(self, alpha: float) -> dict[str, int]:
         """See :class:`~expo_serve.weights.pair.Change`."""
@@ -91,22 +95,70 @@ def plan_adapter(
         PairError: base lacks one, or it has another shape.
         UsageError: an alpha rule that matches no tensor.
     """
+    modules = [replace(module, inputs_first=_stores_inputs_first(module, base)) for module in modules]
     names = base_names([*(f"{module.name}.weight" for module in modules), *whole], base)
     homes = {name: _home(theirs, base) for name, theirs in names.items()}
     _refuse_strangers(adapter, base, homes, whole, config)
     grouped: defaultdict[str, list[LoraModule]] = defaultdict(list)
     for module in modules:
         grouped[homes[f"{module.name}.weight"]].append(module)
-    steps = {name: LowRankChange(base.tensors[name], tuple(group)) for name, group in grouped.items()}
-    _refuse_shapes(adapter, steps)
     placed = {names[name]: record for name, record in whole.items()}
+    steps = {name: _step(base.tensors[name], group, placed) for name, group in grouped.items()}
+    _refuse_shapes(adapter, steps)
     partners = {name: base.tensors[home] for name in placed if (home := _home(name, base)) in base.tensors}
     _refuse_whole(adapter, steps, placed, partners, base)
-    changes = Changes(
-        steps, placed, {name: partner for name, partner in partners.items() if name not in base.tensors},
-        _overrides(placed, base), warnings=warnings,
-    )  # fmt: skip
+    copies = _untied_output(placed, base)
+    overrides = {**_overrides(placed, base), **({"tie_word_embeddings": False} if copies else {})}
+    new = {name: partner for name, partner in partners.items() if name not in base.tensors}
+    warnings = (*warnings, *_tied_warnings(homes, steps))
+    changes = Changes(steps, placed, new, copies, overrides, warnings=warnings)
     return plan_over_base(adapter, base, config, changes, adapter.tokenizer)
+
+
+def _stores_inputs_first(module: LoraModule, base: Checkpoint) -> bool:
+    """Whether base is of the kind (GPT-2) whose layers are stored with their inputs first.
+
+    The adapter's ``fan_in_fan_out`` does not say it: PEFT writes down that of the module it came to last. Such layers
+    always have a bias, as long as the second of the weight's sizes, and some of them are not square.
+    """
+    if module.name.endswith(("lm_head", "embed_out")):
+        return False
+    biases = {name: record.shape for name, record in base.tensors.items() if name.endswith(".bias")}
+    return any(
+        len(record.shape) == 2
+        and record.shape[0] != record.shape[1]
+        and biases.get(f"{name.removesuffix('.weight')}.bias") == record.shape[1:]
+        for name, record in base.tensors.items()
+    )
+
+
+def _step(base: TensorRecord, modules: Sequence[LoraModule], placed: dict[str, TensorRecord]) -> LowRankChange:
+    """What modules do to a tensor. Where the adapter holds that tensor too, as PEFT saves it for an embedding that it
+    adapts, the product is added to it."""
+    start = placed.get(base.name)
+    if start is None or start.shape != base.shape or not start.is_float:
+        return LowRankChange(base, tuple(modules))
+    del placed[base.name]
+    return LowRankChange(base, tuple(modules), start)
+
+
+def _untied_output(placed: Mapping[str, TensorRecord], base: Checkpoint) -> dict[str, TensorRecord]:
+    """The output of a tied base whose embedding was trained whole, and alone: it stays as base's embedding was."""
+    has_output = any(is_output(record) for record in (*base.tensors.values(), *placed.values()))
+    trained = [base.tensors[name] for name, record in placed.items() if name in base.tensors and is_embedding(record)]
+    if has_output or not trained or not may_tie_output(base.config):
+        return {}
+    name = "embed_out.weight" if "embed_in" in trained[0].name else "lm_head.weight"
+    return {name: trained[0]}
+
+
+def _tied_warnings(homes: Mapping[str, str], steps: Mapping[str, LowRankChange]) -> tuple[str, ...]:
+    tied = [
+        name for name, home in homes.items() if name.endswith(("lm_head.weight", "embed_out.weight")) and home != name
+    ]
+    if not tied:
+        return ()
+    return (f"base ties its output to the embedding: the adapter on {tied[0]} changes both, as merging with PEFT does",)
 
 
 def _home(name: str, base: Checkpoint) -> str:
@@ -163,9 +215,9 @@ def _refuse_whole(
     twice = [name for name in placed if name in steps]
     if twice:
         raise PairError(
-            f"the adapter ({adapter.source.name}) has both factors and a whole tensor for {twice[0]}, as PEFT saves it "
-            "when a vocabulary was resized: this is no plain sum on base's weights; merge it with PEFT and give "
-            "--aligned"
+            f"the adapter ({adapter.source.name}) has both factors and a whole tensor of another shape for "
+            f"{twice[0]}, as "
+            "PEFT saves it when a vocabulary was resized: merge it with PEFT and give --aligned"
         )
     wrong = [
         f"{name}: base {list(partner.shape)}, adapter {list(placed[name].shape)}"

@@ -35,7 +35,9 @@ class LowRankSides:
         self._columns = _columns(change)
         self._factors: Factors | None = None
         self._lock = threading.Lock()
-        self._unread = sum(record.nbytes for record in change.records)
+        start = change.start
+        self._start_bytes = DTYPE_BYTES[start.dtype] if start else 0
+        self._unread = sum(record.nbytes for record in change.records) - (start.nbytes if start else 0)
 
     @property
     def grain(self) -> int:
@@ -55,7 +57,8 @@ class LowRankSides:
         """Base's elements; and the factors, once."""
         with self._lock:
             unread, self._unread = self._unread, 0
-        return {"base": elements.stored * DTYPE_BYTES[self._base.dtype], "delta": unread}
+        stored = elements.stored
+        return {"base": stored * DTYPE_BYTES[self._base.dtype], "delta": unread + stored * self._start_bytes}
 
     def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
         """The elements of base in their dtype, and their steps in fp32."""
@@ -65,12 +68,15 @@ class LowRankSides:
         steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
         self._read_factors().product(box.rows, box.columns, steps)
         values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
-        return {"base": base, "delta": values.copy_(box.pick(steps, elements))}
+        values.copy_(box.pick(steps, elements))
+        if start := self._change.start:
+            values += self._reader.read(start, elements, "start").float() - base.float()
+        return {"base": base, "delta": values}
 
     def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
         """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
-        if self._base.dtype != "BF16" or elements.offset % columns or not low_rank():
+        if self._base.dtype != "BF16" or self._change.start or elements.offset % columns or not low_rank():
             return 0
         factors = self._read_factors()
         first = elements.offset // columns

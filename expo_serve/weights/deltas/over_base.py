@@ -24,6 +24,8 @@ class Changes:
     """Tensors that the delta holds as they are at alpha 0."""
     partners: Mapping[str, TensorRecord] = field(default_factory=dict)
     """Base's tensors for those of ``whole`` that base has under another name (a tied output)."""
+    copies: Mapping[str, TensorRecord] = field(default_factory=dict)
+    """Base's tensors that the result has once more, under these names."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -38,12 +40,14 @@ def plan_over_base(
         UsageError: an alpha rule that matches no tensor.
     """
     new = {name: record for name, record in changes.whole.items() if name not in base.tensors}
-    check_rules(config, (*base.tensors, *new))
+    check_rules(config, (*base.tensors, *new, *changes.copies))
     tensors = {name: _planned(record, config, changes) for name, record in base.tensors.items()}
     for name, record in new.items():
         partner = changes.partners.get(name)
         dtype = partner.dtype if partner else ""
         tensors[name] = PlannedTensor(replace(record, name=name), partner, config.alpha_for(name), "delta", None, dtype)
+    for name, record in changes.copies.items():
+        tensors[name] = PlannedTensor(replace(record, name=name), None, config.alpha_for(name), "base")
     return Plan(
         base,
         delta,
@@ -54,7 +58,7 @@ def plan_over_base(
         left_out=(),
         warnings=(*changes.warnings, *_warnings(tensors, changes)),
         unchanged=tuple(name for name, tensor in tensors.items() if tensor.origin == "base"),
-        added=tuple(new),
+        added=(*new, *changes.copies),
         overrides=dict(changes.overrides),
         tokenizer=tokenizer,
     )
@@ -86,6 +90,6 @@ def base_names(names: Collection[str], base: Checkpoint) -> dict[str, str]:
 
     A name that base does not have at all stays as it is.
     """
-    renaming = find_renaming(base.tensors, names)
-    theirs = {renaming.apply(name): name for name in base.tensors if name not in names}
-    return {name: name if name in base.tensors else theirs.get(name, name) for name in names}
+    renaming = find_renaming(names, base.tensors)
+    others = {name: renaming.apply(name) for name in names if name not in base.tensors}
+    return {name: other if (other := others.get(name)) in base.tensors else name for name in names}

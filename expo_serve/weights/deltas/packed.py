@@ -153,6 +153,7 @@ class PackedChange:
     base: TensorRecord | None
     """What its values are predicted from."""
     base_name: str
+    is_computed: ClassVar[bool] = False
     other: ClassVar[Side] = "aligned"
 
     @property

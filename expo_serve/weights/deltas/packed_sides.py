@@ -12,10 +12,10 @@ import torch
 
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.weights.ahead import FileRange
-from expo_serve.weights.deltas.blocks import Coded, DamagedError, changes_of, decode
+from expo_serve.weights.deltas.blocks import Coded, DamagedError, decode, decompressed
 from expo_serve.weights.deltas.packed import PackedChange
 from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, Table, checksum, read_table
-from expo_serve.weights.deltas.patch import Parts, extrapolating
+from expo_serve.weights.deltas.patch import extrapolating
 from expo_serve.weights.elements import Elements
 from expo_serve.weights.fused import fused
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
@@ -114,34 +114,38 @@ class PackedSides:
         """Read blocks of base to where they belong, and change there what the delta changes."""
         first, end = int(elements.offset), int(elements.offset + elements.numel)
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
-        if not is_plain or self._base is None or end > self._tensor.shared or not extrapolating():
+        is_result = alpha == 0 or "base" in self._used  # not where aligned is taken over at every alpha
+        if not (is_plain and is_result) or self._base is None or end > self._tensor.shared or not extrapolating():
             return 0
         flat = dest.view(-1)
-        for block in self._blocks(elements):
+        blocks, known = self._blocks(elements), self._table()
+        self._read_packed(known.offsets[blocks.start], known.offsets[blocks.stop])
+        for block in blocks:
             start, stop = self._spans[block]
             low, high = max(start, first), min(stop, end)
             part = flat[low - first : high - first]
             is_whole = (low, high) == (start, stop)
             values = part if is_whole else self._scratch("aligned", self._dtype, (stop - start,))
-            if not self._result(block, values, alpha):
+            if not self._result(block, values, alpha, known.offsets[blocks.start]):
                 return low - first
             if not is_whole:
                 part.copy_(values[low - start : high - start])
-        return elements.numel
+        return int(elements.numel)
 
-    def _result(self, block: int, values: torch.Tensor, alpha: float) -> bool:
+    def _result(self, block: int, values: torch.Tensor, alpha: float, read_from: int) -> bool:
         """A block's result, from base to the end; says whether all was plain and finite."""
         loops = extrapolating()
         assert loops is not None
-        coded = self._coded(block)
+        coded = self._coded(block, read_from)
         self._read_base(block, values)
         if alpha == 0:
             self._decoded(block, coded, values, values)
             return loops.is_finite(values)
-        if coded.coding == SAME:
-            return loops(values, None, 1 + alpha)
-        if coded.coding == CHANGES:
-            return loops(values, self._changes(block, coded, values), 1 + alpha)
+        if coded.coding in (SAME, CHANGES):
+            try:
+                return loops(values, decompressed(coded, values.numel(), 2), 1 + alpha)
+            except DamagedError as error:
+                raise self._damaged(block, str(error)) from None
         aligned = self._scratch("base", self._dtype, (values.numel(),))
         self._decoded(block, coded, None, aligned)
         combine = fused()
@@ -163,12 +167,6 @@ class PackedSides:
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
-    def _changes(self, block: int, coded: Coded, values: torch.Tensor) -> Parts:
-        try:
-            return changes_of(coded, values.numel(), values.element_size())
-        except DamagedError as error:
-            raise self._damaged(block, str(error)) from None
-
     def _read_base(self, block: int, out: torch.Tensor) -> None:
         """A block of base, which must be what the delta was made against."""
         assert self._base is not None
@@ -180,17 +178,29 @@ class PackedSides:
                 f"{self._base.name!r} in {self._base.file} has other values (values {start} to {end}); give that base"
             )
 
-    def _coded(self, block: int) -> Coded:
-        """A block's bytes, checked."""
+    def _read_packed(self, start: int, end: int) -> Any:
+        """Bytes of the delta, in this thread's memory for them."""
+        elements = Elements((end - start,), (1,), start)
+        return self._reader.read(self._change.record, elements, "packed").numpy()
+
+    def _coded(self, block: int, read_from: int | None = None) -> Coded:
+        """A block's bytes, checked.
+
+        Args:
+            block: which.
+            read_from: where the bytes begin that this thread has read; by default they are read now.
+        """
         table = self._table()
         start, end = table.offsets[block], table.offsets[block + 1]
         if start == end:
             return Coded(table.codings[block])
-        raw: Any = self._reader.read(self._change.record, Elements((end - start,), (1,), start), "packed").numpy()
-        if checksum(raw) != table.packed[block]:
+        if read_from is None:
+            read_from = start
+            self._read_packed(start, end)
+        view = self._reader.buffer("packed", end - read_from).bytes[start - read_from : end - read_from]
+        if checksum(view) != table.packed[block]:
             raise self._damaged(block, "wrong checksum")
         one, two, _ = table.parts[block]
-        view = memoryview(raw)
         return Coded(table.codings[block], (view[:one], view[one : one + two], view[one + two :]))
 
     def _damaged(self, block: int, why: str) -> CheckpointError:

@@ -31,20 +31,22 @@ _SIGNATURES = {
     "keep64": _WALK,
     "extrapolate": _WALK,
     "look": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE),
+    "apply": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE, *(_POINTER, _SIZE) * 3, ctypes.c_float, ctypes.c_bool),
     "fits": ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE),
 }
-_NOT_FINITE, _HAS_MINUS_ZERO = 1, 2
+_NOT_FINITE = 1
+_MINUS_ZERO = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a block of changes, decompressed."""
+    """The parts of a block of changes, decompressed; of one without any, nothing."""
 
-    gaps: bytes
+    gaps: bytes = b""
     """How many values lie between the changes; see :mod:`.packed_format`."""
-    small: bytes
+    small: bytes = b""
     """Their steps less one, or 255."""
-    large: bytes
+    large: bytes = b""
     """Steps in the width of the dtype."""
 
 
@@ -81,33 +83,37 @@ class Extrapolating:
     """The loops for bf16 that decode and extrapolate at once."""
 
     def __init__(self, functions: Mapping[str, Callable[..., int]]) -> None:
-        self._look, self._walk = functions["look"], functions["extrapolate"]
+        self._look, self._walk, self._apply = functions["look"], functions["extrapolate"], functions["apply"]
 
     def is_finite(self, values: torch.Tensor) -> bool:
         """Whether all of them are. bf16, contiguous, on the CPU."""
         return not self._look(values.data_ptr(), values.numel()) & _NOT_FINITE
 
-    def __call__(self, values: torch.Tensor, parts: Parts | None, weight: float) -> bool:
-        """Turn base's values into the result; says whether all is finite. Where not, they are left as they fell.
+    def __call__(self, values: torch.Tensor, parts: Parts, weight: float) -> bool:
+        """Turn base's values into the result.
 
         Args:
             values: base's, bf16, contiguous, on the CPU; the result takes their place.
-            parts: what changed, checked by :func:`fits`; None where nothing did.
+            parts: what changed.
             weight: 1 + alpha.
+
+        Returns:
+            Whether the parts fit and all is finite. Where not, the values are left as they fell.
         """
-        address = values.data_ptr()
-        flags = self._look(address, values.numel())
-        if flags & _NOT_FINITE:
-            return False
         step, from_aligned, _ = step_of(weight)
-        base = values
-        if flags & _HAS_MINUS_ZERO and step >= 0:
-            base = values.clone()
-            values.view(torch.int16).masked_fill_(base.view(torch.int16) == -(2**15), 0)
-        if parts is None:
-            return True
+        small, large = len(parts.small), len(parts.large) // 2
+        changes = parts.gaps, len(parts.gaps), parts.small, small, parts.large, large
+        found = self._apply(values.data_ptr(), values.numel(), *changes, step, from_aligned)
+        return self._keeping_zeros(values, parts, step, from_aligned) if found == _MINUS_ZERO else not found
+
+    def _keeping_zeros(self, values: torch.Tensor, parts: Parts, step: float, from_aligned: bool) -> bool:
+        """The same where base holds -0.0: it becomes 0.0 where it does not change."""
+        if not fits(parts, values.numel(), 2):
+            return False
+        base = values.clone()
+        values.view(torch.int16).masked_fill_(base.view(torch.int16) == -(2**15), 0)
         changes = parts.gaps, len(parts.gaps), parts.small, parts.large
-        return not self._walk(base.data_ptr(), address, *changes, step, from_aligned)
+        return not self._walk(base.data_ptr(), values.data_ptr(), *changes, step, from_aligned)
 
 
 @once
@@ -125,17 +131,21 @@ def _agrees_with_torch(loops: Extrapolating) -> bool:
     every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
     base = every[every.isfinite()]
     count = base.numel()
-    for steps in (None, bytes(count), bytes(index % 97 for index in range(count))):
-        parts = None if steps is None else Parts(bytes(count), steps, b"")
+    every_other = b"\x01" * (count // 2)
+    for gaps, steps in (
+        (b"", b""),
+        (bytes(count), bytes(count)),
+        (every_other, bytes(index % 97 for index in range(count // 2))),
+    ):
+        parts = Parts(gaps, steps, b"")
         aligned = base.clone()
-        if parts:
-            keep(aligned.view(torch.int16).numpy(), parts)
+        keep(aligned.view(torch.int16).numpy(), parts)
         if not all(_same(loops, base, aligned, parts, weight) for weight in (1.5, 0.3, -2.0)):
             return False
     return True
 
 
-def _same(loops: Extrapolating, base: torch.Tensor, aligned: torch.Tensor, parts: Parts | None, weight: float) -> bool:
+def _same(loops: Extrapolating, base: torch.Tensor, aligned: torch.Tensor, parts: Parts, weight: float) -> bool:
     expected, found = torch.lerp(base, aligned, weight), base.clone()
     is_finite = loops(found, parts, weight)
     finite = expected.isfinite() & aligned.isfinite()

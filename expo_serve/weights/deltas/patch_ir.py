@@ -31,7 +31,43 @@ def source() -> str:
     for width in (16, 32, 64):
         _Walk(ir, module, f"keep{width}", width).write()
     _Walk(ir, module, "extrapolate", 16).write()
-    return str(module)
+    return f"{module}{_APPLY}"
+
+
+# apply(values, count, gaps, bytes, small, changes, large, large ones, weight, from aligned): look at base's values,
+# see that the parts fit, and walk them in place. Gives 0; 1 where something is not finite; 2 where the parts do not
+# fit; 3, with nothing changed yet, where a -0.0 would not stay.
+_APPLY = """
+define i32 @apply(ptr %values, i64 %count, ptr %gaps, i64 %bytes, ptr %small, i64 %changes, ptr %large, i64 %many,
+                  float %weight, i1 %from_aligned) {
+entry:
+  %flags = call i32 @look(ptr %values, i64 %count)
+  %bad = and i32 %flags, 1
+  %is.bad = icmp ne i32 %bad, 0
+  br i1 %is.bad, label %not.finite, label %finite
+finite:
+  %zeros = icmp ne i32 %flags, 0
+  %bits = bitcast float %weight to i32
+  %plus = icmp sge i32 %bits, 0
+  %lost = and i1 %zeros, %plus
+  br i1 %lost, label %minus.zero, label %plain
+plain:
+  %fit = call i1 @fits(ptr %gaps, i64 %bytes, i64 %count, ptr %small, i64 %changes, i64 %many)
+  br i1 %fit, label %walk, label %damaged
+walk:
+  %over = call i1 @extrapolate(ptr %values, ptr %values, ptr %gaps, i64 %bytes, ptr %small, ptr %large,
+                               float %weight, i1 %from_aligned)
+  br i1 %over, label %not.finite, label %done
+done:
+  ret i32 0
+not.finite:
+  ret i32 1
+damaged:
+  ret i32 2
+minus.zero:
+  ret i32 3
+}
+"""
 
 
 def _write_fits(ir: Any, module: Any) -> None:
