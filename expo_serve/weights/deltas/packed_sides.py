@@ -13,9 +13,10 @@ import torch
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.deltas.blocks import Coded, DamagedError, decode, decompressed
+from expo_serve.weights.deltas.fetch_ir import LEAST_BYTES
 from expo_serve.weights.deltas.packed import PackedChange
 from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, Table, checksum, read_table
-from expo_serve.weights.deltas.patch import extrapolating
+from expo_serve.weights.deltas.patch import BaseBlock, extrapolating
 from expo_serve.weights.elements import Elements
 from expo_serve.weights.fused import fused
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
@@ -137,19 +138,36 @@ class PackedSides:
         loops = extrapolating()
         assert loops is not None
         coded = self._coded(block, read_from)
+        if alpha != 0 and coded.coding in (SAME, CHANGES):
+            return self._changed(block, values, coded, 1 + alpha)
         self._read_base(block, values)
         if alpha == 0:
             self._decoded(block, coded, values, values)
             return loops.is_finite(values)
-        if coded.coding in (SAME, CHANGES):
-            try:
-                return loops(values, decompressed(coded, values.numel(), 2), 1 + alpha)
-            except DamagedError as error:
-                raise self._damaged(block, str(error)) from None
         aligned = self._scratch("base", self._dtype, (values.numel(),))
         self._decoded(block, coded, None, aligned)
         combine = fused()
         return combine is not None and combine.combine(values.clone(), aligned, values, 1 + alpha)
+
+    def _changed(self, block: int, values: torch.Tensor, coded: Coded, weight: float) -> bool:
+        """The result of a block that holds changes or none."""
+        loops = extrapolating()
+        assert loops is not None
+        assert self._base is not None
+        try:
+            parts = decompressed(coded, values.numel(), 2)
+        except DamagedError as error:
+            raise self._damaged(block, str(error)) from None
+        if values.nbytes < LEAST_BYTES:
+            self._read_base(block, values)
+            return loops.change(values, parts, weight)
+        start, end = self._spans[block]
+        there = self._reader.range_of("base", self._base, Elements((end - start,), (1,), start))
+        with self._reader.activity.during(there.path):
+            base = BaseBlock(there.descriptor, there.offset, self._table().base[block])
+            is_done = loops.load(base, values, parts, weight)
+        self._reader.activity.add_bytes(values.nbytes)
+        return is_done
 
     def _decode(self, block: int, base: torch.Tensor, aligned: torch.Tensor) -> None:
         """One block of both sides."""

@@ -16,12 +16,14 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from expo_serve.weights.deltas.fetch_ir import LEAST_BYTES
 from expo_serve.weights.deltas.patch_ir import source
 from expo_serve.weights.fused import step_of
 from expo_serve.weights.native import compiled, once
 
 _POINTER, _SIZE = ctypes.c_char_p, ctypes.c_int64
 _ADDRESS = ctypes.c_void_p
+_PARTS = *(_POINTER, _SIZE) * 3, ctypes.c_float, ctypes.c_bool
 _WALK = ctypes.CFUNCTYPE(
     ctypes.c_bool, _ADDRESS, _ADDRESS, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_float, ctypes.c_bool
 )
@@ -31,11 +33,21 @@ _SIGNATURES = {
     "keep64": _WALK,
     "extrapolate": _WALK,
     "look": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE),
-    "apply": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE, *(_POINTER, _SIZE) * 3, ctypes.c_float, ctypes.c_bool),
+    "change": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE, ctypes.c_int32, *_PARTS),
+    "load": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int, _SIZE, _ADDRESS, _SIZE, ctypes.c_uint64, *_PARTS),
     "fits": ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE),
 }
 _NOT_FINITE = 1
 _MINUS_ZERO = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BaseBlock:
+    """A block of base: an open file, an offset in it, and the checksum that its bytes must have."""
+
+    file: int
+    offset: int
+    checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +95,54 @@ class Extrapolating:
     """The loops for bf16 that decode and extrapolate at once."""
 
     def __init__(self, functions: Mapping[str, Callable[..., int]]) -> None:
-        self._look, self._walk, self._apply = functions["look"], functions["extrapolate"], functions["apply"]
+        self._look, self._walk = functions["look"], functions["extrapolate"]
+        self._load, self._change = functions["load"], functions["change"]
 
     def is_finite(self, values: torch.Tensor) -> bool:
         """Whether all of them are. bf16, contiguous, on the CPU."""
         return not self._look(values.data_ptr(), values.numel()) & _NOT_FINITE
 
-    def __call__(self, values: torch.Tensor, parts: Parts, weight: float) -> bool:
-        """Turn base's values into the result.
+    def load(self, base: BaseBlock, values: torch.Tensor, parts: Parts, weight: float) -> bool:
+        """Read base's values onto their place and turn them into the result.
 
         Args:
-            values: base's, bf16, contiguous, on the CPU; the result takes their place.
+            base: where they are.
+            values: where they belong: bf16, contiguous, on the CPU.
             parts: what changed.
             weight: 1 + alpha.
 
         Returns:
-            Whether the parts fit and all is finite. Where not, the values are left as they fell.
+            Whether all came, with the checksum that they must have, the parts fit, and all is finite. Where not, the
+            values are left as they fell, and plainer ways say what it was. So too for fewer than LEAST_BYTES, whose
+            checksum follows other rules.
         """
-        step, from_aligned, _ = step_of(weight)
-        small, large = len(parts.small), len(parts.large) // 2
-        changes = parts.gaps, len(parts.gaps), parts.small, small, parts.large, large
-        found = self._apply(values.data_ptr(), values.numel(), *changes, step, from_aligned)
-        return self._keeping_zeros(values, parts, step, from_aligned) if found == _MINUS_ZERO else not found
+        if values.nbytes < LEAST_BYTES:
+            return False
+        step = step_of(weight)[:2]
+        place = base.file, base.offset, values.data_ptr(), values.numel(), base.checksum
+        found = self._load(*place, *_arguments(parts), *step)
+        return self._keeping_zeros(values, parts, *step) if found == _MINUS_ZERO else not found
+
+    def change(self, values: torch.Tensor, parts: Parts, weight: float) -> bool:
+        """The same for base's values that are in their place."""
+        step = step_of(weight)[:2]
+        flags = self._look(values.data_ptr(), values.numel())
+        found = self._change(values.data_ptr(), values.numel(), flags, *_arguments(parts), *step)
+        return self._keeping_zeros(values, parts, *step) if found == _MINUS_ZERO else not found
 
     def _keeping_zeros(self, values: torch.Tensor, parts: Parts, step: float, from_aligned: bool) -> bool:
-        """The same where base holds -0.0: it becomes 0.0 where it does not change."""
+        """Where base holds -0.0: it becomes 0.0 where it does not change."""
         if not fits(parts, values.numel(), 2):
             return False
         base = values.clone()
         values.view(torch.int16).masked_fill_(base.view(torch.int16) == -(2**15), 0)
         changes = parts.gaps, len(parts.gaps), parts.small, parts.large
         return not self._walk(base.data_ptr(), values.data_ptr(), *changes, step, from_aligned)
+
+
+def _arguments(parts: Parts) -> tuple[bytes, int, bytes, int, bytes, int]:
+    """Each part and its length; of large steps there are two bytes each."""
+    return parts.gaps, len(parts.gaps), parts.small, len(parts.small), parts.large, len(parts.large) // 2
 
 
 @once
@@ -147,7 +176,7 @@ def _agrees_with_torch(loops: Extrapolating) -> bool:
 
 def _same(loops: Extrapolating, base: torch.Tensor, aligned: torch.Tensor, parts: Parts, weight: float) -> bool:
     expected, found = torch.lerp(base, aligned, weight), base.clone()
-    is_finite = loops(found, parts, weight)
+    is_finite = loops.change(found, parts, weight)
     finite = expected.isfinite() & aligned.isfinite()
     same = torch.equal(found[finite].view(torch.int16), expected[finite].view(torch.int16))
     return same and is_finite == bool(finite.all())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from expo_serve.weights.deltas.fetch_ir import write_fetch
 from expo_serve.weights.ir import FunctionWriter
 
 _CHUNK = 4096
@@ -18,7 +19,7 @@ SKIP = 255
 
 
 def source() -> str:
-    """A module with ``fits``, ``look``, ``keep16``, ``keep32``, ``keep64`` and ``extrapolate``.
+    """A module with ``fits``, ``look``, ``change``, ``load``, ``keep16``, ``keep32`` and ``keep64``.
 
     Raises:
         ImportError: llvmlite is not there.
@@ -28,20 +29,22 @@ def source() -> str:
     module = ir.Module("patch")
     _write_fits(ir, module)
     _write_look(ir, module)
+    write_fetch(ir, module)
     for width in (16, 32, 64):
         _Walk(ir, module, f"keep{width}", width).write()
     _Walk(ir, module, "extrapolate", 16).write()
-    return f"{module}{_APPLY}"
+    return f"{module}{_CHANGE}"
 
 
-# apply(values, count, gaps, bytes, small, changes, large, large ones, weight, from aligned): look at base's values,
-# see that the parts fit, and walk them in place. Gives 0; 1 where something is not finite; 2 where the parts do not
-# fit; 3, with nothing changed yet, where a -0.0 would not stay.
-_APPLY = """
-define i32 @apply(ptr %values, i64 %count, ptr %gaps, i64 %bytes, ptr %small, i64 %changes, ptr %large, i64 %many,
-                  float %weight, i1 %from_aligned) {
+# change(values, count, flags, gaps, bytes, small, changes, large, large ones, weight, from aligned): see that the
+# parts fit, and walk base's values, of which `look` has given the flags, in place. Gives 0; 1 where something is not
+# finite; 2 where the parts do not fit; 3, with nothing changed yet, where a -0.0 would not stay. load(file, offset,
+# values, count, digest, ...): the same for values that it reads before. Gives 4 where not all of them came, and 5
+# where they have another checksum.
+_CHANGE = """
+define i32 @change(ptr %values, i64 %count, i32 %flags, ptr %gaps, i64 %bytes, ptr %small, i64 %changes, ptr %large,
+                   i64 %many, float %weight, i1 %from_aligned) {
 entry:
-  %flags = call i32 @look(ptr %values, i64 %count)
   %bad = and i32 %flags, 1
   %is.bad = icmp ne i32 %bad, 0
   br i1 %is.bad, label %not.finite, label %finite
@@ -66,6 +69,30 @@ damaged:
   ret i32 2
 minus.zero:
   ret i32 3
+}
+
+define i32 @load(i32 %file, i64 %offset, ptr %values, i64 %count, i64 %digest, ptr %gaps, i64 %bytes, ptr %small,
+                 i64 %changes, ptr %large, i64 %many, float %weight, i1 %from_aligned) {
+entry:
+  %found = alloca i64
+  %seen = alloca i32
+  %size = shl i64 %count, 1
+  %got = call i64 @fetch(i32 %file, i64 %offset, ptr %values, i64 %size, ptr %found, ptr %seen)
+  %whole = icmp eq i64 %got, %size
+  br i1 %whole, label %came, label %short
+came:
+  %sum = load i64, ptr %found
+  %same = icmp eq i64 %sum, %digest
+  br i1 %same, label %sound, label %other
+sound:
+  %flags = load i32, ptr %seen
+  %result = call i32 @change(ptr %values, i64 %count, i32 %flags, ptr %gaps, i64 %bytes, ptr %small, i64 %changes,
+                             ptr %large, i64 %many, float %weight, i1 %from_aligned)
+  ret i32 %result
+short:
+  ret i32 4
+other:
+  ret i32 5
 }
 """
 
