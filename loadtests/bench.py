@@ -23,6 +23,7 @@ _Steps = dict[str, list[list[str]]]
 _FULL: _Steps = {
     "demo": [
         ["load_time", "--rounds", "15", "--cold-rounds", "5"],
+        ["delta_load", "--rounds", "9", "--cold-rounds", "3"],
         ["fresh_load", "--rounds", "5"],
         ["serving", "--rounds", "10"],
         ["phases", "--rounds", "3"],
@@ -30,6 +31,7 @@ _FULL: _Steps = {
     "0.5b": [["load_time", "--rounds", "11", "--cold-rounds", "5"], ["fresh_load", "--rounds", "3"], ["ranks"]],
     "1.1b": [
         ["load_time", "--rounds", "11", "--cold-rounds", "5"],
+        ["delta_load", "--rounds", "9", "--cold-rounds", "3"],
         ["check_cost", "--rounds", "9"],
         ["fresh_load", "--rounds", "5"],
         ["ranks"],
@@ -41,6 +43,7 @@ _FULL: _Steps = {
 _QUICK: _Steps = {
     "demo": [
         ["load_time", "--rounds", "3", "--cold-rounds", "2"],
+        ["delta_load", "--rounds", "2", "--cold-rounds", "1"],
         ["fresh_load", "--rounds", "1"],
         ["routes", "--rounds", "1", "--alphas", "1"],
         ["serving", "--rounds", "2", "--prompts", "8"],

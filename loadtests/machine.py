@@ -24,6 +24,8 @@ _PACKAGES = (
     "runai-model-streamer",
     "fastsafetensors",
     "instanttensor",
+    "zipnn",
+    "zstandard",
 )
 
 

