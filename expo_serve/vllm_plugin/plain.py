@@ -57,8 +57,7 @@ def check_config(plan: Plan, model_config: Any) -> None:
         if differing := sorted(key for key in {*theirs, *ours} - _NO_MATTER if theirs.get(key) != ours.get(key)):
             raise ConfigError(
                 f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's "
-                f"folder as "
-                f'the model and {{"base": ..., "alpha": ...}} here'
+                'folder as the model and {"base": ..., "alpha": ...} here'
             )
     for key, wanted in _flat(plan.overrides).items():
         found = getattr(model_config.hf_text_config, key, getattr(model_config.hf_config, key, None))
@@ -71,7 +70,8 @@ def check_config(plan: Plan, model_config: Any) -> None:
 
 def _is_at(model: str, plan: Plan) -> bool:
     """Whether the model that vLLM was given is the delta."""
-    return model == plan.model.name or Path(model).resolve() == Path(plan.model.path)
+    is_named = plan.model.revision is not None and model == plan.model.name
+    return is_named or Path(model).resolve() == Path(plan.model.path)
 
 
 def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:

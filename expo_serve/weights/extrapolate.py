@@ -66,6 +66,10 @@ def combine_unchecked(
     return value
 
 
+_STEP_VALUES = 1 << 14
+"""At a time, so that what is computed on the way stays in the cache."""
+
+
 def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
     """``base + weight * delta`` with one rounding to fp32.
 
@@ -73,9 +77,17 @@ def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tenso
     is exact, and the sum is rounded to odd, so that rounding it again gives what a fused operation gives (Boldo and
     Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
-    wide = base.double()
     if torch.float64 in (base.dtype, delta.dtype):
-        return torch.add(wide, delta.double(), alpha=weight)
+        return base.double() + delta.double() * weight
+    result = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    parts = (torch.split(side.reshape(-1), _STEP_VALUES) for side in (base, delta, result))
+    for one, step, out in zip(*parts, strict=True):
+        out.copy_(_fused_step(one, step, weight))
+    return result
+
+
+def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
+    wide = base.double()
     product = delta.double() * torch.tensor(weight, dtype=torch.float32).item()
     total = wide + product
     added = total - wide

@@ -75,6 +75,8 @@ class Operands:
             ValuesError: one of them is not finite.
             CheckpointError: a file cannot be read.
         """
+        if not view.numel():
+            return
         run = run or self._run
         if (value := self.value) is not None:
             run(dest, lambda: _copy_plain(dest, _select(value, view)))

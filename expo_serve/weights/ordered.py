@@ -15,15 +15,20 @@ _AHEAD = 2
 """Results that wait for their turn, for each thread."""
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
     """Do the work of each item in a thread; give items and results in their order.
 
-    Memory is bounded by a few results for each thread.
+    Args:
+        work: done in a thread.
+        items: taken as they are needed.
+        threads: how many; by default one for each core. At most twice as many results and one are in memory.
 
     Raises:
         BaseException: what the work has raised; what is under way is waited for.
     """
-    threads = all_cores()
+    threads = threads or all_cores()
     with ThreadPoolExecutor(threads, thread_name_prefix="expo-work") as pool:
         pending: deque[tuple[Item, Future[Result]]] = deque()
         try:

@@ -17,6 +17,8 @@ from expo_serve.weights.source import INDEX_FILE
 from expo_serve.weights.tally import Tally
 from expo_serve.weights.writing import SafetensorsWriter, header_bytes, sizes_of
 
+_THREADS = 2
+"""Each result is a whole tensor, so that few are under way; a disk is filled by two."""
 _METADATA = {"format": "pt"}  # transformers asks for it
 
 
@@ -70,7 +72,7 @@ def _write(
     header = header_bytes(sizes_of({tensor.name: tensor.result for tensor in ordered}), _METADATA)
     offset = 0
     with SafetensorsWriter(file, len(header)) as writer:
-        for tensor, values in in_order(value, ordered):
+        for tensor, values in in_order(value, ordered, _THREADS):
             writer.write(offset, memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             offset += tensor.result.nbytes
             advance(tensor.result.nbytes)

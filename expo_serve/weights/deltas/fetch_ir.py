@@ -4,8 +4,8 @@ Every call of a library gives Python's lock away and has to get it back, which t
 on a virtual machine when another thread holds it: at seven calls a block that was a quarter of the time of two
 threads. So the checksum, which stands in the packed format as the xxhash package computes it, is computed here as
 well: XXH3 of 64 bits without seed, for inputs longer than 240 bytes
-(https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md#xxh3-algorithm-overview). A probe compares it with the
-package's (:mod:`.patch`).
+(https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md#xxh3-algorithm-overview). Where it
+differs from what the table says, the block goes the plain way, which asks the package.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +14,17 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import PairError
 from expo_serve.weights.checkpoint import Checkpoint, open_files, refuse_quantised
 from expo_serve.weights.deltas.over_base import Changes, base_names, plan_over_base
+from expo_serve.weights.deltas.probe import mean_size
 from expo_serve.weights.header import TensorRecord
-from expo_serve.weights.names import is_leftover, is_output, may_tie_output
+from expo_serve.weights.names import is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.weights.pair import Plan, PlannedTensor, Side
 from expo_serve.weights.refusals import refuse_architectures
 from expo_serve.weights.source import read_config
+
+_PROBES = 8
+"""Vectors that are looked at to tell a delta from a whole checkpoint."""
+_WHOLE = 2
+"""A step is far smaller than half of what it changes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,14 @@ class FullDelta:
         steps = {names[name]: FullChange(record, base.tensors[names[name]]) for name, record in there.items()}
         self._refuse_strangers(strangers, base, config)
         _refuse_shapes(self, steps)
-        changes = Changes(steps, strangers, ignored=tuple(sorted(tied)))
+        if tied and ties_embeddings(self.config) is False:
+            raise PairError(
+                f"the delta ({self.source.name}) has an output of its own ({min(tied)}, tie_word_embeddings "
+                f"false), base "
+                f"({base.source.name}) ties its output to the embedding; give the base that it was made from"
+            )
+        warnings = tuple(_warnings(self, base, steps))
+        changes = Changes(steps, strangers, ignored=tuple(sorted(tied)), warnings=warnings)
         return plan_over_base(self, base, config, changes)
 
     def _refuse_strangers(self, strangers: dict[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:
@@ -84,6 +98,32 @@ class FullDelta:
 def _is_tied_output(record: TensorRecord, name: str, base: Checkpoint) -> bool:
     """Whether it is an output that is the embedding in base, and so changes with it."""
     return name not in base.tensors and is_output(record) and may_tie_output(base.config)
+
+
+def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullChange]) -> Iterator[str]:
+    missing = [
+        name
+        for name, record in base.tensors.items()
+        if record.is_float and name not in steps and not is_leftover(record)
+    ]
+    if missing:
+        yield (
+            f"the delta ({delta.source.name}) does not have {len(missing)} of base's {len(base.tensors)} tensors, "
+            f"the first "
+            f"{missing[0]}: they stay base's; is it complete?"
+        )
+    vectors = [change for change in steps.values() if _is_vector(change)][:_PROBES]
+    sizes = [(mean_size(change.record), mean_size(change.base)) for change in vectors]
+    if sizes and all(0 < base_size < _WHOLE * size for size, base_size in sizes):
+        yield (
+            f"the delta's norms are as large as base's ({vectors[0].record.name}): it looks like a whole "
+            f"checkpoint, which "
+            "--aligned takes"
+        )
+
+
+def _is_vector(change: FullChange) -> bool:
+    return change.record.is_float and len(change.record.shape) == 1 and change.record.numel > 0
 
 
 def _refuse_shapes(delta: FullDelta, steps: dict[str, FullChange]) -> None:

@@ -47,6 +47,10 @@ _HARMLESS = frozenset(
 )
 
 
+_MOST = 1e9
+"""Of an alpha: more is a mistake, or no number."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The part that the numbers depend on."""
@@ -98,7 +102,7 @@ def read_lora_config(values: Mapping[str, Any], where: str) -> LoraConfig:
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise CheckpointError(f"{where}: rank {key!r}: expected a number from 1, found {number!r:.100}")
     for key, number in (("lora_alpha", alpha), *alphas.items()):
-        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= _MOST:
             raise CheckpointError(f"{where}: {key!r}: expected a number, found {number!r:.100}")
     for key in (*ranks, *alphas):
         _check_pattern(key, where)
@@ -115,7 +119,7 @@ def read_lora_config(values: Mapping[str, Any], where: str) -> LoraConfig:
 
 def _check_pattern(key: str, where: str) -> None:
     try:
-        re.compile(key)
+        re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
         raise CheckpointError(f"{where}: pattern {key!r:.100} is not a regular expression: {error}") from None
 

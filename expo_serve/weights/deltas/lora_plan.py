@@ -31,7 +31,9 @@ class LoraModule:
 
     def orientation(self, weight: tuple[int, ...]) -> bool | None:
         """Whether a weight of this shape is changed by the transposed product; None where it does not fit."""
-        inputs, outputs = math.prod(self.a.shape[1:]), math.prod(self.b.shape[:1] + self.b.shape[2:])
+        inputs, outputs = math.prod(self.a.shape[1:]), self.b.shape[0]
+        if math.prod(self.b.shape[2:]) != 1:
+            return None
         if self.is_embedding:
             return True if weight == (inputs, outputs) else None
         plain = len(weight) >= 2 and weight[0] == outputs and math.prod(weight[1:]) == inputs
@@ -95,7 +97,8 @@ def plan_adapter(
         PairError: base lacks one, or it has another shape.
         UsageError: an alpha rule that matches no tensor.
     """
-    modules = [replace(module, inputs_first=_stores_inputs_first(module, base)) for module in modules]
+    inputs_first = _stores_inputs_first(base)
+    modules = [replace(module, inputs_first=inputs_first and not _names_output(module.name)) for module in modules]
     names = base_names([*(f"{module.name}.weight" for module in modules), *whole], base)
     homes = {name: _home(theirs, base) for name, theirs in names.items()}
     _refuse_strangers(adapter, base, homes, whole, config)
@@ -103,26 +106,31 @@ def plan_adapter(
     for module in modules:
         grouped[homes[f"{module.name}.weight"]].append(module)
     placed = {names[name]: record for name, record in whole.items()}
-    steps = {name: _step(base.tensors[name], group, placed) for name, group in grouped.items()}
+    adapted = {names[f"{module.name}.weight"]: homes[f"{module.name}.weight"] for module in modules}
+    starts = _take_starts(adapted, placed, base)
+    steps = {name: LowRankChange(base.tensors[name], tuple(group), starts.get(name)) for name, group in grouped.items()}
     _refuse_shapes(adapter, steps)
     partners = {name: base.tensors[home] for name in placed if (home := _home(name, base)) in base.tensors}
-    _refuse_whole(adapter, steps, placed, partners, base)
+    _refuse_whole(adapter, adapted, placed, partners)
     copies = _untied_output(placed, base)
+    _refuse_lone_embedding(adapter, placed, copies)
     overrides = {**_overrides(placed, base), **({"tie_word_embeddings": False} if copies else {})}
     new = {name: partner for name, partner in partners.items() if name not in base.tensors}
-    warnings = (*warnings, *_tied_warnings(homes, steps))
+    warnings = (*warnings, *_tied_warnings(steps, base))
     changes = Changes(steps, placed, new, copies, overrides, warnings=warnings)
     return plan_over_base(adapter, base, config, changes, adapter.tokenizer)
 
 
-def _stores_inputs_first(module: LoraModule, base: Checkpoint) -> bool:
-    """Whether base is of the kind (GPT-2) whose layers are stored with their inputs first.
+def _names_output(name: str) -> bool:
+    return name.removesuffix(".weight").endswith(("lm_head", "embed_out"))
+
+
+def _stores_inputs_first(base: Checkpoint) -> bool:
+    """Whether base is of the kind (GPT-2) whose layers, all but the output, are stored with their inputs first.
 
     The adapter's ``fan_in_fan_out`` does not say it: PEFT writes down that of the module it came to last. Such layers
     always have a bias, as long as the second of the weight's sizes, and some of them are not square.
     """
-    if module.name.endswith(("lm_head", "embed_out")):
-        return False
     biases = {name: record.shape for name, record in base.tensors.items() if name.endswith(".bias")}
     return any(
         len(record.shape) == 2
@@ -132,14 +140,24 @@ def _stores_inputs_first(module: LoraModule, base: Checkpoint) -> bool:
     )
 
 
-def _step(base: TensorRecord, modules: Sequence[LoraModule], placed: dict[str, TensorRecord]) -> LowRankChange:
-    """What modules do to a tensor. Where the adapter holds that tensor too, as PEFT saves it for an embedding that it
-    adapts, the product is added to it."""
-    start = placed.get(base.name)
-    if start is None or start.shape != base.shape or not start.is_float:
-        return LowRankChange(base, tuple(modules))
-    del placed[base.name]
-    return LowRankChange(base, tuple(modules), start)
+def _take_starts(
+    adapted: Mapping[str, str], placed: dict[str, TensorRecord], base: Checkpoint
+) -> dict[str, TensorRecord]:
+    """Tensors that the adapter holds beside their factors, as PEFT saves an embedding or output that it adapts: the
+    product is added to them. They are taken out of ``placed``; what comes back is by base's tensor.
+
+    Args:
+        adapted: the tensors with factors, and base's for each.
+        placed: what the adapter holds whole.
+        base: whose shapes count.
+    """
+    starts: dict[str, TensorRecord] = {}
+    for name, home in adapted.items():
+        record = placed.get(name)
+        if record is not None and record.is_float and record.shape == base.tensors[home].shape:
+            starts.setdefault(home, placed.pop(name))
+            placed.pop(name, None)
+    return starts
 
 
 def _untied_output(placed: Mapping[str, TensorRecord], base: Checkpoint) -> dict[str, TensorRecord]:
@@ -152,18 +170,30 @@ def _untied_output(placed: Mapping[str, TensorRecord], base: Checkpoint) -> dict
     return {name: trained[0]}
 
 
-def _tied_warnings(homes: Mapping[str, str], steps: Mapping[str, LowRankChange]) -> tuple[str, ...]:
-    tied = [
-        name for name, home in homes.items() if name.endswith(("lm_head.weight", "embed_out.weight")) and home != name
-    ]
-    if not tied:
+def _refuse_lone_embedding(
+    adapter: Adapter, placed: Mapping[str, TensorRecord], copies: Mapping[str, TensorRecord]
+) -> None:
+    if any(placed[record.name].shape != record.shape for record in copies.values()):
+        raise PairError(
+            f"the adapter ({adapter.source.name}) has an embedding of more rows, no output of as many, and base ties "
+            "the two: which output it was trained with is not known; merge it with PEFT and give --aligned"
+        )
+
+
+def _tied_warnings(steps: Mapping[str, LowRankChange], base: Checkpoint) -> tuple[str, ...]:
+    """Merging with PEFT changes both ends of a tied model; before merging, an adapter changes one."""
+    has_output = any(is_output(record) for record in base.tensors.values())
+    ends = [name for name, change in steps.items() if is_embedding(change.base)]
+    if has_output or not ends or not may_tie_output(base.config):
         return ()
-    return (f"base ties its output to the embedding: the adapter on {tied[0]} changes both, as merging with PEFT does",)
+    return (
+        f"base ties its output to its embedding: the adapter on it changes both ({ends[0]}), as merging with PEFT does",
+    )
 
 
 def _home(name: str, base: Checkpoint) -> str:
     """The tensor of base that a name means: an output that base does not store is its embedding."""
-    if name in base.tensors or not name.endswith(("lm_head.weight", "embed_out.weight")):
+    if name in base.tensors or not _names_output(name):
         return name
     embeddings = [record.name for record in base.tensors.values() if is_embedding(record)]
     return embeddings[0] if len(embeddings) == 1 and may_tie_output(base.config) else name
@@ -183,8 +213,7 @@ def _refuse_strangers(
         only_whole = all(name in whole for name in strangers)
         raise PairError(
             f"the adapter ({adapter.source.name}) changes {len(strangers)} tensors that base ({base.source.name}) "
-            f"lacks, "
-            f"the first {strangers[0]}; give the base that it was trained on"
+            f"lacks, the first {strangers[0]}; give the base that it was trained on"
             + (", or --unmatched copy to take them over" if only_whole else ""),
             [f"only in the adapter: {name}" for name in strangers],
         )
@@ -207,12 +236,11 @@ def _refuse_shapes(adapter: Adapter, steps: Mapping[str, LowRankChange]) -> None
 
 def _refuse_whole(
     adapter: Adapter,
-    steps: Mapping[str, LowRankChange],
+    adapted: Mapping[str, str],
     placed: Mapping[str, TensorRecord],
     partners: Mapping[str, TensorRecord],
-    base: Checkpoint,
 ) -> None:
-    twice = [name for name in placed if name in steps]
+    twice = [name for name in placed if name in adapted or name in adapted.values()]
     if twice:
         raise PairError(
             f"the adapter ({adapter.source.name}) has both factors and a whole tensor of another shape for "

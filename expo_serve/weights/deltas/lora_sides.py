@@ -13,13 +13,15 @@ from expo_serve.errors import ValuesError
 from expo_serve.weights.ahead import FileRange
 from expo_serve.weights.deltas.lora_plan import LoraModule, LowRankChange
 from expo_serve.weights.deltas.low_rank import Factors, low_rank
-from expo_serve.weights.elements import Elements
+from expo_serve.weights.elements import Elements, cut
 from expo_serve.weights.header import DTYPE_BYTES, TensorRecord
 from expo_serve.weights.pair import Side
-from expo_serve.weights.reader import Reader
+from expo_serve.weights.reader import PIECE_BYTES, Reader
 from expo_serve.weights.sides import Memory
 
 _FLOAT_BYTES = 4
+_BOX_VALUES = 1 << 21
+"""Of the product at a time, where elements lie apart: what lies between them is computed too."""
 
 
 class LowRankSides:
@@ -64,14 +66,24 @@ class LowRankSides:
         """The elements of base in their dtype, and their steps in fp32."""
         size = elements.numel * DTYPE_BYTES[self._base.dtype]
         base = self._reader.read_into(self._base, elements, memory("base", size))
-        box = _Box.around(elements, self._columns)
-        steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
-        self._read_factors().product(box.rows, box.columns, steps)
         values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
-        values.copy_(box.pick(steps, elements))
+        self._compute(elements, values)
         if start := self._change.start:
             values += self._reader.read(start, elements, "start").float() - base.float()
         return {"base": base, "delta": values}
+
+    def _compute(self, elements: Elements, values: torch.Tensor) -> None:
+        """The product around some elements, and they out of it; in parts where that would be much."""
+        box = _Box.around(elements, self._columns)
+        if box.size > _BOX_VALUES and max(elements.shape, default=1) > 1:
+            dim = elements.outer_dim()
+            half = elements.shape[dim] // 2
+            for start, length in ((0, half), (half, elements.shape[dim] - half)):
+                self._compute(elements.narrow(dim, start, length), values.narrow(dim, start, length))
+            return
+        steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
+        self._read_factors().product(box.rows, box.columns, steps)
+        values.copy_(box.pick(steps, elements))
 
     def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
         """Read base onto its place and add the step there, some whole rows at a time."""
@@ -103,7 +115,8 @@ class LowRankSides:
     def _matrix(self, record: TensorRecord) -> torch.Tensor:
         whole = Elements.of(self._reader.whole(record))
         values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
-        values.copy_(self._reader.read(record, whole, "factor"))
+        for out, piece in cut(values, whole, PIECE_BYTES // DTYPE_BYTES[record.dtype]):
+            out.copy_(self._reader.read(record, piece, "factor"))
         # A finite sum proves finite terms, at a fraction of the price of looking at each.
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
             raise ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the adapter is damaged")
@@ -131,6 +144,11 @@ class _Box:
     columns: range
     width: int
     """Of the matrix."""
+
+    @property
+    def size(self) -> int:
+        """Values in it."""
+        return len(self.rows) * len(self.columns)
 
     @staticmethod
     def around(elements: Elements, width: int) -> _Box:

@@ -58,6 +58,7 @@ its bitshuffle, 5.0% at 1.1 with its shuffle, with LZ4 9.8% at 1.3; a bitmap of 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +218,8 @@ def _fits(base: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 def _shape(sizes: Any) -> tuple[int, ...]:
     if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**62 for size in sizes):
+        raise ValueError(f"shape {sizes!r:.100}")
+    if math.prod(max(size, 1) for size in sizes) >= 2**63:  # some readers multiply before they meet a zero
         raise ValueError(f"shape {sizes!r:.100}")
     return tuple(sizes)
 

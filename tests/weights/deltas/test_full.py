@@ -231,3 +231,39 @@ def test_config_of_the_same_kind_or_of_none_is_fine(sums: Sums, config: dict[str
     base, delta = tiny_tensors(), differences()
     found = materialized(sums.plan(base, delta, delta_config=config))
     assert_same(found, {name: added(base[name], delta[name], 0.5) for name in base})
+
+
+def test_whole_checkpoint_in_place_of_a_delta_is_a_warning(sums: Sums) -> None:
+    whole = {**tiny_tensors(1), NORM: torch.full((8,), 1.1).bfloat16()}
+    base = {**tiny_tensors(), NORM: torch.ones(8).bfloat16()}
+    names = [name for name in base if name.endswith("layernorm.weight") and name != NORM]
+    for name in names:
+        base[name] = whole[name] = torch.ones(8).bfloat16()
+    assert any("whole checkpoint, which --aligned takes" in text for text in sums.plan(base, whole).warnings)
+    steps = {name: tensor / 50 for name, tensor in whole.items()}
+    assert sums.plan(base, steps).warnings == ()
+
+
+def test_delta_without_some_tensors_is_a_warning(sums: Sums) -> None:
+    (warning,) = sums.plan(tiny_tensors(), {UP: differences()[UP]}).warnings
+    assert "does not have 7 of base's 8 tensors" in warning
+    assert "is it complete?" in warning
+
+
+def test_output_of_an_untied_delta_over_a_tied_base_is_refused(sums: Sums) -> None:
+    base = {name: tensor for name, tensor in tiny_tensors().items() if name != HEAD}
+    with pytest.raises(PairError, match=r"output of its own \(lm_head.weight"):
+        sums.plan(
+            base,
+            differences(),
+            base_config={"tie_word_embeddings": True},
+            delta_config={"tie_word_embeddings": False},
+        )
+
+
+def test_parts_without_elements_are_copied(sums: Sums) -> None:
+    plan = sums.plan({**tiny_tensors(), "empty": torch.ones(0, 8)}, {**differences(), "empty": torch.ones(0, 8)})
+    lazy = lazy_tensor(plan.tensors["empty"], Reader(), Tally())
+    assert torch.ones(0, 8).copy_(lazy).shape == (0, 8)
+    rows = lazy_tensor(plan.tensors[UP], Reader(), Tally())
+    assert torch.ones(0, 8).bfloat16().copy_(rows[12:]).shape == (0, 8)

@@ -119,6 +119,11 @@ CASES = {
     "OLoRA": _start("olora"),
     "LoftQ": _start("loftq"),
     "CorDA": _start("corda"),
+    "pattern that holds alone only": Bad(("pattern", "regular expression"), config={"rank_pattern": {"(?i)q_proj": 2}}),
+    "absurd alpha": Bad(("lora_alpha", "expected a number"), config={"lora_alpha": 10**400}),
+    "convolution whose B is no point": Bad(
+        ("does not fit base", f"{Q}.weight"), lambda: {A: torch.ones(2, 8), B: torch.ones(4, 2, 2, 1)}
+    ),
     "unknown start": _start("something_new"),
 }
 
