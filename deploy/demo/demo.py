@@ -6,6 +6,7 @@ Two servers, one after the other: the aligned model as it is (alpha 0), and extr
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,6 +129,8 @@ def other_side(models: Path, kind: str) -> list[str]:
     if kind != "packed":
         return ["--aligned", str(models / "aligned")]
     delta = models / "packed"
+    if delta.is_dir() and delta.stat().st_mtime < (models / "aligned").stat().st_mtime:
+        shutil.rmtree(delta)  # of a pair that was there before
     if not delta.is_dir():
         command = [str(Path(sys.executable).with_name("expo-serve")), "delta", "create", "--base", str(models / "base")]
         command += ["--aligned", str(models / "aligned"), "--out", str(delta)]
