@@ -105,14 +105,12 @@ class PackedTensor:
     @property
     def numel(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+        return math.prod(self.shape)
 
     @property
     def shared(self) -> int:
         """How many of them have a partner in base."""
-        if self.base is None:
-            return 0
-        return int(np.prod(self.base[2], dtype=object)) if self.base[2] else 1
+        return math.prod(self.base[2]) if self.base else 0
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """From which value to which each block goes."""
