@@ -239,9 +239,14 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
             "extrapolated; the model itself does not load them"
         )
     if plan.left_out:
-        yield f"a value head is left out, since a model that generates text cannot load it: {', '.join(plan.left_out)}"
+        yield value_head_warning(plan.left_out)
     if plan.copied_unmatched or plan.ignored_base:
         yield (
             f"--unmatched copy: {len(plan.copied_unmatched)} tensors that only aligned has are taken over, "
             f"{len(plan.ignored_base)} that only base has are ignored"
         )
+
+
+def value_head_warning(names: tuple[str, ...]) -> str:
+    """Says which tensors of a value head the result does not have."""
+    return f"a value head is left out, since a model that generates text cannot load it: {', '.join(names)}"

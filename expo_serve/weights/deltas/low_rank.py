@@ -24,7 +24,6 @@ from expo_serve.weights.native import compiled, once
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_bool, *(_POINTER, _SIZE) * 4, *(_SIZE,) * 3, _FLOAT, _FLOAT)
 _SIGNATURES = {
-    "add": _SIGNATURE,
     "product": _SIGNATURE,
     "stream": ctypes.CFUNCTYPE(
         _SIZE, ctypes.c_int, _SIZE, _POINTER, *(_POINTER, _SIZE) * 2, *(_SIZE,) * 3, _FLOAT, _FLOAT, _SIZE
@@ -62,20 +61,6 @@ class Factors:
         left, right = self.left[rows.start : rows.stop].double(), self.right[:, columns.start : columns.stop].double()
         out.view(shape).copy_((left @ right).float() * self.scale)
 
-    def add(self, rows: range, columns: range, values: torch.Tensor, weight: float) -> bool:
-        """Add ``weight`` times a part of the product to bf16 values in place; says whether all of them are finite.
-
-        Args:
-            rows: which.
-            columns: which.
-            values: bf16, of these sizes, contiguous rows.
-            weight: 1 + alpha.
-        """
-        loops = low_rank()
-        assert loops is not None
-        sizes = self._sizes((len(rows), len(columns)))
-        return loops.add(self._left(rows), self._right(columns), sizes, (self.scale, weight), values)
-
     def stream(self, file: int, offset: int, rows: range, values: torch.Tensor, weight: float) -> int:
         """Read whole rows of bf16 onto their place and add there ``weight`` times the product.
 
@@ -112,7 +97,7 @@ class LowRank:
     """The compiled loops; matrices come as an address and the elements from row to row."""
 
     def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
-        self._add, self._product, self.stream = functions["add"], functions["product"], functions["stream"]
+        self._product, self.stream = functions["product"], functions["stream"]
 
     def product(
         self,
@@ -125,18 +110,6 @@ class LowRank:
         """See :meth:`Factors.product`."""
         there = out.data_ptr(), sizes[1]
         self._product(*there, *there, *left, *right, *sizes, scale, 0.0)
-
-    def add(
-        self,
-        left: tuple[int, int],
-        right: tuple[int, int],
-        sizes: tuple[int, int, int],
-        factors: tuple[float, float],
-        values: torch.Tensor,
-    ) -> bool:
-        """See :meth:`Factors.add`."""
-        there = values.data_ptr(), values.stride(0) if values.dim() > 1 else sizes[1]
-        return not self._add(*there, *there, *left, *right, *sizes, *factors)
 
 
 @once

@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError
 from expo_serve.weights.checkpoint import Checkpoint, open_files
-from expo_serve.weights.header import DTYPE_BYTES, TensorRecord, read_header
+from expo_serve.weights.header import DTYPE_BYTES, FLOAT_DTYPES, TensorRecord, read_header
 from expo_serve.weights.names import is_foreign_head
-from expo_serve.weights.pair import Plan, PlannedTensor, Side, check_rules
+from expo_serve.weights.pair import Plan, PlannedTensor, Side, check_rules, value_head_warning
 from expo_serve.weights.refusals import refuse_architectures
 from expo_serve.weights.source import read_config
 
-_VERSION_KEY = "expo_delta"
+VERSION_KEY = "expo_delta"
+"""Of a file's metadata."""
 TABLE_BYTES = 32
-"""Of one block's entry; :mod:`.packed_format` defines both, and is not imported before it must."""
+"""Of one block's entry in a table: :mod:`.packed_format` says what stands there, and is imported when it must."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,7 @@ class PackedDelta:
         plan = self.plan_all(base, config)
         left_out = tuple(name for name in plan.tensors if is_foreign_head(name, self.config))
         tensors = {name: tensor for name, tensor in plan.tensors.items() if name not in left_out}
-        warnings = (
-            (f"a value head is left out, since a model that generates text cannot load it: {', '.join(left_out)}",)
-            if left_out
-            else ()
-        )
+        warnings = (value_head_warning(left_out),) if left_out else ()
         return Plan(base, self, self.source, tensors, plan.copied_unmatched, plan.ignored_base, left_out, warnings)
 
     def plan_all(self, base: Checkpoint, config: ExpoConfig) -> Plan:
@@ -98,7 +95,7 @@ class PackedDelta:
         check_rules(config, self.tensors)
         tensors = {name: self._planned(name, base, config) for name in self.tensors}
         used = {tensor.base[0] for tensor in self.described.values() if tensor.base}
-        alone = (name for name, tensor in self.described.items() if not tensor.base and _is_float(tensor.dtype))
+        alone = (name for name, tensor in self.described.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES)
         ignored = tuple(name for name, record in base.tensors.items() if name not in used and record.is_float)
         return Plan(base, self, self.source, tensors, tuple(alone), ignored, (), ())
 
@@ -133,13 +130,9 @@ class PackedDelta:
 
 def _says_packed(file: Path) -> bool:
     try:
-        return _VERSION_KEY in read_header(file).metadata
+        return VERSION_KEY in read_header(file).metadata
     except CheckpointError:
         return False
-
-
-def _is_float(dtype: str) -> bool:
-    return dtype in ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)

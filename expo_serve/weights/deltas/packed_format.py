@@ -67,10 +67,10 @@ import numpy as np
 import xxhash
 
 from expo_serve.errors import CheckpointError
+from expo_serve.weights.deltas.packed import VERSION_KEY
 from expo_serve.weights.header import DTYPE_BYTES, FLOAT_DTYPES, MAX_DIMENSIONS, QUANTISED_DTYPES, TensorRecord
 
 VERSION = "1"
-VERSION_KEY = "expo_delta"
 BLOCK = 1 << 20
 """Values. What is decoded stays in the cache, and Python's share stays small: with half as many two threads lose a
 tenth."""

@@ -12,7 +12,7 @@ import torch
 
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.weights.ahead import FileRange
-from expo_serve.weights.deltas.blocks import Coded, DamagedError, decode, decompressed
+from expo_serve.weights.deltas.blocks import Coded, DamagedError, bits_of, decode, decompressed
 from expo_serve.weights.deltas.fetch_ir import LEAST_BYTES
 from expo_serve.weights.deltas.packed import PackedChange
 from expo_serve.weights.deltas.packed_format import CHANGES, SAME, TABLE, Table, checksum, read_table
@@ -181,7 +181,7 @@ class PackedSides:
 
     def _decoded(self, block: int, coded: Coded, base: torch.Tensor | None, out: torch.Tensor) -> None:
         try:
-            decode(coded, None if base is None else _bits(base), out.numel(), _bits(out))
+            decode(coded, None if base is None else bits_of(base), out.numel(), bits_of(out))
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
@@ -260,9 +260,3 @@ class PackedSides:
 
 def _raw(values: torch.Tensor) -> Any:
     return values.view(torch.uint8).numpy()
-
-
-def _bits(values: torch.Tensor) -> Any:
-    """The values' bits as signed integers, in the same memory."""
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(width).numpy()

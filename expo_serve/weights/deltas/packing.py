@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from expo_serve.weights.deltas.blocks import Coded, encode
+from expo_serve.weights.deltas.blocks import Coded, bits_of, encode
 from expo_serve.weights.deltas.packed_format import BLOCK, TABLE, PackedTensor, checksum, write_info
 from expo_serve.weights.elements import Elements
 from expo_serve.weights.header import TensorRecord
@@ -163,16 +163,11 @@ def _encode(block: _Block, plan: Plan, reader: Reader) -> _Done:
     elements = Elements((block.end - block.start,), (1,), block.start)
     values = reader.read(aligned, elements, "aligned")
     if block.tensor.base is None or block.start >= block.tensor.shared:
-        return _Done(encode(_bits(values), None), 0)
+        return _Done(encode(bits_of(values), None), 0)
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
     digest = checksum(base.view(torch.uint8).numpy())
-    return _Done(encode(_bits(values), _bits(base.to(values.dtype))), digest)
+    return _Done(encode(bits_of(values), bits_of(base.to(values.dtype))), digest)
 
 
 def _itemsize(record: TensorRecord) -> int:
     return record.nbytes // max(1, record.numel)
-
-
-def _bits(values: torch.Tensor) -> Any:
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(width).numpy()
