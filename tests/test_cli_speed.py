@@ -27,6 +27,7 @@ QUICK: dict[str, tuple[list[str], int]] = {
     "ours to set": (["--base", "b", "--aligned", "a", "--alpha", "1", "--load-format", "dummy"], 2),
     "bad rule": (["--base", "b", "--aligned", "a", "--alpha", "1", "--alpha-rule", "(=1"], 2),
     "bad flag of merge": (["merge", "--base", "b", "--aligned", "a", "--alpha", "1"], 2),
+    "probe of nobody": (["probe", "--url", "http://127.0.0.1:9", "--alpha", "1"], 1),
     "unknown flag of inspect": (["inspect", "--base", "b", "--aligned", "a", "--alpha", "1", "--port", "1"], 2),
 }
 

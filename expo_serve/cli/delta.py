@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from expo_serve.cli.options import Parser, normalise
+from expo_serve.cli.options import normalise
 from expo_serve.cli.output import copy_side_files, new_folder, new_path, parse_size, progress
+from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError
 from expo_serve.weights.checkpoint import open_checkpoint

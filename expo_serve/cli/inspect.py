@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from expo_serve import memory
-from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.cli.options import Options, add_source_flags, read_options
+from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.report import (

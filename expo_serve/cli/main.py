@@ -13,8 +13,6 @@ from types import FrameType
 from expo_serve import __version__
 from expo_serve.errors import ExpoError
 
-SUBCOMMANDS = ("inspect", "merge", "delta")
-
 
 class _Stopped(BaseException):
     """SIGTERM or SIGINT came."""
@@ -57,6 +55,10 @@ def _run(arguments: list[str], started: float) -> int:
         from expo_serve.cli import delta
 
         return delta.run(arguments[1:])
+    if command == "probe":
+        from expo_serve.cli import probe
+
+        return probe.run(arguments[1:])
     from expo_serve.cli import serve
 
     return serve.run(arguments, started)

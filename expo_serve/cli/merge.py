@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.output import Advance, copy_side_files, new_folder, new_path, parse_size, progress
+from expo_serve.cli.parser import Parser
 from expo_serve.errors import UsageError
 from expo_serve.weights.pair import Plan
 from expo_serve.weights.prepare import prepare

@@ -9,10 +9,11 @@ import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from expo_serve.cli.parser import Parser
 from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, parse_config, rules_from_flags
 from expo_serve.errors import ConfigError, UsageError
 from expo_serve.weights.source import HubAccess
@@ -23,21 +24,6 @@ _SOURCE_FLAGS = (
 )  # fmt: skip
 _SHARED_FLAGS = ("hf-token", "download-dir")
 _OURS_TO_SET = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose mistakes are errors of ours."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing a page of usage."""
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-    def known_flags(self) -> Collection[str]:
-        """Every flag that was added."""
-        return self._option_string_actions.keys()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from expo_serve.cli import processes
-from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.cli.options import Options, add_source_flags, read_options
+from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, ServeError, UsageError
 
@@ -29,6 +30,7 @@ Other commands, with the same flags for the sources:
   expo-serve inspect           what a load would do, from the files' headers alone
   expo-serve merge --out DIR   write the extrapolated checkpoint
   expo-serve delta create      pack the difference of two checkpoints (also: verify, apply)
+  expo-serve probe --alpha X   does a running server serve this alpha? For readiness probes
 
 Exit codes: 0 well, also after SIGTERM while serving; 2 the call or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from expo_serve.cli.options import Options, Parser, add_source_flags, read_options
+from expo_serve.cli.options import Options, add_source_flags, read_options
+from expo_serve.cli.parser import Parser
 from expo_serve.errors import ConfigError, UsageError
 
 SOURCES = ["--base", "b", "--aligned", "a", "--alpha", "0.5"]
