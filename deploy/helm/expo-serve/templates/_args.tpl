@@ -1,0 +1,56 @@
+{{/* The command line of one pod: dict root, variant, role (single, leader, worker); a YAML list. */}}
+{{- define "expo.args" -}}
+{{- $v := .variant -}}
+{{- $args := list -}}
+{{- range $side := list "base" "aligned" "delta" -}}
+{{- with get $v $side -}}{{- $args = append $args (printf "--%s=%s" $side .) -}}{{- end -}}
+{{- with get $v (printf "%sRevision" $side) -}}{{- $args = append $args (printf "--%s-revision=%s" $side .) -}}{{- end -}}
+{{- end -}}
+{{- $args = append $args (printf "--alpha=%s" $v.alpha) -}}
+{{- range $v.alphaRules -}}{{- $args = append $args (printf "--alpha-rule=%s" .) -}}{{- end -}}
+{{- with $v.unmatched -}}{{- $args = append $args (printf "--unmatched=%s" .) -}}{{- end -}}
+{{- $args = concat $args (list "--served-model-name") $v.servedModelNames -}}
+{{- $args = append $args (printf "--port=%d" (int64 .root.Values.service.port)) -}}
+{{- $args = append $args (printf "--shutdown-timeout=%d" (int64 $v.drain.shutdownTimeoutSeconds)) -}}
+{{- if gt (int64 $v.tensorParallelSize) 1 -}}
+{{- $args = append $args (printf "--tensor-parallel-size=%d" (int64 $v.tensorParallelSize)) -}}
+{{- end -}}
+{{- if gt (int64 $v.pipelineParallelSize) 1 -}}
+{{- $args = append $args (printf "--pipeline-parallel-size=%d" (int64 $v.pipelineParallelSize)) -}}
+{{- end -}}
+{{- if gt (int64 $v.nodes) 1 -}}
+{{- if eq $v.multiNode.executor "ray" -}}
+{{- $args = append $args "--distributed-executor-backend=ray" -}}
+{{- else -}}
+{{- /* The LeaderWorkerSet's controller puts these variables first in the container's environment. */ -}}
+{{- $rank := eq .role "leader" | ternary "0" "$(LWS_WORKER_INDEX)" -}}
+{{- $args = concat $args (list (printf "--nnodes=%d" (int64 $v.nodes)) (printf "--node-rank=%s" $rank) "--master-addr=$(LWS_LEADER_ADDRESS)") -}}
+{{- if eq .role "worker" -}}{{- $args = append $args "--headless" -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- concat $args $v.extraArgs | toYaml -}}
+{{- end }}
+
+{{/* Command and arguments of a container. Under Ray the cluster is made first, by the same pods. */}}
+{{- define "expo.command" -}}
+{{- $ray := and (gt (int64 .variant.nodes) 1) (eq .variant.multiNode.executor "ray") -}}
+{{- if and $ray (eq .role "worker") -}}
+command: [ray, start, --address=$(LWS_LEADER_ADDRESS):6379, --block]
+{{- else if $ray -}}
+command: [sh, -ec, 'ray start --head --port=6379; exec expo-serve "$@"', expo-serve]
+args:
+  {{- include "expo.args" . | nindent 2 }}
+{{- else -}}
+args:
+  {{- include "expo.args" . | nindent 2 }}
+{{- end -}}
+{{- end }}
+
+{{/* The command that proves served name and alpha: dict url, variant; further words are appended by the caller. */}}
+{{- define "expo.probe" -}}
+- expo-serve
+- probe
+- {{ printf "--url=%s" .url }}
+- {{ printf "--alpha=%s" .variant.alpha }}
+- {{ printf "--served-model-name=%s" .variant.modelName | quote }}
+{{- end }}

@@ -1,0 +1,21 @@
+{{/* What PodMonitor and ServiceMonitor share. */}}
+
+{{- define "expo.monitorSelector" -}}
+matchLabels:
+  {{- include "expo.selectorLabels" . | nindent 2 }}
+  app.kubernetes.io/component: server
+{{- end }}
+
+{{/*
+One endpoint: dict interval. Alpha comes from the annotation, where it is raw; the operator itself adds `namespace` and
+`pod`. Pods that have no port `http`, such as the workers of a group of pods, are not scraped.
+*/}}
+{{- define "expo.monitorEndpoint" -}}
+- port: http
+  path: /metrics
+  interval: {{ .interval }}
+  relabelings:
+    - {action: replace, sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_instance], targetLabel: release}
+    - {action: replace, sourceLabels: [__meta_kubernetes_pod_label_expo_serve_variant], targetLabel: variant}
+    - {action: replace, sourceLabels: [__meta_kubernetes_pod_annotation_expo_serve_alpha], targetLabel: alpha}
+{{- end }}

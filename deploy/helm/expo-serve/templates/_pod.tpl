@@ -1,0 +1,175 @@
+{{/* The pod template of one variant: dict root, variant, role (single, leader, worker). */}}
+{{- define "expo.podTemplate" -}}
+{{- $v := .variant -}}
+metadata:
+  labels:
+    {{- with $v.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    {{- toYaml $v.selector | nindent 4 }}
+    app.kubernetes.io/component: server
+    expo-serve/alpha: {{ $v.alphaLabel | quote }}
+  annotations:
+    {{- with $v.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    kubectl.kubernetes.io/default-container: server
+    expo-serve/alpha: {{ $v.alpha | quote }}
+    expo-serve/sources: {{ include "expo.sourcesText" $v | quote }}
+spec:
+  {{- include "expo.podSpec" . | nindent 2 }}
+{{- end }}
+
+{{/* What is served, for people: `base=org/name@commit aligned=/models/a`. */}}
+{{- define "expo.sourcesText" -}}
+{{- $v := . -}}
+{{- $parts := list -}}
+{{- range $side := list "base" "aligned" "delta" -}}
+{{- with get $v $side -}}
+{{- $revision := get $v (printf "%sRevision" $side) -}}
+{{- $parts = append $parts (printf "%s=%s%s" $side . ($revision | empty | ternary "" (printf "@%s" $revision))) -}}
+{{- end -}}
+{{- end -}}
+{{- join " " $parts -}}
+{{- end }}
+
+{{- define "expo.podSpec" -}}
+{{- $v := .variant -}}
+serviceAccountName: {{ include "expo.serviceAccountName" .root }}
+automountServiceAccountToken: false
+# A Service per variant would put its address into every pod's environment, under names that start with EXPO_.
+enableServiceLinks: false
+{{- include "expo.podSecurity" .root }}
+terminationGracePeriodSeconds: {{ $v.graceSeconds }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $v.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $v.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if $v.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml $v.topologySpreadConstraints | nindent 2 }}
+{{- else if and (eq .role "single") (or $v.autoscaled (gt (int64 $v.replicas) 1)) }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- toYaml $v.selector | nindent 8 }}
+    matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- include "expo.waitForWeights" . }}
+containers:
+  - name: server
+    image: {{ include "expo.image" (dict "root" .root "image" $v.image) | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    {{- include "expo.command" . | nindent 4 }}
+    env:
+      {{- include "expo.env" . | nindent 6 }}
+    {{- if ne .role "worker" }}
+    ports:
+      - name: http
+        containerPort: {{ int64 .root.Values.service.port }}
+    {{- include "expo.probes" . | nindent 4 }}
+    {{- end }}
+    {{- include "expo.preStop" . | nindent 4 }}
+    # The command's last line says why it ended.
+    terminationMessagePolicy: FallbackToLogsOnError
+    securityContext:
+      {{- include "expo.containerSecurity" .root | nindent 6 }}
+    resources:
+      {{- include "expo.resources" $v | nindent 6 }}
+    volumeMounts:
+      {{- include "expo.volumeMounts" . | nindent 6 }}
+volumes:
+  {{- include "expo.volumes" . | nindent 2 }}
+{{- end }}
+
+{{/* The probes of a pod that answers requests. */}}
+{{- define "expo.probes" -}}
+{{- $v := .variant -}}
+{{- $url := printf "http://127.0.0.1:%d" (int64 .root.Values.service.port) -}}
+startupProbe:
+  httpGet: {path: /health, port: http}
+  periodSeconds: {{ int64 $v.startup.periodSeconds }}
+  timeoutSeconds: {{ int64 $v.startup.periodSeconds }}
+  failureThreshold: {{ ceil (divf (int64 $v.startup.budgetSeconds) (int64 $v.startup.periodSeconds)) | int64 }}
+readinessProbe:
+  exec:
+    command:
+      {{- include "expo.probe" (dict "url" $url "variant" $v) | nindent 6 }}
+  {{- include "expo.probeTimes" $v.readiness | nindent 2 }}
+livenessProbe:
+  httpGet: {path: /health, port: http}
+  {{- include "expo.probeTimes" $v.liveness | nindent 2 }}
+{{- end }}
+
+{{- define "expo.probeTimes" -}}
+periodSeconds: {{ int64 .periodSeconds }}
+timeoutSeconds: {{ int64 .timeoutSeconds }}
+failureThreshold: {{ int64 .failureThreshold }}
+{{- end }}
+
+{{/* The pause in which proxies learn that the pod is going. Clusters before 1.30 have no sleep of their own. */}}
+{{- define "expo.preStop" -}}
+{{- $seconds := int64 .variant.drain.preStopSeconds -}}
+{{- if $seconds -}}
+lifecycle:
+  preStop:
+    {{- if semverCompare ">=1.30-0" .root.Capabilities.KubeVersion.Version }}
+    sleep: {seconds: {{ $seconds }}}
+    {{- else }}
+    exec: {command: [sleep, {{ $seconds | quote }}]}
+    {{- end }}
+{{- end -}}
+{{- end }}
+
+{{- define "expo.env" -}}
+{{- $v := .variant -}}
+- {name: HOME, value: /home/expo}
+# The user has a number, but no entry in /etc/passwd to be looked up.
+- {name: USER, value: expo}
+- {name: XDG_CACHE_HOME, value: /cache}
+- {name: VLLM_CACHE_ROOT, value: /cache/vllm}
+- {name: TRITON_CACHE_DIR, value: /cache/triton}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/torchinductor}
+- {name: HF_HUB_OFFLINE, value: "1"}
+- {name: HF_HUB_CACHE, value: {{ .root.Values.weights.mountPath }}/hub}
+- {name: VLLM_NO_USAGE_STATS, value: "1"}
+{{- if eq $v.device "cpu" }}
+- {name: VLLM_CPU_KVCACHE_SPACE, value: {{ int64 $v.memory.kvCacheGiB | quote }}}
+{{- end }}
+{{- with .root.Values.apiKey }}
+{{- if .existingSecret }}
+- name: VLLM_API_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}
+{{- end }}
+{{- end }}
+{{- if gt (int64 $v.nodes) 1 }}
+- name: VLLM_HOST_IP
+  valueFrom:
+    fieldRef: {fieldPath: status.podIP}
+{{- end }}
+{{- with $v.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,219 @@
+{{/* What a schema cannot say. Each mistake ends the render with one line: where, what, what to do. */}}
+{{- define "expo.validate" -}}
+{{- include "expo.validateRelease" . -}}
+{{- $variants := include "expo.variants" . | fromJson -}}
+{{- range $name, $variant := $variants -}}
+{{- $context := dict "root" $ "variant" $variant "own" (index $.Values.variants $name) "at" (printf "variants.%s" $name) -}}
+{{- include "expo.validateSources" $context -}}
+{{- include "expo.validateVariant" $context -}}
+{{- include "expo.validateExtras" $context -}}
+{{- end -}}
+{{- include "expo.validateUnique" $variants -}}
+{{- include "expo.validateAlias" (dict "root" . "variants" $variants) -}}
+{{- end }}
+
+{{- define "expo.validateRelease" -}}
+{{- $volume := .Values.weights.volume -}}
+{{- $volumes := list $volume.existingClaim $volume.claim.create $volume.csi $volume.hostPath | compact -}}
+{{- if gt (len $volumes) 1 -}}
+{{- fail "weights.volume: more than one of existingClaim, claim.create, csi and hostPath is given; leave all but one out" -}}
+{{- end -}}
+{{- if .Values.weights.download.enabled -}}
+{{- if or (not $volumes) $volume.csi -}}
+{{- fail "weights.download.enabled: there is no volume that the download can fill; give weights.volume.existingClaim or weights.volume.claim.create" -}}
+{{- end -}}
+{{- if and (eq .Values.weights.download.mode "hook") $volume.claim.create -}}
+{{- fail "weights.download.mode: a hook runs before the release's own claim is made; make the claim first and name it in weights.volume.existingClaim, or use mode job" -}}
+{{- end -}}
+{{- if and $volume.claim.create (not (has "ReadWriteMany" $volume.claim.accessModes)) (not (has "ReadWriteOnce" $volume.claim.accessModes)) -}}
+{{- fail "weights.volume.claim.accessModes: the download must be able to write; expected ReadWriteMany (or ReadWriteOnce on one node)" -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.route.enabled (not .Values.route.parentRefs) -}}
+{{- fail "route.parentRefs: route.enabled needs the Gateway to attach to; expected [{name: ...}]" -}}
+{{- end -}}
+{{- $rules := add (len .Values.variants) (empty .Values.alias.name | ternary 0 1) -}}
+{{- if and .Values.route.enabled (gt $rules 16) -}}
+{{- fail (printf "route.enabled: an HTTPRoute has at most 16 rules, found %d variants and alias; use several releases" $rules) -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.domain) -}}
+{{- fail "ingress.domain: ingress.enabled needs the domain below which the variants lie, such as llm.example.com" -}}
+{{- end -}}
+{{- end }}
+
+{{/* Where the weights come from: dict root, variant, own, at. */}}
+{{- define "expo.validateSources" -}}
+{{- $v := .variant -}}
+{{- if and .own.aligned .own.delta -}}
+{{- fail (printf "%s: aligned and delta are both given; leave one out" .at) -}}
+{{- end -}}
+{{- if and $v.aligned $v.delta -}}
+{{- fail "defaults: aligned and delta are both given; leave one out" -}}
+{{- end -}}
+{{- if not $v.base -}}
+{{- fail (printf "%s.base: is missing, also from defaults; expected a hub id or an absolute path" .at) -}}
+{{- end -}}
+{{- if not (or $v.aligned $v.delta) -}}
+{{- fail (printf "%s: neither aligned nor delta is given, also not by defaults; give one of them" .at) -}}
+{{- end -}}
+{{- range $side := list "base" "aligned" "delta" -}}
+{{- $source := get $v $side -}}
+{{- $revision := get $v (printf "%sRevision" $side) -}}
+{{- $context := dict "root" $.root "variant" $v "source" $source "revision" $revision "at" (printf "%s.%s" $.at $side) -}}
+{{- if not $source -}}
+{{- if $revision -}}{{- fail (printf "%sRevision: is given, but %s is not" $context.at $side) -}}{{- end -}}
+{{- else if include "expo.isHub" $source -}}
+{{- include "expo.validateHub" $context -}}
+{{- else -}}
+{{- include "expo.validatePath" $context -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "expo.validateHub" -}}
+{{- $exact := regexMatch "^[0-9a-f]{40}$" .revision -}}
+{{- if not (or $exact .root.Values.allowMutableRevisions) -}}
+{{- fail (printf "%sRevision: the hub id %q needs a commit of 40 hexadecimal digits, found %q; give it, or set allowMutableRevisions" .at .source .revision) -}}
+{{- end -}}
+{{- if not (include "expo.weightsVolume" (dict "root" .root "readOnly" true)) -}}
+{{- fail (printf "%s: the hub id %q needs a volume that holds it, since pods do not reach the hub; give weights.volume, and weights.download.enabled to fill it" .at .source) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "expo.validatePath" -}}
+{{- if .revision -}}
+{{- fail (printf "%sRevision: %q is a path, which has no revision; leave it out" .at .source) -}}
+{{- end -}}
+{{- $mounted := list -}}
+{{- if include "expo.weightsVolume" (dict "root" .root "readOnly" true) -}}{{- $mounted = append $mounted .root.Values.weights.mountPath -}}{{- end -}}
+{{- if .variant.deltaImage.reference -}}{{- $mounted = append $mounted "/delta" -}}{{- end -}}
+{{- range .variant.extraVolumeMounts -}}{{- $mounted = append $mounted .mountPath -}}{{- end -}}
+{{- $found := false -}}
+{{- range $mounted -}}
+{{- if hasPrefix (printf "%s/" (trimSuffix "/" .)) (printf "%s/" $.source) -}}{{- $found = true -}}{{- end -}}
+{{- end -}}
+{{- if not $found -}}
+{{- fail (printf "%s: no volume is mounted at %q; mounted: %s; give weights.volume or extraVolumes" .at .source (join ", " $mounted | default "none")) -}}
+{{- end -}}
+{{- end }}
+
+{{/* Numbers that must fit each other. */}}
+{{- define "expo.validateVariant" -}}
+{{- $v := .variant -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $v.name) -}}
+{{- fail (printf "%s: the name becomes part of DNS names; expected lower-case letters, digits and hyphens, first a letter, found %q" .at $v.name) -}}
+{{- end -}}
+{{- if gt (len $v.objectName) 52 -}}
+{{- fail (printf "%s: the name of its objects, %q, has %d characters, at most 52 go; use a shorter name, or fullnameOverride" .at $v.objectName (len $v.objectName)) -}}
+{{- end -}}
+{{- if or (gt (float64 $v.alpha) 100.0) (lt (float64 $v.alpha) -100.0) -}}
+{{- fail (printf "%s.alpha: expected a decimal from -100 to 100, found %q" .at $v.alpha) -}}
+{{- end -}}
+{{- if and $v.autoscaling.hpa.enabled $v.autoscaling.keda.enabled -}}
+{{- fail (printf "%s.autoscaling: hpa and keda are both enabled, and would fight over the number of pods; leave one out" .at) -}}
+{{- end -}}
+{{- range $kind := list "hpa" "keda" -}}
+{{- $scaling := get $v.autoscaling $kind -}}
+{{- if and $scaling.enabled (gt (int64 $scaling.minReplicas) (int64 $scaling.maxReplicas)) -}}
+{{- fail (printf "%s.autoscaling.%s: minReplicas %d is over maxReplicas %d" $.at $kind (int64 $scaling.minReplicas) (int64 $scaling.maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 5)) -}}
+{{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 5 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 5))) -}}
+{{- end -}}
+{{- if mod (int64 $v.ranks) (int64 $v.nodes) -}}
+{{- fail (printf "%s.multiNode.nodes: %d ranks (tensorParallelSize times pipelineParallelSize) do not divide over %d nodes" .at (int64 $v.ranks) (int64 $v.nodes)) -}}
+{{- end -}}
+{{- if and (gt (int64 $v.nodes) 1) $v.strategy -}}
+{{- fail (printf "%s.strategy: a LeaderWorkerSet has none; leave it out where multiNode.nodes is over 1" .at) -}}
+{{- end -}}
+{{- include "expo.validateDevice" . -}}
+{{- if and $v.deltaImage.reference (not (semverCompare ">=1.33-0" .root.Capabilities.KubeVersion.Version)) -}}
+{{- fail (printf "%s.deltaImage: image volumes need Kubernetes 1.33 or later, found %s; put the delta on a volume" .at .root.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "expo.validateDevice" -}}
+{{- $v := .variant -}}
+{{- $given := default dict $v.resources.requests -}}
+{{- if and (eq $v.device "cpu") (not $v.memory.weightBytes) (not $given.memory) -}}
+{{- fail (printf "%s.memory.weightBytes: is needed on CPU, where the weights lie in the pod's memory; give memory.weight_bytes of `expo-serve inspect --json`, or resources.requests.memory" .at) -}}
+{{- end -}}
+{{- if and (eq $v.device "cpu") (gt (int64 $v.nodes) 1) (eq $v.multiNode.executor "ray") -}}
+{{- fail (printf "%s.multiNode.executor: vLLM does not run on Ray on CPU; use mp" .at) -}}
+{{- end -}}
+{{- end }}
+
+{{/* What the chart sets itself must not come in by a side door. */}}
+{{- define "expo.validateExtras" -}}
+{{- $v := .variant -}}
+{{- $ours := list "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "served-model-name" "port" "shutdown-timeout" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "node-rank" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
+{{- range $v.extraArgs -}}
+{{- $flag := regexFind "^--?[A-Za-z][A-Za-z_-]*" . | trimAll "-" | replace "_" "-" -}}
+{{- if has $flag (list "api-key" "hf-token") -}}
+{{- fail (printf "%s.extraArgs: --%s would show a secret in the pod's command line; use apiKey.existingSecret or weights.download.tokenSecret" $.at $flag) -}}
+{{- end -}}
+{{- if has $flag $ours -}}
+{{- fail (printf "%s.extraArgs: --%s is set by the chart or by expo-serve; use the chart's own key, or leave it out" $.at $flag) -}}
+{{- end -}}
+{{- end -}}
+{{- range $v.extraEnv -}}
+{{- if and .value (has .name (list "VLLM_API_KEY" "HF_TOKEN" "HUGGING_FACE_HUB_TOKEN")) -}}
+{{- fail (printf "%s.extraEnv: %s stands in plain text; use apiKey.existingSecret or weights.download.tokenSecret" $.at .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $label := concat (keys $v.selector) (list "app.kubernetes.io/component" "expo-serve/alpha") -}}
+{{- if hasKey $v.podLabels $label -}}
+{{- fail (printf "%s.podLabels: %s is the chart's own label; leave it out" $.at $label) -}}
+{{- end -}}
+{{- end -}}
+{{- range $mount := $v.extraVolumeMounts -}}
+{{- if has $mount.mountPath (list "/cache" "/home/expo" "/tmp" "/dev/shm" $.root.Values.weights.mountPath) -}}
+{{- fail (printf "%s.extraVolumeMounts: %s is mounted by the chart; use another path" $.at $mount.mountPath) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* No two variants may be taken for each other: the map of all variants. */}}
+{{- define "expo.validateUnique" -}}
+{{- $names := dict -}}
+{{- $contents := dict -}}
+{{- range $name, $v := . -}}
+{{- $content := list $v.alpha $v.alphaRules $v.unmatched (include "expo.sourcesText" $v) $v.deltaImage.reference $v.image | toJson -}}
+{{- with get $contents $content -}}
+{{- fail (printf "variants.%s: has the same alpha, sources and image as variants.%s; use replicas for more pods of one" $name .) -}}
+{{- end -}}
+{{- $_ := set $contents $content $name -}}
+{{- with get $names $v.modelName -}}
+{{- fail (printf "variants.%s.servedModelNames: the first name %q is also that of variants.%s; give another" $name $v.modelName .) -}}
+{{- end -}}
+{{- $_ := set $names $v.modelName $name -}}
+{{- end -}}
+{{- end }}
+
+{{/* The name over several variants: dict root, variants. */}}
+{{- define "expo.validateAlias" -}}
+{{- $alias := .root.Values.alias -}}
+{{- if and $alias.weights (not $alias.name) -}}
+{{- fail "alias.name: alias.weights is given, but no name" -}}
+{{- end -}}
+{{- if $alias.name -}}
+{{- $sum := 0 -}}
+{{- range $name, $weight := $alias.weights -}}
+{{- if not (hasKey $.variants $name) -}}
+{{- fail (printf "alias.weights.%s: no such variant; found: %s" $name (keys $.variants | sortAlpha | join ", " | default "none")) -}}
+{{- end -}}
+{{- $sum = add $sum (int64 $weight) -}}
+{{- end -}}
+{{- if not $sum -}}
+{{- fail "alias.weights: the weights add up to 0; give at least one variant a weight over 0" -}}
+{{- end -}}
+{{- range $name, $v := .variants -}}
+{{- $own := $v.servedModelNames -}}
+{{- if hasKey $alias.weights $name -}}{{- $own = initial $own -}}{{- end -}}
+{{- if has $alias.name $own -}}
+{{- fail (printf "alias.name: %q is also a served name of variants.%s; use another" $alias.name $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
