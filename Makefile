@@ -10,7 +10,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models serve test test-fast bench lint lock clean
+.PHONY: help setup demo models serve test test-fast test-kube tools image bench lint chart-docs lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -45,10 +45,14 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint models ## everything: lint, fast tests, tests with real engines
+# What the chart is tested with (helm, checkov, promtool, ...), apart from the environment, in .deploy.
+tools: setup
+	@$(BIN)/python -m tests.deploy.install
+
+test: lint models tools ## everything: lint, fast tests, tests with real engines
 	$(BIN)/python -m pytest
 
-test-fast: setup ## the tests that start no engine
+test-fast: setup tools ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
 
 # What the load tests need beyond the environment: the plot, and peers of the loader.
@@ -59,8 +63,11 @@ test-fast: setup ## the tests that start no engine
 bench: models .venv/.bench-ready ## measure everything against its bars, about an hour (BENCH=--quick: ten minutes)
 	$(BIN)/python -m loadtests.bench $(BENCH)
 
+chart-docs: setup ## the table of values in the chart's README, from values.yaml
+	$(BIN)/python deploy/helm/readme.py
+
 lock: ## make the locks anew from requirements/*.in
 	requirements/lock.sh
 
 clean: ## remove the environment, the demo's models and what benchmarks left
-	rm -rf .venv .demo .bench
+	rm -rf .venv .demo .bench .deploy build
