@@ -7,9 +7,11 @@
 {{- $_ := set $limits .gpuResource (toString (int64 .ranksPerPod)) -}}
 {{- end -}}
 {{- if not $requests.memory -}}
-{{- $_ := set $requests "memory" (include "expo.memory" .) -}}
-{{- end -}}
+{{- $_ := set $requests "memory" (include "expo.mebibytes" . | printf "%sMi") -}}
 {{- if not $limits.memory -}}
+{{- $_ := set $limits "memory" (mulf (include "expo.mebibytes" .) .memory.limitRatio | int64 | printf "%dMi") -}}
+{{- end -}}
+{{- else if not $limits.memory -}}
 {{- $_ := set $limits "memory" $requests.memory -}}
 {{- end -}}
 {{- $resources := merge (dict "requests" $requests "limits" $limits) .resources -}}
@@ -20,11 +22,13 @@
 Memory of one pod in MiB: processes and load buffers, and on CPU the pod's share of the weights, with each rank's KV cache.
 Files are read into small buffers, so that the second checkpoint costs no memory.
 */}}
-{{- define "expo.memory" -}}
+{{- define "expo.mebibytes" -}}
 {{- $ranks := int64 .ranksPerPod -}}
-{{- $mebibytes := add (mulf .memory.overheadGiB 1024) (mulf .memory.perRankGiB $ranks 1024) -}}
+{{- $gibibytes := addf .memory.overheadGiB (mulf .memory.perRankGiB $ranks) -}}
+{{- $weights := 0 -}}
 {{- if eq .device "cpu" -}}
-{{- $mebibytes = add $mebibytes (mulf .memory.kvCacheGiB $ranks 1024) (ceil (divf (int64 .memory.weightBytes) 1048576 .nodes)) -}}
+{{- $gibibytes = addf $gibibytes (mulf .memory.kvCacheGiB $ranks) -}}
+{{- $weights = ceil (divf (int64 .memory.weightBytes) 1048576 .nodes) -}}
 {{- end -}}
-{{- printf "%dMi" (int64 $mebibytes) -}}
+{{- addf (mulf $gibibytes 1024) $weights | ceil | int64 -}}
 {{- end }}

@@ -118,8 +118,9 @@
 {{- fail (printf "%s.autoscaling.%s: minReplicas %d is over maxReplicas %d" $.at $kind (int64 $scaling.minReplicas) (int64 $scaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
-{{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 5)) -}}
-{{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 5 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 5))) -}}
+{{- /* The command gives vLLM seven seconds beyond its --shutdown-timeout before it ends it. */ -}}
+{{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10)) -}}
+{{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 10 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10))) -}}
 {{- end -}}
 {{- if mod (int64 $v.ranks) (int64 $v.nodes) -}}
 {{- fail (printf "%s.multiNode.nodes: %d ranks (tensorParallelSize times pipelineParallelSize) do not divide over %d nodes" .at (int64 $v.ranks) (int64 $v.nodes)) -}}
