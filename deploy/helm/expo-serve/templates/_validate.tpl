@@ -168,6 +168,11 @@
 {{- fail (printf "%s.podLabels: %s is the chart's own label; leave it out" $.at $label) -}}
 {{- end -}}
 {{- end -}}
+{{- range $annotation := list "expo-serve/alpha" "expo-serve/sources" -}}
+{{- if hasKey $v.podAnnotations $annotation -}}
+{{- fail (printf "%s.podAnnotations: %s is the chart's own annotation; leave it out" $.at $annotation) -}}
+{{- end -}}
+{{- end -}}
 {{- range $mount := $v.extraVolumeMounts -}}
 {{- if has $mount.mountPath (list "/cache" "/home/expo" "/tmp" "/dev/shm" $.root.Values.weights.mountPath) -}}
 {{- fail (printf "%s.extraVolumeMounts: %s is mounted by the chart; use another path" $.at $mount.mountPath) -}}
