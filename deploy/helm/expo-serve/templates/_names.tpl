@@ -15,8 +15,8 @@
 {{- end }}
 
 {{- define "expo.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "expo.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "expo.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* Labels of objects. Not of pods: a chart's new version must not restart a pod whose template is the same. */}}

@@ -35,7 +35,7 @@ spec:
 
 {{- define "expo.podSpec" -}}
 {{- $v := .variant -}}
-serviceAccountName: {{ include "expo.serviceAccountName" .root }}
+serviceAccountName: {{ include "expo.serviceAccountName" .root | quote }}
 automountServiceAccountToken: false
 # A Service per variant would put its address into every pod's environment, under names that start with EXPO_.
 enableServiceLinks: false
@@ -46,10 +46,10 @@ imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $v.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with $v.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $v.nodeSelector }}
 nodeSelector:
@@ -161,7 +161,7 @@ lifecycle:
 {{- if .existingSecret }}
 - name: VLLM_API_KEY
   valueFrom:
-    secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}
+    secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}
 {{- end }}
 {{- end }}
 {{- if gt (int64 $v.nodes) 1 }}

@@ -103,8 +103,8 @@
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $v.name) -}}
 {{- fail (printf "%s: the name becomes part of DNS names; expected lower-case letters, digits and hyphens, first a letter, found %q" .at $v.name) -}}
 {{- end -}}
-{{- if gt (len $v.objectName) 52 -}}
-{{- fail (printf "%s: the name of its objects, %q, has %d characters, at most 52 go; use a shorter name, or fullnameOverride" .at $v.objectName (len $v.objectName)) -}}
+{{- if gt (len $v.workloadName) 52 -}}
+{{- fail (printf "%s: the name of its objects, %q, has %d characters, at most 52 go; use a shorter name, or fullnameOverride" .at $v.workloadName (len $v.workloadName)) -}}
 {{- end -}}
 {{- if or (gt (float64 $v.alpha) 100.0) (lt (float64 $v.alpha) -100.0) -}}
 {{- fail (printf "%s.alpha: expected a decimal from -100 to 100, found %q" .at $v.alpha) -}}

@@ -44,6 +44,8 @@ Nothing in one variant depends on another, so that editing one leaves the others
 {{- $selector := include "expo.selectorLabels" $root | fromYaml -}}
 {{- $_ := set $v "selector" (set $selector "expo-serve/variant" .name) -}}
 {{- $_ := set $v "nodes" (int64 $v.multiNode.nodes) -}}
+{{- /* A LeaderWorkerSet's controller makes a headless Service of the set's own name; the variant's Service has another. */ -}}
+{{- $_ := set $v "workloadName" (eq (int64 $v.nodes) 1 | ternary $v.objectName (printf "%s-nodes" $v.objectName)) -}}
 {{- $_ := set $v "ranks" (mul (int64 $v.tensorParallelSize) (int64 $v.pipelineParallelSize)) -}}
 {{- $_ := set $v "ranksPerPod" (div $v.ranks $v.nodes) -}}
 {{- $_ := set $v "autoscaled" (or $v.autoscaling.hpa.enabled $v.autoscaling.keda.enabled) -}}

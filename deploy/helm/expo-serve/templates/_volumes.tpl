@@ -47,7 +47,7 @@
 {{- if or .existingClaim .claim.create -}}
 - name: weights
   persistentVolumeClaim:
-    claimName: {{ default (printf "%s-weights" (include "expo.fullname" $.root)) .existingClaim }}
+    claimName: {{ default (printf "%s-weights" (include "expo.fullname" $.root)) .existingClaim | quote }}
     {{- if $.readOnly }}
     readOnly: true
     {{- end }}
