@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes cpu.txt (what serving on CPU needs), dev.txt (what tests and demo need beyond it), vision.txt and bench.txt (what
-# `make bench` needs beyond both) anew.
+# Makes cpu.txt (what serving on CPU needs), dev.txt (what tests and demo need beyond it), vision.txt, bench.txt (what
+# `make bench` needs beyond both) and deploy.txt (what the chart is tested with) anew.
 # WHEELS: a folder or page that holds torch's CPU wheel, which stands on no common index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,6 +15,9 @@ compile requirements/cpu.in requirements/cpu.txt
 compile requirements/dev.in requirements/dev.txt
 uvx --from uv==0.13.9 uv pip compile requirements/vision.in -o requirements/vision.txt --python-version 3.11 --no-deps \
   --generate-hashes --no-header --no-annotate --quiet
+# Apart from the others, in .deploy: checkov pins many packages.
+uvx --from uv==0.13.9 uv pip compile requirements/deploy.in -o requirements/deploy.txt --python-version 3.11 \
+  --override requirements/deploy-overrides.txt --generate-hashes --no-header --no-annotate --quiet
 # Each is resolved under the constraint of those before it; what they have need not stand twice.
 keep_own() {
   python3 - "$@" <<'PY'
