@@ -6,11 +6,12 @@
 {{- $_ := set $requests .gpuResource (toString (int64 .ranksPerPod)) -}}
 {{- $_ := set $limits .gpuResource (toString (int64 .ranksPerPod)) -}}
 {{- end -}}
+{{- if and $limits.memory (not $requests.memory) -}}
+{{- $_ := set $requests "memory" $limits.memory -}}
+{{- end -}}
 {{- if not $requests.memory -}}
 {{- $_ := set $requests "memory" (include "expo.mebibytes" . | printf "%sMi") -}}
-{{- if not $limits.memory -}}
 {{- $_ := set $limits "memory" (mulf (include "expo.mebibytes" .) .memory.limitRatio | int64 | printf "%dMi") -}}
-{{- end -}}
 {{- else if not $limits.memory -}}
 {{- $_ := set $limits "memory" $requests.memory -}}
 {{- end -}}

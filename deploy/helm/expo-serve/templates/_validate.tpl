@@ -22,12 +22,18 @@
 {{- if or (not $volumes) $volume.csi -}}
 {{- fail "weights.download.enabled: there is no volume that the download can fill; give weights.volume.existingClaim or weights.volume.claim.create" -}}
 {{- end -}}
+{{- if gt (len (include "expo.fullname" .)) 46 -}}
+{{- fail (printf "fullnameOverride: %q has %d characters, and the download Job's name needs 17 more; at most 46 go" (include "expo.fullname" .) (len (include "expo.fullname" .))) -}}
+{{- end -}}
 {{- if and (eq .Values.weights.download.mode "hook") $volume.claim.create -}}
 {{- fail "weights.download.mode: a hook runs before the release's own claim is made; make the claim first and name it in weights.volume.existingClaim, or use mode job" -}}
 {{- end -}}
 {{- if and $volume.claim.create (not (has "ReadWriteMany" $volume.claim.accessModes)) (not (has "ReadWriteOnce" $volume.claim.accessModes)) -}}
 {{- fail "weights.volume.claim.accessModes: the download must be able to write; expected ReadWriteMany (or ReadWriteOnce on one node)" -}}
 {{- end -}}
+{{- end -}}
+{{- if has .Values.weights.mountPath (include "expo.ownMounts" . | fromJsonArray) -}}
+{{- fail (printf "weights.mountPath: %s is mounted for something else; use another path, such as /models" .Values.weights.mountPath) -}}
 {{- end -}}
 {{- if and .Values.route.enabled (not .Values.route.parentRefs) -}}
 {{- fail "route.parentRefs: route.enabled needs the Gateway to attach to; expected [{name: ...}]" -}}
@@ -39,6 +45,11 @@
 {{- if and .Values.ingress.enabled (not .Values.ingress.domain) -}}
 {{- fail "ingress.domain: ingress.enabled needs the domain below which the variants lie, such as llm.example.com" -}}
 {{- end -}}
+{{- end }}
+
+{{/* Paths at which the chart mounts volumes of its own. */}}
+{{- define "expo.ownMounts" -}}
+{{- list "/cache" "/delta" "/dev/shm" "/home/expo" "/tmp" | toJson -}}
 {{- end }}
 
 {{/* Where the weights come from: dict root, variant, own, at. */}}
@@ -103,6 +114,12 @@
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $v.name) -}}
 {{- fail (printf "%s: the name becomes part of DNS names; expected lower-case letters, digits and hyphens, first a letter, found %q" .at $v.name) -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $v.objectName) -}}
+{{- fail (printf "%s: the name of its Service would be %q; expected lower-case letters, digits and hyphens, first a letter; set fullnameOverride" .at $v.objectName) -}}
+{{- end -}}
+{{- if eq $v.name "weights" -}}
+{{- fail (printf "%s: the name is taken by the objects of the weights; use another" .at) -}}
+{{- end -}}
 {{- if gt (len $v.workloadName) 52 -}}
 {{- fail (printf "%s: the name of its objects, %q, has %d characters, at most 52 go; use a shorter name, or fullnameOverride" .at $v.workloadName (len $v.workloadName)) -}}
 {{- end -}}
@@ -129,6 +146,9 @@
 {{- fail (printf "%s.strategy: a LeaderWorkerSet has none; leave it out where multiNode.nodes is over 1" .at) -}}
 {{- end -}}
 {{- include "expo.validateDevice" . -}}
+{{- if and $v.deltaImage.reference (not (hasPrefix "/delta/" (printf "%s/" $v.delta))) -}}
+{{- fail (printf "%s.delta: deltaImage is mounted at /delta; expected a path there, found %q" .at $v.delta) -}}
+{{- end -}}
 {{- if and $v.deltaImage.reference (not (semverCompare ">=1.33-0" .root.Capabilities.KubeVersion.Version)) -}}
 {{- fail (printf "%s.deltaImage: image volumes need Kubernetes 1.33 or later, found %s; put the delta on a volume" .at .root.Capabilities.KubeVersion.Version) -}}
 {{- end -}}
@@ -158,9 +178,27 @@
 {{- fail (printf "%s.extraArgs: --%s is set by the chart or by expo-serve; use the chart's own key, or leave it out" $.at $flag) -}}
 {{- end -}}
 {{- end -}}
+{{- $known := list -}}
+{{- range include "expo.env" (dict "root" .root "variant" (omit $v "extraEnv")) | fromYamlArray -}}
+{{- $known = append $known .name -}}
+{{- end -}}
 {{- range $v.extraEnv -}}
 {{- if and .value (has .name (list "VLLM_API_KEY" "HF_TOKEN" "HUGGING_FACE_HUB_TOKEN")) -}}
 {{- fail (printf "%s.extraEnv: %s stands in plain text; use apiKey.existingSecret or weights.download.tokenSecret" $.at .name) -}}
+{{- end -}}
+{{- if has .name $known -}}
+{{- fail (printf "%s.extraEnv: %s is set by the chart, or stands twice; leave it out" $.at .name) -}}
+{{- end -}}
+{{- $known = append $known .name -}}
+{{- end -}}
+{{- range $v.extraVolumes -}}
+{{- if has .name (list "cache" "home" "tmp" "shm" "weights" "delta") -}}
+{{- fail (printf "%s.extraVolumes: %s is the name of a volume of the chart; use another" $.at .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $label, $_ := $v.podLabels -}}
+{{- if not (regexMatch "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$" $label) -}}
+{{- fail (printf "%s.podLabels: %q is no key of a label; expected [PREFIX/]NAME of letters, digits, hyphens, dots" $.at $label) -}}
 {{- end -}}
 {{- end -}}
 {{- range $label := concat (keys $v.selector) (list "app.kubernetes.io/component" "expo-serve/alpha") -}}
@@ -174,7 +212,7 @@
 {{- end -}}
 {{- end -}}
 {{- range $mount := $v.extraVolumeMounts -}}
-{{- if has $mount.mountPath (list "/cache" "/home/expo" "/tmp" "/dev/shm" $.root.Values.weights.mountPath) -}}
+{{- if has $mount.mountPath (include "expo.ownMounts" $.root | fromJsonArray | concat (list $.root.Values.weights.mountPath)) -}}
 {{- fail (printf "%s.extraVolumeMounts: %s is mounted by the chart; use another path" $.at $mount.mountPath) -}}
 {{- end -}}
 {{- end -}}
@@ -194,6 +232,11 @@
 {{- fail (printf "variants.%s.servedModelNames: the first name %q is also that of variants.%s; give another" $name $v.modelName .) -}}
 {{- end -}}
 {{- $_ := set $names $v.modelName $name -}}
+{{- range $other, $w := $ -}}
+{{- if and (ne $other $name) (eq $v.workloadName $w.objectName) -}}
+{{- fail (printf "variants.%s: its name is that of the LeaderWorkerSet of variants.%s; use another" $other $name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
 

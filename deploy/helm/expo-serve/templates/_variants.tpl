@@ -34,7 +34,7 @@ Nothing in one variant depends on another, so that editing one leaves the others
 {{- $_ := set $v "image" (include "expo.merge" (dict "under" $root.Values.image "over" $v.image) | fromJson) -}}
 {{- $names := $v.servedModelNames -}}
 {{- if not $names -}}
-{{- $names = list (printf "%s-expo-%s" (base (default $v.delta $v.aligned)) $v.alpha) -}}
+{{- $names = list (printf "%s-expo-%s" (include "expo.shortName" (default $v.delta $v.aligned)) $v.alpha) -}}
 {{- end -}}
 {{- $_ := set $v "modelName" (first $names) -}}
 {{- if and $root.Values.alias.name (hasKey $root.Values.alias.weights .name) -}}
@@ -79,6 +79,12 @@ false, 0 or empty value.
 {{- $text := regexReplaceAll "^0+" (first $parts) "" | default "0" -}}
 {{- with regexReplaceAll "0+$" (rest $parts | join "") "" -}}{{- $text = printf "%s.%s" $text . -}}{{- end -}}
 {{- eq $text "0" | ternary "0" (printf "%s%s" $sign $text) -}}
+{{- end }}
+
+{{/* The last part of a source; of a path inside a hub cache, that of its repository. */}}
+{{- define "expo.shortName" -}}
+{{- $cached := regexFind "models--[^/]+/snapshots/[^/]+/?$" . -}}
+{{- $cached | empty | ternary (base .) (regexReplaceAll "/.*" $cached "" | splitList "--" | last) -}}
 {{- end }}
 
 {{/* A source on the hub, not a path. Prints true or nothing. */}}
