@@ -55,6 +55,12 @@ test: lint models tools ## everything: lint, fast tests, tests with real engines
 test-fast: setup tools ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
 
+test-kube: models tools ## the image, and the chart's pods run from it by podman; as root (some four minutes)
+	$(BIN)/python -m pytest -m kube tests/deploy/kube
+
+image: ## the container image, by podman or docker (deploy/docker/README.md)
+	deploy/docker/build.sh
+
 # What the load tests need beyond the environment: the plot, and peers of the loader.
 .venv/.bench-ready: .venv/.ready requirements/bench.txt
 	$(PIP) --require-hashes -r requirements/bench.txt

@@ -1,0 +1,1 @@
+"""The image, run as the chart says, by podman: `make test-kube`."""
