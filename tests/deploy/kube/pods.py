@@ -65,9 +65,9 @@ class Pod:
             return False
 
     def wait_ready(self, timeout: float) -> None:
-        """Until the startup probe has passed, then the readiness probe."""
+        """Until the startup probe has passed, then the other two."""
         deadline = time.monotonic() + timeout
-        for kind in ("startup", "readiness"):
+        for kind in ("startup", "liveness", "readiness"):
             while not self.probe(kind):
                 state = self.podman.ask("{{.State.Status}}", self.server)
                 assert state == "running", f"{self.server} is {state}:\n{self.log()}"

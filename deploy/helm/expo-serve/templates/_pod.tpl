@@ -145,12 +145,17 @@ lifecycle:
 {{- define "expo.env" -}}
 {{- $v := .variant -}}
 - {name: HOME, value: /home/expo}
-# The user has a number, but no entry in /etc/passwd to be looked up.
+# A user id that the cluster chose has no entry in /etc/passwd to be looked up.
 - {name: USER, value: expo}
 - {name: XDG_CACHE_HOME, value: /cache}
 - {name: VLLM_CACHE_ROOT, value: /cache/vllm}
 - {name: TRITON_CACHE_DIR, value: /cache/triton}
 - {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/torchinductor}
+{{- if eq $v.device "gpu" }}
+# Both would fill HOME.
+- {name: CUDA_CACHE_PATH, value: /cache/nv}
+- {name: FLASHINFER_WORKSPACE_BASE, value: /cache}
+{{- end }}
 - {name: HF_HUB_OFFLINE, value: "1"}
 - {name: HF_HUB_CACHE, value: {{ .root.Values.weights.mountPath }}/hub}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
