@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from argparse import Namespace
@@ -191,17 +192,14 @@ def compiler_problem() -> str | None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <cmath>\nint main() { return static_cast<int>(std::floor(0.5)); }\n")
-            command = [
-                compiler,
-                "-shared",
-                "-fPIC",
-                "-fopenmp",
-                str(source),
-                "-o",
-                str(source.with_suffix(".so")),
-            ]
+            source.write_text("#include <Python.h>\n#include <cmath>\nint probe() { return int(std::floor(0.5)); }\n")
+            flags = ["-shared", "-fPIC", "-fopenmp", f"-I{sysconfig.get_path('include')}"]
+            command = [compiler, *flags, str(source), "-o", str(source.with_suffix(".so"))]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except subprocess.CalledProcessError as error:
+        if b"Python.h" in error.stderr:
+            return "no headers of Python (Python.h)"
+        return f"the C++ compiler ({compiler}) does not work"
     except (OSError, subprocess.SubprocessError) as error:
         return f"the C++ compiler ({compiler}) does not work ({type(error).__name__})"
     return None

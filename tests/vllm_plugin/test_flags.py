@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,5 +56,19 @@ def test_a_compiler_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, co
     compiler.write_text(f"#!/bin/sh\nexit {code}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    expected = f"the C++ compiler ({compiler}) does not work (CalledProcessError)" if code else None
+    expected = f"the C++ compiler ({compiler}) does not work" if code else None
     assert server.compiler_problem() == expected
+
+
+def test_headers_of_python_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """vLLM's compiled code includes them; without, it fails after minutes."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file or directory' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert server.compiler_problem() == "no headers of Python (Python.h)"
+    monkeypatch.delenv("CXX")
+    if shutil.which("g++") and shutil.which("lscpu"):
+        assert server.compiler_problem() is None
+        monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+        assert server.compiler_problem() == "no headers of Python (Python.h)"
