@@ -49,14 +49,15 @@ lint: setup ## ruff and mypy
 tools: setup
 	@$(BIN)/python -m tests.deploy.install
 
-test: lint models tools ## everything: lint, fast tests, tests with real engines
+test: lint models tools ## everything but test-kube: lint, fast tests, tests with real engines
 	$(BIN)/python -m pytest
+	@echo "Left out: make test-kube, which builds the image and runs it with podman, as root."
 
 test-fast: setup tools ## the tests that start no engine
 	$(BIN)/python -m pytest -m 'not engine'
 
 test-kube: models tools ## the image, and the chart's pods run from it by podman; as root (some four minutes)
-	$(BIN)/python -m pytest -m kube tests/deploy/kube
+	$(BIN)/python -m pytest -m kube tests/deploy/kube -v --durations=5
 
 image: ## the container image, by podman or docker (deploy/docker/README.md)
 	deploy/docker/build.sh
