@@ -63,7 +63,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "../expo_serve")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "../expo_serve", "../deploy")),
     }
 
 

@@ -6,6 +6,7 @@ Standard library only, so that it costs a fraction of a second of one core.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import urllib.error
@@ -64,7 +65,7 @@ def _read(arguments: list[str]) -> argparse.Namespace:
 
 
 def _check(report: Any, alpha: float, name: str | None) -> None:
-    if not isinstance(report, dict) or not {"alpha", "served_model_names"} <= report.keys():
+    if not isinstance(report, dict) or not isinstance(report.get("served_model_names"), list) or "alpha" not in report:
         raise ServeError("the server's /v1/expo is not that of expo-serve: alpha and served_model_names are missing")
     if report["alpha"] != alpha:
         raise ServeError(f"the server serves alpha {report['alpha']}, expected {alpha:g}")
@@ -77,8 +78,10 @@ def _complete(url: str, given: argparse.Namespace) -> str:
     name = given.served_model_name or _ask(f"{url}/v1/expo", given.timeout)["served_model_names"][0]
     body = {"model": name, "prompt": _PROMPT, "max_tokens": 8, "temperature": 0}
     answer = _ask(f"{url}/v1/completions", given.timeout, {"X-Expo-Alpha": given.alpha}, body)
-    text: str = answer["choices"][0]["text"]
-    return text
+    try:
+        return str(answer["choices"][0]["text"])
+    except (KeyError, IndexError, TypeError):
+        raise ServeError(f"{url}/v1/completions answered without a completion: {answer!r:.200}") from None
 
 
 def _ask(url: str, timeout: float, headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Any:
@@ -95,6 +98,6 @@ def _ask(url: str, timeout: float, headers: dict[str, str] | None = None, body: 
     except urllib.error.HTTPError as error:
         hint = "; the API key is taken from VLLM_API_KEY" if error.code == 401 else ""
         raise ServeError(f"{url} answered {error.code} {error.reason}{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ServeError(f"{url} does not answer: {reason}") from None

@@ -134,8 +134,9 @@ def _references(one: Object, objects: list[Object]) -> Iterator[str]:
             if len(found := selected(spec["selector"], objects)) != 1:
                 yield f"finds {found}"
         case "PodDisruptionBudget":
-            if len(found := selected(spec["selector"]["matchLabels"], objects)) != 1:
-                yield f"finds {found}"
+            # All pods of a group: without one of them the others are of no use.
+            if len({one.rpartition("/")[0] for one in selected(spec["selector"]["matchLabels"], objects)}) != 1:
+                yield f"finds {selected(spec['selector']['matchLabels'], objects)}"
         case "NetworkPolicy":
             if not selected(spec["podSelector"]["matchLabels"], objects):
                 yield "finds no pod"

@@ -246,6 +246,22 @@ RELEASE: dict[str, Case] = {
         },
         ("route.enabled", "16 rules", "17 variants"),
     ),
+    "route-behind-a-wall": (
+        {"route": {"enabled": True, "parentRefs": [{"name": "g"}]}},
+        ("networkPolicy.gateway", "another namespace"),
+    ),
+    "ingress-wildcard": ({"ingress": {"enabled": True, "domain": "*.x.org"}}, ("/ingress/domain", "*.x.org")),
+    "tls-of-the-server": (_a(extraArgs=["--ssl-keyfile=/k"]), ("variants.a.extraArgs", "--ssl-keyfile", "TLS")),
+    "short-flag": (_a(extraArgs=["-n", "2"]), ("variants.a.extraArgs", "--n")),
+    "uncounted-gpus": (_a(extraArgs=["-dp=2"]), ("variants.a.extraArgs", "--dp", "resources.limits", "nvidia.com/gpu")),
+    "keda-to-zero": (
+        _a(autoscaling={"keda": {"enabled": True, "minReplicas": 0}}),
+        ("variants.a.autoscaling.keda.minReplicas", "expected 1"),
+    ),
+    "label-value": (_a(podLabels={"team": "-x-"}), ("variants.a.podLabels.team", "-x-")),
+    "privileged-port": ({"service": {"port": 80}}, ("/service/port", "1,024")),
+    "same-image-said-twice": (_ab({}, {"image": {"tag": "0.1.0"}, "servedModelNames": ["x"]}), ("variants.b", "image")),
+    "defaults-emptied": ({"defaults": {"memory": None}}, ("memory",)),
     "ingress-nowhere": ({"ingress": {"enabled": True}}, ("ingress.domain", "llm.example.com")),
     "ingress-domain": ({"ingress": {"enabled": True, "domain": "http://x"}}, ("/ingress/domain", "http://x")),
 }

@@ -61,7 +61,7 @@ def test_schema_and_values_know_the_same_keys() -> None:
     """But for Helm's own ``global``, and what Kubernetes or the release's image fill in where it is not given."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    filled = {"global", "defaults.resources.limits", "defaults.resources.claims"}
+    filled = {"global", "defaults.resources.limits"}
     filled |= {f"defaults.image.{key}" for key in values["image"]}
     assert differences(schema, values, schema) == filled
 

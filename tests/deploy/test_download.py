@@ -172,7 +172,7 @@ def _command_lines() -> list[list[str]]:
         "securityContext.runAsUser=1234",
         'weights.download.exclude=["*.h5"]',
         'weights.download.tokenSecret.name="another"',
-        'weights.download.resources.limits.memory="8Gi"',
+        'weights.download.resources.limits.memory="6Gi"',
     ],
 )
 def test_what_changes_the_pod_of_the_job_changes_its_name(change: str) -> None:

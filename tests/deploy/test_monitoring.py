@@ -215,7 +215,7 @@ def test_figures_come_from_the_values(tmp_path: Path) -> None:
     check_rules(groups(values), tmp_path)
 
 
-KEDA = {"autoscaling": {"keda": {"enabled": True, "minReplicas": 0}}}
+KEDA = {"autoscaling": {"keda": {"enabled": True, "minReplicas": 0, "triggers": [{"type": "cron", "metadata": {}}]}}}
 
 
 @pytest.mark.parametrize("variant", [{"replicas": 0}, KEDA], ids=["no replicas", "scaled to zero"])

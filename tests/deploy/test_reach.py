@@ -91,29 +91,47 @@ def test_a_hook_runs_before_the_release_with_all_that_it_needs() -> None:
 
 def test_routes_go_by_header_to_a_variant_and_else_by_weight() -> None:
     rules = pick(render(load("routed")), "HTTPRoute")["spec"]["rules"]
-    found = [
-        (
-            sorted({match["path"]["value"] for match in rule["matches"]}),
-            sorted(
-                {(header["name"], header["value"]) for match in rule["matches"] for header in match.get("headers", [])}
-            ),
-            [
-                (backend["name"].removeprefix("demo-expo-serve-"), backend.get("weight"))
-                for backend in rule["backendRefs"]
-            ],
-        )
-        for rule in rules
-    ]
+    found = [(_matches(rule), _backends(rule)) for rule in rules]
     paths = ["/v1", "/v2"]
     alpha, model = "X-Expo-Alpha", "X-Gateway-Model-Name"
     assert found == [
-        (paths, [(alpha, "0.3"), (model, "aligned-expo-0.3")], [("mild", None)]),
-        (paths, [(alpha, "0.7"), (model, "aligned-expo-0.7")], [("strong", None)]),
-        (paths, [(alpha, "1.5"), (model, "trial-model")], [("trial", None)]),
-        (paths, [(model, "assistant")], [("mild", 90), ("strong", 10)]),
+        (
+            [(path, alpha, "0.3") for path in paths] + [(path, model, "aligned-expo-0.3") for path in paths],
+            [("mild", None)],
+        ),
+        (
+            [(path, alpha, "0.7") for path in paths] + [(path, model, "aligned-expo-0.7") for path in paths],
+            [("strong", None)],
+        ),
+        (
+            [(path, alpha, "1.5") for path in paths] + [(path, model, "trial-model") for path in paths],
+            [("trial", None)],
+        ),
+        (
+            [(path, model, "assistant") for path in paths] + [(path, None, None) for path in paths],
+            [("mild", 90), ("strong", 10)],
+        ),
     ]
-    assert any("headers" not in match for match in rules[-1]["matches"])
     assert all(rule["timeouts"] == {"request": "0s", "backendRequest": "0s"} for rule in rules)
+
+
+def _matches(rule: Object) -> list[tuple[str, str | None, str | None]]:
+    """Path, header and its value of each match: one that lacks a header would take everything."""
+    found = []
+    for match in rule["matches"]:
+        (header,) = match.get("headers") or [{"name": None, "value": None}]
+        found.append((match["path"]["value"], header["name"], header["value"]))
+    return found
+
+
+def test_every_name_of_a_variant_is_routed_to_it() -> None:
+    values = load("routed")
+    values["variants"]["mild"]["servedModelNames"] = ["first", "second"]
+    mild, *_ = pick(render(values), "HTTPRoute")["spec"]["rules"]
+    assert _headers(mild) == [
+        ("X-Expo-Alpha", "0.3"),
+        *(("X-Gateway-Model-Name", name) for name in ("first", "second")),
+    ]
 
 
 def _headers(rule: Object) -> list[tuple[str, str]]:

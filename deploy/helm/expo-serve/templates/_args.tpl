@@ -36,9 +36,9 @@
 {{- $ray := and (gt (int64 .variant.nodes) 1) (eq .variant.multiNode.executor "ray") -}}
 {{- if and $ray (eq .role "worker") -}}
 # A worker that ends takes its whole group along, so it waits until the leader's cluster answers.
-command: [sh, -ec, 'until ray health-check --address "$LWS_LEADER_ADDRESS:6379"; do sleep 5; done; exec ray start --address="$LWS_LEADER_ADDRESS:6379" --block']
+command: [sh, -ec, 'trap "exit 143" TERM; until ray health-check --address "$LWS_LEADER_ADDRESS:6379"; do sleep 5 & wait $!; done; exec ray start --address="$LWS_LEADER_ADDRESS:6379" --block']
 {{- else if $ray -}}
-command: [sh, -ec, 'ray start --head --port=6379; exec expo-serve "$@"', expo-serve]
+command: [sh, -ec, 'ray start --head --port=6379; exec tini -- expo-serve "$@"', expo-serve]
 args:
   {{- include "expo.args" . | nindent 2 }}
 {{- else -}}

@@ -3,8 +3,10 @@
 {{- $requests := deepCopy (default dict .resources.requests) -}}
 {{- $limits := deepCopy (default dict .resources.limits) -}}
 {{- if eq .device "gpu" -}}
-{{- $_ := set $requests .gpuResource (toString (int64 .ranksPerPod)) -}}
-{{- $_ := set $limits .gpuResource (toString (int64 .ranksPerPod)) -}}
+{{- /* Requests and limits of a device are one number. */ -}}
+{{- $gpus := coalesce (get $limits .gpuResource) (get $requests .gpuResource) (int64 .ranksPerPod) | toString -}}
+{{- $_ := set $requests .gpuResource $gpus -}}
+{{- $_ := set $limits .gpuResource $gpus -}}
 {{- end -}}
 {{- if and $limits.memory (not $requests.memory) -}}
 {{- $_ := set $requests "memory" $limits.memory -}}

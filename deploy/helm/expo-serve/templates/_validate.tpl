@@ -8,7 +8,7 @@
 {{- include "expo.validateVariant" $context -}}
 {{- include "expo.validateExtras" $context -}}
 {{- end -}}
-{{- include "expo.validateUnique" $variants -}}
+{{- include "expo.validateUnique" (dict "root" . "variants" $variants) -}}
 {{- include "expo.validateAlias" (dict "root" . "variants" $variants) -}}
 {{- end }}
 
@@ -44,6 +44,9 @@
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.domain) -}}
 {{- fail "ingress.domain: ingress.enabled needs the domain below which the variants lie, such as llm.example.com" -}}
+{{- end -}}
+{{- if and (or .Values.route.enabled .Values.ingress.enabled) .Values.networkPolicy.enabled (not .Values.networkPolicy.gateway) -}}
+{{- fail "networkPolicy.gateway: a gateway or ingress controller mostly runs in another namespace, which the policy shuts out; expected its peers, such as [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: gateway}}}], or networkPolicy.enabled: false" -}}
 {{- end -}}
 {{- end }}
 
@@ -120,14 +123,19 @@
 {{- if eq $v.name "weights" -}}
 {{- fail (printf "%s: the name is taken by the objects of the weights; use another" .at) -}}
 {{- end -}}
-{{- if gt (len $v.workloadName) 52 -}}
-{{- fail (printf "%s: the name of its objects, %q, has %d characters, at most 52 go; use a shorter name, or fullnameOverride" .at $v.workloadName (len $v.workloadName)) -}}
+{{- /* Controllers append a hash, and a LeaderWorkerSet's the number of a group, where 63 characters go. */ -}}
+{{- $most := eq (int64 $v.nodes) 1 | ternary 52 48 -}}
+{{- if gt (len $v.workloadName) $most -}}
+{{- fail (printf "%s: the name of its objects, %q, has %d characters, at most %d go; use a shorter name, or fullnameOverride" .at $v.workloadName (len $v.workloadName) $most) -}}
 {{- end -}}
 {{- if or (gt (float64 $v.alpha) 100.0) (lt (float64 $v.alpha) -100.0) -}}
 {{- fail (printf "%s.alpha: expected a decimal from -100 to 100, found %q" .at $v.alpha) -}}
 {{- end -}}
 {{- if and $v.autoscaling.hpa.enabled $v.autoscaling.keda.enabled -}}
 {{- fail (printf "%s.autoscaling: hpa and keda are both enabled, and would fight over the number of pods; leave one out" .at) -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled (not (int64 $v.autoscaling.keda.minReplicas)) (not $v.autoscaling.keda.triggers) -}}
+{{- fail (printf "%s.autoscaling.keda.minReplicas: with 0 pods nothing is left that could wait, so none would come back; expected 1, or triggers that see requests elsewhere" .at) -}}
 {{- end -}}
 {{- range $kind := list "hpa" "keda" -}}
 {{- $scaling := get $v.autoscaling $kind -}}
@@ -168,11 +176,18 @@
 {{/* What the chart sets itself must not come in by a side door. */}}
 {{- define "expo.validateExtras" -}}
 {{- $v := .variant -}}
-{{- $ours := list "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "served-model-name" "port" "shutdown-timeout" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "node-rank" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
+{{- $ours := list "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "served-model-name" "port" "shutdown-timeout" "host" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "n" "node-rank" "r" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
 {{- range $v.extraArgs -}}
 {{- $flag := regexFind "^--?[A-Za-z][A-Za-z_-]*" . | trimAll "-" | replace "_" "-" -}}
 {{- if has $flag (list "api-key" "hf-token") -}}
 {{- fail (printf "%s.extraArgs: --%s would show a secret in the pod's command line; use apiKey.existingSecret or weights.download.tokenSecret" $.at $flag) -}}
+{{- end -}}
+{{- if hasPrefix "ssl-" $flag -}}
+{{- fail (printf "%s.extraArgs: --%s would make the server speak TLS, which probes and routes do not; let the gateway do that" $.at $flag) -}}
+{{- end -}}
+{{- $devices := merge (dict) (default dict $v.resources.limits) (default dict $v.resources.requests) -}}
+{{- if and (has $flag (list "data-parallel-size" "dp" "prefill-context-parallel-size" "pcp")) (eq $v.device "gpu") (not (get $devices $v.gpuResource)) -}}
+{{- fail (printf "%s.extraArgs: --%s needs more GPUs than the chart counts; expected their number in resources.limits, under %s" $.at $flag $v.gpuResource) -}}
 {{- end -}}
 {{- if has $flag $ours -}}
 {{- fail (printf "%s.extraArgs: --%s is set by the chart or by expo-serve; use the chart's own key, or leave it out" $.at $flag) -}}
@@ -196,8 +211,11 @@
 {{- fail (printf "%s.extraVolumes: %s is the name of a volume of the chart; use another" $.at .name) -}}
 {{- end -}}
 {{- end -}}
-{{- range $label, $_ := $v.podLabels -}}
-{{- if not (regexMatch "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$" $label) -}}
+{{- range $label, $value := $v.podLabels -}}
+{{- if not (regexMatch "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$" $value) -}}
+{{- fail (printf "%s.podLabels.%s: %q is no value of a label; expected at most 63 letters, digits, hyphens, dots" $.at $label $value) -}}
+{{- end -}}
+{{- if not (regexMatch "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$" $label) -}}
 {{- fail (printf "%s.podLabels: %q is no key of a label; expected [PREFIX/]NAME of letters, digits, hyphens, dots" $.at $label) -}}
 {{- end -}}
 {{- end -}}
@@ -206,24 +224,27 @@
 {{- fail (printf "%s.podLabels: %s is the chart's own label; leave it out" $.at $label) -}}
 {{- end -}}
 {{- end -}}
-{{- range $annotation := list "expo-serve/alpha" "expo-serve/sources" -}}
+{{- range $annotation := list "expo-serve/alpha" "expo-serve/sources" "kubectl.kubernetes.io/default-container" -}}
 {{- if hasKey $v.podAnnotations $annotation -}}
 {{- fail (printf "%s.podAnnotations: %s is the chart's own annotation; leave it out" $.at $annotation) -}}
 {{- end -}}
 {{- end -}}
 {{- range $mount := $v.extraVolumeMounts -}}
-{{- if has $mount.mountPath (include "expo.ownMounts" $.root | fromJsonArray | concat (list $.root.Values.weights.mountPath)) -}}
+{{- $taken := include "expo.ownMounts" $.root | fromJsonArray | concat (list $.root.Values.weights.mountPath) -}}
+{{- if not $v.deltaImage.reference -}}{{- $taken = without $taken "/delta" -}}{{- end -}}
+{{- if has (trimSuffix "/" $mount.mountPath) $taken -}}
 {{- fail (printf "%s.extraVolumeMounts: %s is mounted by the chart; use another path" $.at $mount.mountPath) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* No two variants may be taken for each other: the map of all variants. */}}
+{{/* No two variants may be taken for each other: dict root, variants. */}}
 {{- define "expo.validateUnique" -}}
 {{- $names := dict -}}
 {{- $contents := dict -}}
-{{- range $name, $v := . -}}
-{{- $content := list $v.alpha $v.alphaRules $v.unmatched (include "expo.sourcesText" $v) $v.deltaImage.reference $v.image | toJson -}}
+{{- range $name, $v := .variants -}}
+{{- $image := include "expo.image" (dict "root" $.root "image" $v.image) -}}
+{{- $content := list $v.alpha $v.alphaRules $v.unmatched (include "expo.sourcesText" $v) $v.deltaImage.reference $image | toJson -}}
 {{- with get $contents $content -}}
 {{- fail (printf "variants.%s: has the same alpha, sources and image as variants.%s; use replicas for more pods of one" $name .) -}}
 {{- end -}}
@@ -232,7 +253,7 @@
 {{- fail (printf "variants.%s.servedModelNames: the first name %q is also that of variants.%s; give another" $name $v.modelName .) -}}
 {{- end -}}
 {{- $_ := set $names $v.modelName $name -}}
-{{- range $other, $w := $ -}}
+{{- range $other, $w := $.variants -}}
 {{- if and (ne $other $name) (eq $v.workloadName $w.objectName) -}}
 {{- fail (printf "variants.%s: its name is that of the LeaderWorkerSet of variants.%s; use another" $other $name) -}}
 {{- end -}}

@@ -25,8 +25,11 @@ Nothing in one variant depends on another, so that editing one leaves the others
 {{- if and (get $own $side) (not (get $own $other)) -}}
 {{- $_ := set $v $other "" -}}
 {{- $_ := set $v (printf "%sRevision" $other) "" -}}
+{{- if eq $other "delta" -}}{{- $_ := set $v "deltaImage" (dict "reference" "" "pullPolicy" "IfNotPresent") -}}{{- end -}}
 {{- end -}}
 {{- end -}}
+{{- /* Keys of one type of strategy are not allowed beside another type. */ -}}
+{{- with $own.strategy -}}{{- $_ := set $v "strategy" . -}}{{- end -}}
 {{- $_ := set $v "name" .name -}}
 {{- $_ := set $v "objectName" (printf "%s-%s" (include "expo.fullname" $root) .name) -}}
 {{- $_ := set $v "alpha" (include "expo.alphaText" (toString $own.alpha)) -}}
