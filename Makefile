@@ -77,4 +77,4 @@ lock: ## make the locks anew from requirements/*.in
 	requirements/lock.sh
 
 clean: ## remove the environment, the demo's models and what benchmarks left
-	rm -rf .venv .demo .bench .deploy build
+	rm -rf .venv .demo .bench .deploy deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
