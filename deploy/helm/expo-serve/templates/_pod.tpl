@@ -162,12 +162,8 @@ lifecycle:
 {{- if eq $v.device "cpu" }}
 - {name: VLLM_CPU_KVCACHE_SPACE, value: {{ int64 $v.memory.kvCacheGiB | quote }}}
 {{- end }}
-{{- with .root.Values.apiKey }}
-{{- if .existingSecret }}
-- name: VLLM_API_KEY
-  valueFrom:
-    secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}
-{{- end }}
+{{- with include "expo.apiKey" .root }}
+{{ . }}
 {{- end }}
 {{- if gt (int64 $v.nodes) 1 }}
 - name: VLLM_HOST_IP
@@ -176,5 +172,26 @@ lifecycle:
 {{- end }}
 {{- with $v.extraEnv }}
 {{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* The API key of the server and of who asks it, or nothing. */}}
+{{- define "expo.apiKey" -}}
+{{- with .Values.apiKey -}}
+{{- if .existingSecret -}}
+- name: VLLM_API_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Where a pod beside the servers may run: a map with the keys of a variant. */}}
+{{- define "expo.placement" -}}
+{{- range $key, $value := pick . "nodeSelector" "tolerations" "affinity" }}
+{{- if $value }}
+{{ $key }}:
+  {{- toYaml $value | nindent 2 }}
+{{- end }}
 {{- end }}
 {{- end }}
