@@ -18,15 +18,16 @@ from unittest import mock
 import torch
 
 from expo_serve.config import ExpoConfig
-from expo_serve.weights import extrapolate, job
-from expo_serve.weights.background import Background
-from expo_serve.weights.fused import _IR, _SIGNATURES, Fused, fused
-from expo_serve.weights.lazy import lazy_tensor
-from expo_serve.weights.native import compiled
-from expo_serve.weights.pair import Plan
-from expo_serve.weights.prepare import prepare
-from expo_serve.weights.reader import Reader
-from expo_serve.weights.tally import Tally
+from expo_serve.kernels.bf16 import _IR, _SIGNATURES, Fused, fused
+from expo_serve.kernels.native import compiled
+from expo_serve.load import fill as job
+from expo_serve.load import formula as extrapolate
+from expo_serve.load.background import Background
+from expo_serve.load.counts import Tally
+from expo_serve.load.lazy import lazy_tensor
+from expo_serve.load.reader import Reader
+from expo_serve.plan.pair import Plan
+from expo_serve.plan.prepare import prepare
 from loadtests.page_cache import warm
 from loadtests.pairs import pair_of
 from loadtests.results import ALPHA, parser, ratio_spread, save, shown, spread, table, turns

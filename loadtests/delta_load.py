@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_serve.config import ExpoConfig
-from expo_serve.weights.prepare import pin, prepare
+from expo_serve.plan.prepare import pin, prepare
 from loadtests.deltas import KINDS, Deltas, deltas_of
 from loadtests.loading import CONTENDERS, empty_model, load_once, weight_bytes
 from loadtests.machine import OthersAtWork

@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_serve.config import ExpoConfig
-from expo_serve.weights.background import Background
-from expo_serve.weights.lazy import lazy_tensor
-from expo_serve.weights.pair import Plan
-from expo_serve.weights.prepare import prepare
-from expo_serve.weights.reader import Reader
-from expo_serve.weights.staging import STAGE_BYTES, TURNS, CudaQueue, Stage, Stages
-from expo_serve.weights.tally import Tally
+from expo_serve.load.background import Background
+from expo_serve.load.counts import Tally
+from expo_serve.load.device import STAGE_BYTES, TURNS, CudaQueue, Stage, Stages
+from expo_serve.load.lazy import lazy_tensor
+from expo_serve.load.reader import Reader
+from expo_serve.plan.pair import Plan
+from expo_serve.plan.prepare import prepare
 from loadtests.machine import describe
 
 ALPHA = 0.5

@@ -18,6 +18,7 @@ PACKAGE = Path(expo_serve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
 UNKNOWN = "?"
+WEIGHT_ROOMS = {"checkpoint", "plan", "kernels", "load", "write"}
 
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -27,19 +28,40 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "report": {"__init__", "config"},
     "metrics": {"__init__", "config", "report"},
-    "weights": {"weights", "config", "errors"},
-    "cli": {"cli", "__init__", "config", "errors", "memory", "report", "weights"},
-    "vllm_plugin": {"vllm_plugin", "__init__", "config", "errors", "memory", "metrics", "report", "weights"},
+    "checkpoint": {"checkpoint", "config", "errors"},
+    "plan": {"plan", "checkpoint", "kernels", "load", "config", "errors"},
+    "kernels": {"kernels"},
+    "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
+    "write": {"write", "load", "plan", "checkpoint", "config", "errors"},
+    "cli": {"cli", "__init__", "config", "errors", "memory", "report", "write", "plan", "checkpoint"},
+    "vllm_plugin": {
+        "vllm_plugin",
+        "__init__",
+        "config",
+        "errors",
+        "memory",
+        "metrics",
+        "report",
+        "kernels",
+        "load",
+        "plan",
+        "checkpoint",
+    },
 }
 """Room or module of the package: what it may import of the package."""
 
+NOT_FOR_WEIGHTS = {"vllm", "logging", "prometheus_client", "transformers", "argparse"}
 FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "vllm", "os"},
     "config": {"torch", "vllm", "os", "huggingface_hub"},
     "report": {"torch", "vllm", "os"},
     "metrics": {"torch", "vllm", "os"},
     "memory": {"torch", "vllm"},
-    "weights": {"vllm", "logging", "prometheus_client", "transformers", "argparse"},
+    "checkpoint": {"torch", *NOT_FOR_WEIGHTS},
+    "plan": NOT_FOR_WEIGHTS,
+    "kernels": NOT_FOR_WEIGHTS,
+    "load": NOT_FOR_WEIGHTS,
+    "write": NOT_FOR_WEIGHTS,
     "cli": {"vllm", "transformers"},
     "__init__": {"vllm", "torch"},
     "__main__": {"vllm", "torch"},
@@ -112,7 +134,7 @@ def test_nothing_else_imports_the_plugin() -> None:
     assert {room(file) for file in FILES if "vllm_plugin" in rooms_imported(file)} == {"vllm_plugin"}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "weights"], ids=named)
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) in WEIGHT_ROOMS], ids=named)
 def test_weights_read_no_environment(file: Path) -> None:
     nodes = list(ast.walk(ast.parse(file.read_text())))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -149,7 +171,7 @@ def test_command_line_loads_neither_torch_nor_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "errors", "report", "metrics", "memory", "weights.source", "weights.prepare"]
+    "module", ["config", "errors", "report", "metrics", "memory", "checkpoint.source", "plan.prepare"]
 )
 def test_light_module_loads_neither_torch_nor_vllm(module: str) -> None:
     assert not _loaded_by(f"expo_serve.{module}") & {"torch", "vllm"}

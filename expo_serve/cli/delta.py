@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from expo_serve.checkpoint.folder import open_checkpoint
+from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.cli.options import normalise
 from expo_serve.cli.output import copy_side_files, new_folder, new_path, parse_size, progress
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError
-from expo_serve.weights.checkpoint import open_checkpoint
-from expo_serve.weights.deltas import Delta, open_delta
-from expo_serve.weights.deltas.packed import PackedDelta
-from expo_serve.weights.pair import Plan, PlannedTensor, plan_pair
-from expo_serve.weights.prepare import locate
-from expo_serve.weights.source import HubAccess, find_source
+from expo_serve.plan.delta import Delta, open_delta
+from expo_serve.plan.packed import PackedDelta
+from expo_serve.plan.pair import Plan, PlannedTensor, plan_pair
+from expo_serve.plan.prepare import locate
 
 _EPILOG = """\
   expo-serve delta create --base B --aligned A --out D      pack what takes B to A
@@ -92,7 +92,7 @@ def _create(given: argparse.Namespace) -> None:
     for name in plan.left_out:  # no model loads them; the checkpoint has them all the same
         plan.tensors[name] = PlannedTensor(aligned.tensors[name], None, 0.0)
     with new_folder(out, "delta create") as folder, progress("delta create", plan.weight_bytes) as advance:
-        from expo_serve.weights.deltas.packing import pack
+        from expo_serve.write.packed import pack
 
         copy_side_files(Path(aligned.source.path), folder)
         pack(plan, folder, advance)
@@ -112,7 +112,7 @@ def _verify(given: argparse.Namespace) -> None:
     if given.aligned:
         aligned = open_checkpoint("aligned", find_source("aligned", given.aligned, given.aligned_revision, hub))
     with progress("delta verify", plan.weight_bytes) as advance:
-        from expo_serve.weights.deltas.checking import check
+        from expo_serve.write.verify import check
 
         check(plan, aligned, advance)
     same = f", and decodes to {aligned.source.name}" if aligned else ""

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from expo_serve import memory
+from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
+from expo_serve.checkpoint.source import read_config
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, UsageError
+from expo_serve.plan.delta import Delta, open_delta
+from expo_serve.plan.pair import Plan, PlannedTensor, plan_pair
+from expo_serve.plan.prepare import locate
 from expo_serve.report import (
     InspectedMemory,
     InspectedSource,
@@ -18,11 +23,6 @@ from expo_serve.report import (
     Inspection,
     Refusal,
 )
-from expo_serve.weights.checkpoint import Checkpoint, open_checkpoint
-from expo_serve.weights.deltas import Delta, open_delta
-from expo_serve.weights.pair import Plan, PlannedTensor, plan_pair
-from expo_serve.weights.prepare import locate
-from expo_serve.weights.source import read_config
 
 _TOKENIZERS = (
     "tokenizer.json",

@@ -9,8 +9,8 @@ from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.output import Advance, copy_side_files, new_folder, new_path, parse_size, progress
 from expo_serve.cli.parser import Parser
 from expo_serve.errors import UsageError
-from expo_serve.weights.pair import Plan
-from expo_serve.weights.prepare import prepare
+from expo_serve.plan.pair import Plan
+from expo_serve.plan.prepare import prepare
 
 
 def run(arguments: list[str]) -> int:
@@ -44,7 +44,7 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, advance: Advanc
         ExpoError: a source cannot be read, or a value is not finite.
         OSError: the folder cannot be written to.
     """
-    from expo_serve.weights.saving import save
+    from expo_serve.write.merged import save
 
     copy_side_files(Path(plan.model.path), folder)
     if plan.tokenizer:

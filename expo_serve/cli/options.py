@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from expo_serve.checkpoint.source import HubAccess
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, parse_config, rules_from_flags
 from expo_serve.errors import ConfigError, UsageError
-from expo_serve.weights.source import HubAccess
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",

@@ -72,7 +72,7 @@ def _refuse_variables() -> None:
 
 
 def _resolve(options: Options, started: float) -> ExpoConfig:
-    from expo_serve.weights.prepare import pin, prepare
+    from expo_serve.plan.prepare import pin, prepare
 
     _check_vllm()
     plan = prepare(options.config, options.hub)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from expo_serve import memory
+from expo_serve.load.counts import Tally
+from expo_serve.plan.pair import Plan
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.written import made_late
-from expo_serve.weights.pair import Plan
-from expo_serve.weights.tally import Tally
+from expo_serve.vllm_plugin.unwritten import made_late
 
 
 @dataclass

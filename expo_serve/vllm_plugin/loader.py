@@ -16,28 +16,28 @@ from typing import Any
 
 import torch
 
+from expo_serve.checkpoint.source import HubAccess
+from expo_serve.checkpoint.storage import is_on_network
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
+from expo_serve.kernels.bf16 import fused
+from expo_serve.load.activity import Activity
+from expo_serve.load.background import Background, Run, run_now
+from expo_serve.load.counts import Tally
+from expo_serve.load.coverage import WriteTracker, unwatched
+from expo_serve.load.device import Stages
+from expo_serve.load.lazy import lazy_tensor
+from expo_serve.load.reader import Reader
+from expo_serve.load.threads import default_threads, start
+from expo_serve.plan.delta import kind_of
+from expo_serve.plan.pair import Plan
+from expo_serve.plan.prepare import prepare
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.account import LoadAccount
-from expo_serve.vllm_plugin.plain import check_config, with_model
+from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
 from expo_serve.vllm_plugin.progress import LoadProgress
-from expo_serve.vllm_plugin.written import check_written
-from expo_serve.weights.activity import Activity
-from expo_serve.weights.background import Background, Run, run_now
-from expo_serve.weights.coverage import WriteTracker, unwatched
-from expo_serve.weights.deltas import kind_of
-from expo_serve.weights.fused import fused
-from expo_serve.weights.lazy import lazy_tensor
-from expo_serve.weights.pair import Plan
-from expo_serve.weights.prepare import prepare
-from expo_serve.weights.reader import Reader
-from expo_serve.weights.source import HubAccess
-from expo_serve.weights.staging import Stages
-from expo_serve.weights.storage import is_on_network
-from expo_serve.weights.tally import Tally
-from expo_serve.weights.threads import default_threads, start
+from expo_serve.vllm_plugin.unwritten import check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"

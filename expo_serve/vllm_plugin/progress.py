@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from expo_serve.load.activity import Activity
 from expo_serve.vllm_plugin import compat
-from expo_serve.weights.activity import Activity
 
 logger = compat.init_logger("vllm.expo_serve.progress")
 

@@ -175,7 +175,7 @@ def test_nothing_is_left_when_the_disk_is_full(
 _STOPPED_WITHIN = """
 import os, signal, sys
 from expo_serve.cli import main
-from expo_serve.weights import saving
+from expo_serve.write import merged as saving
 saving._value = lambda *_: os.kill(os.getpid(), int(sys.argv[1]))
 sys.exit(main.main(["merge", *sys.argv[2:]]))
 """

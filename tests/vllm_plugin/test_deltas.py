@@ -12,8 +12,8 @@ import torch
 
 from expo_serve.cli import merge
 from expo_serve.config import ExpoConfig
+from expo_serve.plan.prepare import pin, prepare
 from expo_serve.report import LoadReport
-from expo_serve.weights.prepare import pin, prepare
 from tests.inprocess import state_of, vllm_model
 from tests.models import build_pair, read_tensors, reference_checkpoint
 from tests.models.deltas import KINDS, write_delta, write_lora

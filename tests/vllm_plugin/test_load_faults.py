@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from expo_serve.errors import CheckpointError
-from expo_serve.weights import sides
+from expo_serve.load import operands as sides
 from tests.inprocess import worker_config
 from tests.load_memory import measure_load
 from tests.models import build_pair

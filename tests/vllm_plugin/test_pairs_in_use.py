@@ -1,6 +1,6 @@
 """Pairs as people have them, bit for bit: expo against plain vLLM on the reference's checkpoint.
 
-``tests/weights/test_pair_in_use.py`` has what is refused and what is warned of; here is what loads.
+``tests/plan/test_pair_in_use.py`` has what is refused and what is warned of; here is what loads.
 """
 
 from __future__ import annotations

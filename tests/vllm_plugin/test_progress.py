@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from expo_serve.load.activity import Activity
 from expo_serve.vllm_plugin import progress as module
 from expo_serve.vllm_plugin.progress import LoadProgress
-from expo_serve.weights.activity import Activity
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""One checkpoint: its files, checked, and for each tensor where it lies. No data is read here."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from expo_serve.checkpoint.header import QUANTISED_DTYPES, Header, TensorRecord, read_header
+from expo_serve.checkpoint.source import INDEX_FILE, hub_repository, read_config, read_weight_map
+from expo_serve.config import Source
+from expo_serve.errors import CheckpointError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Where quantisers said what they did before config.json had a place for it, and some still do.
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint.
+
+    ``tensors`` maps each name to its record, in the order of the files and of the data in them.
+    """
+
+    side: str
+    source: Source
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorRecord]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(record.nbytes for record in self.tensors.values())
+
+
+def open_checkpoint(side: str, source: Source) -> Checkpoint:
+    """Read and check a checkpoint's config, index and headers.
+
+    Args:
+        side: ``base`` or ``aligned``, for messages.
+        source: where it lies; a fingerprint in it must be that of the files found.
+
+    Raises:
+        CheckpointError: anything is not as the format, the index or the fingerprint say.
+    """
+    config = read_config(side, source)
+    refuse_quantised(side, config, Path(source.path))
+    opened = open_files(side, source, tuple(_weight_files(side, Path(source.path))))
+    return Checkpoint(side, opened.source, config, opened.files, opened.tensors)
+
+
+@dataclass(frozen=True)
+class OpenedFiles:
+    """Checked safetensors files: ``source`` with their fingerprint, and what their headers say."""
+
+    source: Source
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorRecord]
+    metadata: dict[Path, dict[str, str]]
+
+
+def open_files(side: str, source: Source, files: tuple[Path, ...] = ()) -> OpenedFiles:
+    """Read and check the headers of a folder's safetensors files.
+
+    Args:
+        side: ``base``, ``aligned`` or ``delta``, for messages.
+        source: where they lie; a fingerprint in it must be that of the files found.
+        files: which ones; by default those that the index names, else every one.
+
+    Raises:
+        CheckpointError: anything is not as the format, the index or the fingerprint say.
+    """
+    folder = Path(source.path)
+    files = files or tuple(_weight_files(side, folder))
+    for file in files:
+        _check_inside(file, folder)
+    headers = {file: read_header(file) for file in files}
+    tensors = _join(side, headers)
+    _check_index(folder, tensors)
+    fingerprint = _fingerprint(headers)
+    if source.fingerprint not in ("", fingerprint):
+        raise CheckpointError(
+            f"{side}: {folder} has changed since the server was started: "
+            f"expected fingerprint {source.fingerprint}, found {fingerprint}"
+        )
+    source = source.model_copy(update={"fingerprint": fingerprint})
+    return OpenedFiles(source, files, tensors, {file: header.metadata for file, header in headers.items()})
+
+
+def refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
+    """Numbers of a quantised checkpoint cannot be extrapolated.
+
+    Raises:
+        CheckpointError: it is quantised, by its config or by a quantiser's own file.
+    """
+    method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
+    if method:
+        raise CheckpointError(
+            f"{side}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
+            "give the unquantised one, and quantise while loading with vLLM's --quantization"
+        )
+
+
+def _quantisation(config: dict[str, Any]) -> str | None:
+    """How the weights are quantised, by the config or one of its parts (``text_config`` and the like)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if settings := part.get("quantization_config") or part.get("compression_config"):
+            return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
+    return None
+
+
+def _weight_files(side: str, folder: Path) -> Iterator[Path]:
+    """The files that vLLM would read: those that the index names, else every safetensors file."""
+    index = folder / INDEX_FILE
+    if index.is_symlink() or index.exists():
+        _check_inside(index, folder)
+        for shard in sorted(set(read_weight_map(index).values())):
+            yield _present(folder / shard, index)
+        return
+    found = sorted(folder.glob("*.safetensors"))
+    # A publisher's own format may stand beside the Hugging Face one and repeat it under other names.
+    files = [file for file in found if not fnmatch(file.name, "consolidated*")] or found
+    if not files:
+        raise CheckpointError(f"{side}: {_nothing_to_read(folder)}")
+    yield from files
+
+
+def _nothing_to_read(folder: Path) -> str:
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run code and are never "
+            "opened; convert them to safetensors"
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds a GGUF file: quantised checkpoints cannot be extrapolated; give safetensors"
+    return f"{folder} holds no safetensors file"
+
+
+def _present(shard: Path, index: Path) -> Path:
+    if not shard.exists() and not shard.is_symlink():
+        raise CheckpointError(f"{index}: names {shard.name!r}, which is missing in {shard.parent}")
+    return shard
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """Regular files only, and links only to within the folder or the same hub repository's cache."""
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: link leads nowhere: {error}") from None
+    root = folder.resolve()
+    repository = hub_repository(root)
+    if not target.is_relative_to(repository[0] if repository else root):
+        raise CheckpointError(f"{file}: link leaves the checkpoint (to {target}); it was not opened")
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise CheckpointError(f"{file}: expected a regular file; it was not opened")
+
+
+def _join(side: str, headers: dict[Path, Header]) -> dict[str, TensorRecord]:
+    tensors: dict[str, TensorRecord] = {}
+    for file, header in headers.items():
+        for record in sorted(header.tensors.values(), key=lambda record: record.offset):
+            if record.name in tensors:
+                raise CheckpointError(
+                    f"{side}: tensor {record.name!r} lies in two files that are both read: "
+                    f"{tensors[record.name].file.name} and {file.name}"
+                )
+            if record.dtype in QUANTISED_DTYPES:
+                raise CheckpointError(
+                    f"{side}: tensor {record.name!r} in {file} is quantised ({record.dtype}); give the "
+                    "unquantised checkpoint, and quantise while loading with vLLM's --quantization"
+                )
+            tensors[record.name] = record
+    if not tensors:
+        raise CheckpointError(f"{side}: no tensor in {', '.join(str(file) for file in headers)}")
+    return tensors
+
+
+def _check_index(folder: Path, tensors: dict[str, TensorRecord]) -> None:
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return
+    for name, shard in read_weight_map(index).items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointError(f"{index}: says that tensor {name!r} lies in {shard!r}, but it does not")
+
+
+def _fingerprint(headers: dict[Path, Header]) -> str:
+    digests = "".join(f"{file.name}\0{header.digest}\n" for file, header in headers.items())
+    return sha256(digests.encode()).hexdigest()[:16]

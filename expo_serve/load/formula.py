@@ -1,0 +1,128 @@
+"""The formulas, and their one rounding.
+
+ExPO (arXiv 2404.16792): ``theta = theta_aligned + alpha * (theta_aligned - theta_base)``, which is
+``lerp(theta_base, theta_aligned, 1 + alpha)``. It is computed on fp32 values (fp64 where an operand
+is fp64) and rounded once, to the dtype of the aligned tensor. At alpha 0 the bits of the aligned
+tensor are copied, at alpha -1 those of the base tensor: lerp alone would flip the sign of -0.0 there
+and could overflow on the way.
+
+With a delta in place of the aligned tensor it is ``theta = theta_base + (1 + alpha) * delta``, one fused
+multiplication and addition on fp32 values, rounded once to the dtype of the tensor that it replaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from expo_serve.kernels.bf16 import fused
+from expo_serve.plan.pair import Side
+
+
+class NotFiniteError(ArithmeticError):
+    """A piece of the result, or an operand of it, holds NaN or Inf. Args: the operand's side, or ``result``."""
+
+
+def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float) -> None:
+    """Write the result into ``dest``. Gradients must be off.
+
+    Args:
+        dest: any device, dtype and strides. When its dtype is not ``dtype``, the rounded result is cast to it, as a
+            checkpoint's tensor would be.
+        operands: the sides that :func:`~expo_serve.plan.pair.sides_used` names, of the shape of ``dest``.
+        dtype: what the result is rounded to.
+        alpha: finite.
+
+    Raises:
+        NotFiniteError: a value of an operand, or of the result, is NaN or Inf.
+    """
+    if dest.dtype == torch.bfloat16 and len(operands) == 2 and _combined_at_once(dest, operands, dtype, 1 + alpha):
+        return
+    _check_finite(combine_unchecked(dest, operands, dtype, alpha), operands)
+
+
+def combine_unchecked(
+    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float
+) -> torch.Tensor:
+    """Write the result into ``dest`` whatever it is; see :func:`combine_into`.
+
+    Returns:
+        The result before it was cast to the dtype of ``dest``: what must be finite.
+    """
+    base, aligned, delta = operands.get("base"), operands.get("aligned"), operands.get("delta")
+    if base is not None and delta is not None:
+        value = _step(base, delta, 1 + alpha).to(dtype)
+    elif base is None or aligned is None:
+        value = next(iter(operands.values())).to(dtype)
+    elif base.dtype == aligned.dtype == dest.dtype == dtype:
+        # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
+        return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
+    else:
+        wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
+        value = torch.lerp(base.to(wide), aligned.to(wide), 1 + alpha).to(dtype)
+    dest.copy_(value)
+    return value
+
+
+_STEP_VALUES = 1 << 14
+"""At a time, so that what is computed on the way stays in the cache."""
+
+
+def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
+    """``base + weight * delta`` with one rounding to fp32.
+
+    torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values
+    is exact, and the sum is rounded to odd, so that rounding it again gives what a fused operation gives (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    if torch.float64 in (base.dtype, delta.dtype):
+        return base.double() + delta.double() * weight
+    result = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    parts = (torch.split(side.reshape(-1), _STEP_VALUES) for side in (base, delta, result))
+    for one, step, out in zip(*parts, strict=True):
+        out.copy_(_fused_step(one, step, weight))
+    return result
+
+
+def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
+    wide = base.double()
+    product = delta.double() * torch.tensor(weight, dtype=torch.float32).item()
+    total = wide + product
+    added = total - wide
+    lost = (wide - (total - added)) + (product - added)
+    is_even = total.view(torch.int64) & 1 == 0
+    towards = torch.copysign(torch.full_like(lost, torch.inf), lost)
+    return torch.where((lost != 0) & is_even, torch.nextafter(total, towards), total).float()
+
+
+def _combined_at_once(
+    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, weight: float
+) -> bool:
+    """Combine and check in one pass where that is possible and all is finite."""
+    tensors = (dest, *operands.values())
+    if dtype != dest.dtype or any(tensor.dtype != dtype for tensor in tensors) or not _are_plain(*tensors):
+        return False
+    loops = fused()
+    if loops is None:
+        return False
+    if "delta" in operands:
+        return loops.add(operands["base"], operands["delta"], dest, weight)
+    return loops.combine(operands["base"], operands["aligned"], dest, weight)
+
+
+def _are_plain(*tensors: torch.Tensor) -> bool:
+    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+
+
+def _check_finite(value: torch.Tensor, operands: Mapping[Side, torch.Tensor]) -> None:
+    """A finite sum proves finite terms at a fraction of the price of looking at each; a sum that is
+    not finite proves nothing (it may have overflowed), so then each is looked at."""
+    if not value.is_floating_point() or math.isfinite(value.sum().item()):
+        return
+    for side, operand in operands.items():
+        if not operand.isfinite().all():
+            raise NotFiniteError(side)
+    if not value.isfinite().all():
+        raise NotFiniteError("result")

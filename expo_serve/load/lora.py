@@ -1,0 +1,171 @@
+"""How the elements of a tensor with a low-rank step come out of files: base is read, the step is computed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.errors import ValuesError
+from expo_serve.kernels.low_rank import Factors, low_rank
+from expo_serve.load.operands import Memory
+from expo_serve.load.read_ahead import FileRange
+from expo_serve.load.reader import PIECE_BYTES, Reader
+from expo_serve.load.selection import Elements, cut
+from expo_serve.plan.lora_plan import LoraModule, LowRankChange
+from expo_serve.plan.pair import Side
+
+_FLOAT_BYTES = 4
+_BOX_VALUES = 1 << 21
+"""Of the product at a time, where elements lie apart: what lies between them is computed too."""
+
+
+class LowRankSides:
+    """Base, and ``s * B A`` for just the rows and columns that are wanted. See
+    :class:`~expo_serve.load.operands.Sides`.
+
+    The factors are read when the first element is wanted, and go when the tensor is done.
+    """
+
+    def __init__(self, change: LowRankChange, reader: Reader) -> None:
+        self._change, self._reader = change, reader
+        self._base = change.base
+        self._columns = _columns(change)
+        self._factors: Factors | None = None
+        self._lock = threading.Lock()
+        start = change.start
+        self._start_bytes = DTYPE_BYTES[start.dtype] if start else 0
+        self._unread = sum(record.nbytes for record in change.records) - (start.nbytes if start else 0)
+
+    @property
+    def grain(self) -> int:
+        """A row."""
+        return self._columns
+
+    @property
+    def widest(self) -> int:
+        """Steps are fp32."""
+        return max(_FLOAT_BYTES, DTYPE_BYTES[self._base.dtype])
+
+    def ranges(self, elements: Elements) -> list[FileRange]:
+        """Those of base: factors are small."""
+        return [self._reader.range_of("base", self._base, elements)] if elements.is_contiguous else []
+
+    def read_bytes(self, elements: Elements) -> Mapping[str, int]:
+        """Base's elements; and the factors, once."""
+        with self._lock:
+            unread, self._unread = self._unread, 0
+        stored = elements.stored
+        return {"base": stored * DTYPE_BYTES[self._base.dtype], "delta": unread + stored * self._start_bytes}
+
+    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+        """The elements of base in their dtype, and their steps in fp32."""
+        size = elements.numel * DTYPE_BYTES[self._base.dtype]
+        base = self._reader.read_into(self._base, elements, memory("base", size))
+        values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
+        self._compute(elements, values)
+        if start := self._change.start:
+            values += self._reader.read(start, elements, "start").float() - base.float()
+        return {"base": base, "delta": values}
+
+    def _compute(self, elements: Elements, values: torch.Tensor) -> None:
+        """The product around some elements, and they out of it; in parts where that would be much."""
+        box = _Box.around(elements, self._columns)
+        if box.size > _BOX_VALUES and max(elements.shape, default=1) > 1:
+            dim = elements.outer_dim()
+            half = elements.shape[dim] // 2
+            for start, length in ((0, half), (half, elements.shape[dim] - half)):
+                self._compute(elements.narrow(dim, start, length), values.narrow(dim, start, length))
+            return
+        steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
+        self._read_factors().product(box.rows, box.columns, steps)
+        values.copy_(box.pick(steps, elements))
+
+    def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
+        """Read base onto its place and add the step there, some whole rows at a time."""
+        columns = self._columns
+        if self._base.dtype != "BF16" or self._change.start or elements.offset % columns or not low_rank():
+            return 0
+        factors = self._read_factors()
+        first = elements.offset // columns
+        rows = range(first, first + elements.numel // columns)
+        there = self._reader.range_of("base", self._base, elements)
+        with self._reader.activity.during(there.path):
+            done = factors.stream(there.descriptor, there.offset, rows, dest, 1 + alpha) * columns
+        self._reader.activity.add_bytes(done * dest.element_size())
+        return done
+
+    def _read_factors(self) -> Factors:
+        with self._lock:
+            if self._factors is None:
+                self._factors = _join([self._module(module) for module in self._change.modules])
+            return self._factors
+
+    def _module(self, module: LoraModule) -> Factors:
+        a, b = self._matrix(module.a), self._matrix(module.b)
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], b.shape[1])
+        if module.orientation(self._base.shape):
+            return Factors(a.t().contiguous(), b.t().contiguous(), module.scale)
+        return Factors(b.contiguous(), a.contiguous(), module.scale)
+
+    def _matrix(self, record: TensorRecord) -> torch.Tensor:
+        whole = Elements.of(self._reader.whole(record))
+        values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
+        for out, piece in cut(values, whole, PIECE_BYTES // DTYPE_BYTES[record.dtype]):
+            out.copy_(self._reader.read(record, piece, "factor"))
+        # A finite sum proves finite terms, at a fraction of the price of looking at each.
+        if not math.isfinite(values.sum().item()) and not values.isfinite().all():
+            raise ValuesError(f"tensor {record.name!r} in {record.file} holds NaN or Inf; the adapter is damaged")
+        return values
+
+
+def _columns(change: LowRankChange) -> int:
+    rows = change.base.shape[0]
+    return change.base.numel // rows if rows else 1
+
+
+def _join(parts: list[Factors]) -> Factors:
+    """One product for all modules that share a tensor: the ranks side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    left = torch.cat([part.left * part.scale for part in parts], dim=1)
+    return Factors(left, torch.cat([part.right for part in parts], dim=0), 1.0)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The smallest part of a matrix, rows by columns, that holds some elements."""
+
+    rows: range
+    columns: range
+    width: int
+    """Of the matrix."""
+
+    @property
+    def size(self) -> int:
+        """Values in it."""
+        return len(self.rows) * len(self.columns)
+
+    @staticmethod
+    def around(elements: Elements, width: int) -> _Box:
+        """Where no step along a dimension crosses from one row's end into the next row, the columns are few."""
+        if not elements.numel:
+            return _Box(range(0), range(0), width)
+        start, last = elements.offset, elements.end - 1
+        across = start % width + sum(
+            (size - 1) * (stride % width) for size, stride in zip(elements.shape, elements.stride, strict=True)
+        )
+        rows = range(start // width, last // width + 1)
+        return _Box(rows, range(start % width, across + 1) if across < width else range(width), width)
+
+    def pick(self, values: torch.Tensor, elements: Elements) -> torch.Tensor:
+        """The elements, out of the box's values."""
+        columns = len(self.columns)
+        if columns == self.width:
+            return values.as_strided(elements.shape, elements.stride, elements.offset - self.rows.start * self.width)
+        strides = [stride // self.width * columns + stride % self.width for stride in elements.stride]
+        return values.as_strided(elements.shape, strides, 0)

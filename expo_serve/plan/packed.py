@@ -1,0 +1,167 @@
+"""The packed delta, opened and planned: the result is that of the pair, bit for bit, at every alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from expo_serve.checkpoint.folder import Checkpoint, open_files
+from expo_serve.checkpoint.header import DTYPE_BYTES, FLOAT_DTYPES, TensorRecord, read_header
+from expo_serve.checkpoint.source import read_config
+from expo_serve.config import ExpoConfig, Source
+from expo_serve.errors import CheckpointError, PairError
+from expo_serve.plan.names import is_foreign_head
+from expo_serve.plan.pair import Plan, PlannedTensor, Side, check_rules, value_head_warning
+from expo_serve.plan.refusals import refuse_architectures
+
+VERSION_KEY = "expo_delta"
+"""Of a file's metadata."""
+TABLE_BYTES = 32
+"""Of one block's entry in a table: :mod:`.packed_format` says what stands there, and is imported when it must."""
+
+
+@dataclass(frozen=True)
+class PackedDelta:
+    """A checked packed delta."""
+
+    source: Source
+    config: dict[str, Any]
+    """The aligned checkpoint's config.json."""
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorRecord]
+    """The packed bytes, by the aligned tensors' names."""
+    described: dict[str, Any]
+    """What the metadata says of each (:class:`~expo_serve.plan.packed_format.PackedTensor`)."""
+    block: int
+    base_name: str
+    """What it was made against."""
+    kind: ClassVar[str] = "packed"
+    side: ClassVar[str] = "delta"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is packed."""
+        return sum(record.nbytes for record in self.tensors.values())
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """See :class:`~expo_serve.plan.delta.Kind`."""
+        return any(_says_packed(file) for file in sorted(folder.glob("*.safetensors"))[:1])
+
+    @classmethod
+    def compile(cls) -> None:
+        """See :class:`~expo_serve.plan.delta.Kind`."""
+        from expo_serve.kernels.sparse import extrapolating
+
+        extrapolating()
+
+    @classmethod
+    def open(cls, source: Source) -> PackedDelta:
+        """See :class:`~expo_serve.plan.delta.Kind`."""
+        from expo_serve.plan.packed_format import read_info
+
+        opened = open_files("delta", source)
+        config = read_config("delta", source)
+        infos = []
+        for file, metadata in opened.metadata.items():
+            records = {name: record for name, record in opened.tensors.items() if record.file == file}
+            infos.append(read_info(metadata, records, str(file)))
+        if any(info.files != len(infos) or info.block != infos[0].block for info in infos):
+            raise CheckpointError(
+                f"delta: {source.path} holds {len(infos)} files of a packed delta of {infos[0].files}; copy all "
+                f"of it again"
+            )
+        described = {name: tensor for info in infos for name, tensor in info.tensors.items()}
+        return cls(opened.source, config, opened.files, opened.tensors, described, infos[0].block, infos[0].base_name)
+
+    def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
+        """See :class:`~expo_serve.plan.delta.Delta`."""
+        plan = self.plan_all(base, config)
+        left_out = tuple(name for name in plan.tensors if is_foreign_head(name, self.config))
+        tensors = {name: tensor for name, tensor in plan.tensors.items() if name not in left_out}
+        warnings = (value_head_warning(left_out),) if left_out else ()
+        return Plan(base, self, self.source, tensors, plan.copied_unmatched, plan.ignored_base, left_out, warnings)
+
+    def plan_all(self, base: Checkpoint, config: ExpoConfig) -> Plan:
+        """A plan with every tensor of the aligned checkpoint, also those that no model loads.
+
+        Raises:
+            PairError, UsageError: see :class:`~expo_serve.plan.delta.Delta`.
+        """
+        refuse_architectures(base, Checkpoint("delta", self.source, self.config, self.files, self.tensors))
+        self._refuse_other_base(base)
+        check_rules(config, self.tensors)
+        tensors = {name: self._planned(name, base, config) for name in self.tensors}
+        used = {tensor.base[0] for tensor in self.described.values() if tensor.base}
+        alone = (name for name, tensor in self.described.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES)
+        ignored = tuple(name for name, record in base.tensors.items() if name not in used and record.is_float)
+        return Plan(base, self, self.source, tensors, tuple(alone), ignored, (), ())
+
+    def _planned(self, name: str, base: Checkpoint, config: ExpoConfig) -> PlannedTensor:
+        tensor, record = self.described[name], self.tensors[name]
+        partner = base.tensors[tensor.base[0]] if tensor.base else None
+        result = TensorRecord(name, record.file, record.offset, tensor.dtype, tensor.shape)
+        change = PackedChange(record, tensor, self.block, partner, self.base_name)
+        extrapolated = partner if tensor.extrapolated else None
+        return PlannedTensor(result, extrapolated, config.alpha_for(name), "delta", change)
+
+    def _refuse_other_base(self, base: Checkpoint) -> None:
+        if wrong := list(self._differences(base)):
+            raise PairError(
+                f"{base.source.name} is not the base that {self.source.name} was made against ({self.base_name}): "
+                f"{len(wrong)} of {len(self.tensors)} tensors differ, the first {wrong[0].split(':')[0]}; give "
+                f"that base",
+                wrong,
+            )
+
+    def _differences(self, base: Checkpoint) -> Iterator[str]:
+        for tensor in self.described.values():
+            if tensor.base is None:
+                continue
+            name, dtype, shape = tensor.base
+            record = base.tensors.get(name)
+            if record is None:
+                yield f"{name}: expected {dtype} {list(shape)}, base has no such tensor"
+            elif (record.dtype, record.shape) != (dtype, shape):
+                yield f"{name}: expected {dtype} {list(shape)}, found {record.dtype} {list(record.shape)}"
+
+
+def _says_packed(file: Path) -> bool:
+    try:
+        return VERSION_KEY in read_header(file).metadata
+    except CheckpointError:
+        return False
+
+
+@dataclass(frozen=True)
+class PackedChange:
+    """One tensor's packed bytes: a :class:`~expo_serve.plan.pair.Change` that decodes to aligned."""
+
+    record: TensorRecord
+    tensor: Any
+    """Its :class:`~expo_serve.plan.packed_format.PackedTensor`."""
+    block: int
+    base: TensorRecord | None
+    """What its values are predicted from."""
+    base_name: str
+    is_computed: ClassVar[bool] = False
+    other: ClassVar[Side] = "aligned"
+
+    @property
+    def records(self) -> tuple[TensorRecord, ...]:
+        """See :class:`~expo_serve.plan.pair.Change`."""
+        return (self.record,)
+
+    def read_bytes(self, alpha: float) -> dict[str, int]:
+        """See :class:`~expo_serve.plan.pair.Change`. Base is read at every alpha: values are predicted from it."""
+        base = self.tensor.shared * DTYPE_BYTES[self.base.dtype] if self.base else 0
+        table = TABLE_BYTES * self.tensor.count(self.block)
+        return {"base": base, "delta": table if alpha == -1 and self.base else self.record.nbytes}
+
+    def sides(self, planned: PlannedTensor, reader: Any, used: tuple[Side, ...]) -> Any:
+        """See :class:`~expo_serve.plan.pair.Change`."""
+        from expo_serve.load.packed import PackedSides
+
+        return PackedSides(self, reader, used)

@@ -1,0 +1,79 @@
+"""Under plain vLLM: which side the model is, and whether its config is the result's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expo_serve.checkpoint.source import HubAccess, find_source
+from expo_serve.config import ExpoConfig
+from expo_serve.errors import ConfigError
+from expo_serve.plan.delta import kind_of
+from expo_serve.plan.packed import PackedDelta
+from expo_serve.plan.pair import Plan
+
+_EXTRA = "--model-loader-extra-config"
+# They say where a config comes from, or what vLLM is told otherwise.
+_NO_MATTER = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+
+
+def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoConfig:
+    """The configuration with the model as one of its sides: base where a delta is given, else aligned or a packed
+    delta.
+
+    Raises:
+        ConfigError: that side is given too, and is another one.
+        SourceError: the model cannot be found.
+    """
+    model, revision = model_config.model, model_config.revision
+    if config.delta is not None:
+        _check_same("base", config.base, model)
+        return config.model_copy(update={"base": model, "base_revision": config.base_revision or revision})
+    _check_same("aligned", config.aligned, model)
+    revision = config.aligned_revision or revision
+    if kind_of(Path(find_source("aligned", model, revision, hub).path)) is PackedDelta:
+        return config.model_copy(
+            update={"delta": model, "delta_revision": revision, "aligned": None, "aligned_revision": None}
+        )
+    return config.model_copy(update={"aligned": model, "aligned_revision": revision})
+
+
+def _check_same(side: str, given: str | None, model: str) -> None:
+    if given not in (None, model):
+        raise ConfigError(
+            f"{_EXTRA}: {side} is the model itself ({model!r}); leave the key out or give the same, found {given!r}"
+        )
+
+
+def check_config(plan: Plan, model_config: Any) -> None:
+    """Refuse a model whose config is not the result's; the command sets it, plain vLLM was given it.
+
+    Raises:
+        ConfigError: it names the other way.
+    """
+    if isinstance(plan.other, PackedDelta) and not _is_at(model_config.model, plan):
+        theirs, ours = plan.base.config, plan.other.config
+        if differing := sorted(key for key in {*theirs, *ours} - _NO_MATTER if theirs.get(key) != ours.get(key)):
+            raise ConfigError(
+                f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's "
+                'folder as the model and {"base": ..., "alpha": ...} here'
+            )
+    for key, wanted in _flat(plan.overrides).items():
+        found = getattr(model_config.hf_text_config, key, getattr(model_config.hf_config, key, None))
+        if found != wanted:
+            raise ConfigError(
+                f"{_EXTRA}: with this delta the model's config must say {key} {wanted}, found {found}: give "
+                f"--hf-overrides '{{\"{key}\": {str(wanted).lower()}}}', or use expo-serve --base ... --delta ..."
+            )
+
+
+def _is_at(model: str, plan: Plan) -> bool:
+    """Whether the model that vLLM was given is the delta."""
+    is_named = plan.model.revision is not None and model == plan.model.name
+    return is_named or Path(model).resolve() == Path(plan.model.path)
+
+
+def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    nested = [value for value in overrides.values() if isinstance(value, dict)]
+    return {key: value for part in (overrides, *nested) for key, value in part.items() if not isinstance(value, dict)}

@@ -1,0 +1,1 @@
+"""Checkpoints and packed deltas written to disk, and packed deltas verified."""

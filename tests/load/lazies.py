@@ -1,0 +1,58 @@
+"""Lazy tensors over small files, beside the plain tensors that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expo_serve.checkpoint.folder import open_checkpoint
+from expo_serve.config import ExpoConfig, Source
+from expo_serve.load.background import Run, run_now
+from expo_serve.load.counts import Tally
+from expo_serve.load.lazy import LazyTensor, lazy_tensor
+from expo_serve.load.reader import Reader
+from expo_serve.plan.pair import Plan, plan_pair
+from tests.models.raw import write_raw
+from tests.models.reference import extrapolate
+
+NAME = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """One planned tensor: lazily, and as it must come out."""
+
+    lazy: LazyTensor
+    expected: torch.Tensor
+    tally: Tally
+
+
+class Lazies:
+    """Makes lazy tensors whose operands lie in files of ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made = 0
+
+    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5, run: Run = run_now) -> Case:
+        """A tensor of these two sides; more rows on the aligned side are a grown vocabulary."""
+        plan = self.plan({NAME: base}, {NAME: aligned}, alpha)
+        tally = Tally()
+        lazy = lazy_tensor(plan.tensors[NAME], Reader(), tally, run)
+        return Case(lazy, extrapolate(base, aligned, alpha), tally)
+
+    def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:
+        """The plan of two sets of tensors."""
+        self._made += 1
+        sides = []
+        for side, tensors in (("base", base), ("aligned", aligned)):
+            folder = write_raw(self._folder / str(self._made) / side, tensors)
+            sides.append(open_checkpoint(side, Source(name=side, path=str(folder))))
+        return plan_pair(sides[0], sides[1], ExpoConfig(base="b", alpha=alpha))
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

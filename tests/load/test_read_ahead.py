@@ -1,0 +1,168 @@
+"""Cold ranges are read in order before anybody is told, and whoever waits is told whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from expo_serve.load.activity import Activity
+from expo_serve.load.read_ahead import CHUNK_BYTES, FileRange, ReadAhead
+
+MEGABYTE = 1 << 20
+PATH = Path("model.safetensors")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """Five megabytes; a descriptor."""
+    (tmp_path / "data").write_bytes(bytes(5 * MEGABYTE))
+    descriptor = os.open(tmp_path / "data", os.O_RDWR)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def ahead() -> Iterator[ReadAhead]:
+    made = ReadAhead(Activity())
+    yield made
+    made.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("expo-ahead"):
+            thread.join(10)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Offset and length of the reads; everything is cold."""
+    found: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def noted(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        found.append((offset, len(buffers[0])))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    return found
+
+
+def waited(ahead: ReadAhead, *ranges: FileRange) -> None:
+    done = threading.Event()
+    ahead.bring(ranges, done.set)
+    assert done.wait(10)
+
+
+def test_a_cold_file_is_known_by_its_last_page_and_becomes_warm(file: int, ahead: ReadAhead) -> None:
+    whole = FileRange("base", PATH, file, 0, 5 * MEGABYTE)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert not whole.is_cached()
+    waited(ahead, whole)
+    assert whole.is_cached()
+
+
+def test_what_is_cached_is_not_read_again_and_needs_no_thread(file: int, ahead: ReadAhead) -> None:
+    here: list[int] = []
+    ahead.bring([FileRange("base", PATH, file, 3, MEGABYTE)], lambda: here.append(threading.get_ident()))
+    assert here == [threading.get_ident()]
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo-ahead")] == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "no"), OSError(errno.EINVAL, "no")])
+def test_where_the_system_cannot_say_nothing_is_read_ahead(
+    file: int, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert FileRange("base", PATH, file, 0, MEGABYTE).is_cached()
+
+
+def test_each_side_is_read_in_order_by_chunks(file: int, ahead: ReadAhead, reads: list[tuple[int, int]]) -> None:
+    waited(ahead, FileRange("base", PATH, file, 10, 2 * MEGABYTE + 7), FileRange("base", PATH, file, 3 * MEGABYTE, 100))
+    assert reads == [
+        (10, CHUNK_BYTES),
+        (10 + CHUNK_BYTES, CHUNK_BYTES),
+        (10 + 2 * CHUNK_BYTES, 7),
+        (3 * MEGABYTE, 100),
+    ]
+
+
+def test_both_sides_go_at_once_and_the_later_one_tells(
+    file: int, ahead: ReadAhead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=10)
+    told: list[str] = []
+
+    def meet(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        both.wait()
+        time.sleep(0.05 if offset else 0)
+        told.append(threading.current_thread().name)
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", meet)
+    done = threading.Event()
+    ahead.bring([FileRange("base", PATH, file, 0, 9), FileRange("aligned", PATH, file, 9, 9)], done.set)
+    assert done.wait(10)
+    assert told == ["expo-ahead-base", "expo-ahead-aligned"]
+
+
+def failing_with(error: Exception) -> Callable[..., int]:
+    def fail(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        raise BlockingIOError if flags else error
+
+    return fail
+
+
+def test_a_read_that_fails_is_left_to_whoever_needs_it(
+    file: int, ahead: ReadAhead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "preadv", failing_with(OSError(errno.EIO, "no")))
+    waited(ahead, FileRange("base", PATH, file, 0, 2 * MEGABYTE))
+    waited(ahead, FileRange("base", PATH, file, 0, 2 * MEGABYTE))
+
+
+def test_a_file_that_ends_early_is_no_endless_loop(file: int, ahead: ReadAhead, reads: list[tuple[int, int]]) -> None:
+    waited(ahead, FileRange("base", PATH, file, 4 * MEGABYTE, 50 * MEGABYTE))
+    assert len(reads) == 2
+
+
+def test_its_threads_end_with_it(file: int, reads: list[tuple[int, int]]) -> None:
+    ahead = ReadAhead(Activity())
+    waited(ahead, FileRange("base", PATH, file, 0, MEGABYTE), FileRange("aligned", PATH, file, 0, MEGABYTE))
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("expo-ahead")]
+    assert len(threads) == 2
+    ahead.close()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_read_that_hangs_can_be_seen(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, activity = threading.Event(), Activity()
+
+    def hang(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        go_on.wait(10)
+        return 0
+
+    monkeypatch.setattr(os, "preadv", hang)
+    ahead, done = ReadAhead(activity), threading.Event()
+    ahead.bring([FileRange("base", PATH, file, 0, 9)], done.set)
+    while not (slowest := activity.slowest()):
+        time.sleep(0.01)
+    assert slowest[0] == (PATH,)
+    go_on.set()
+    assert done.wait(10)
+    ahead.close()
