@@ -26,7 +26,7 @@ from expo_serve.load.background import Background
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from loadtests.page_cache import warm
 from loadtests.pairs import pair_of

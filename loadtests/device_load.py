@@ -32,7 +32,7 @@ from expo_serve.load.counts import Tally
 from expo_serve.load.device import STAGE_BYTES, TURNS, CudaQueue, Stage, Stages
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from loadtests.machine import describe
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.conformance.families import FAMILIES
 
 PACKAGE = Path(expo_serve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 300
+MAX_LINES = 500
 UNKNOWN = "?"
 WEIGHT_ROOMS = {"checkpoint", "plan", "kernels", "load", "write"}
 
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"__init__", "config"},
     "metrics": {"__init__", "config", "report"},
     "checkpoint": {"checkpoint", "config", "errors"},
-    "plan": {"plan", "checkpoint", "kernels", "load", "config", "errors"},
+    "plan": {"plan", "checkpoint", "config", "errors"},
     "kernels": {"kernels"},
     "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
     "write": {"write", "load", "plan", "checkpoint", "config", "errors"},
@@ -42,7 +43,6 @@ ALLOWED: dict[str, set[str]] = {
         "memory",
         "metrics",
         "report",
-        "kernels",
         "load",
         "plan",
         "checkpoint",
@@ -153,7 +153,36 @@ def test_no_model_family_is_named() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=named)
 def test_file_is_short_enough_to_read(file: Path) -> None:
-    assert len(file.read_text().splitlines()) < MAX_LINES
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+def module_name(file: Path) -> str:
+    """A file's name as a module; a package's ``__init__`` is the package."""
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_imported(file: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for name in imports(ast.parse(file.read_text())):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {"", module_name(file)}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    modules = {module_name(file) for file in FILES}
+    graph = {module_name(file): modules_imported(file, modules) for file in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_circle_of_imports_would_be_found(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def late():\n    import expo_serve.load.lazy\n")
+    found = set(imports(ast.parse((tmp_path / "one.py").read_text())))
+    graph = {"expo_serve.load.lazy": {"expo_serve.load.fill"}, "expo_serve.load.fill": found}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 def _loaded_by(*modules: str) -> set[str]:

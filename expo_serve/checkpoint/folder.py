@@ -10,7 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from expo_serve.checkpoint.header import QUANTISED_DTYPES, Header, TensorRecord, read_header
+from expo_serve.checkpoint.header import Header, read_header
+from expo_serve.checkpoint.records import QUANTISED_DTYPES, TensorRecord
 from expo_serve.checkpoint.source import INDEX_FILE, hub_repository, read_config, read_weight_map
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError

@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from expo_serve.checkpoint.records import DTYPES, TensorRecord
 from expo_serve.errors import CheckpointError
 
 MAX_HEADER_BYTES = 64 * 2**20
@@ -25,41 +26,6 @@ MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 64  # torch's own limit; a product of millions of sizes would take hours
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
-
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-}  # fmt: skip
-"""Bytes of one element, by the format's own dtype names."""
-FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
-QUANTISED_DTYPES = frozenset(name for name in DTYPE_BYTES if name.startswith("F8"))
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """Where one tensor lies: file, absolute byte offset, dtype (the format's name) and shape."""
-
-    name: str
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * DTYPE_BYTES[self.dtype]
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the values can be extrapolated."""
-        return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +128,7 @@ def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
         raise CheckpointError(f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")

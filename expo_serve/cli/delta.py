@@ -14,7 +14,8 @@ from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError
 from expo_serve.plan.delta import Delta, open_delta
 from expo_serve.plan.packed import PackedDelta
-from expo_serve.plan.pair import Plan, PlannedTensor, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
 
 _EPILOG = """\

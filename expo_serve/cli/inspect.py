@@ -14,7 +14,8 @@ from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.plan.delta import Delta, open_delta
-from expo_serve.plan.pair import Plan, PlannedTensor, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
 from expo_serve.report import (
     InspectedMemory,

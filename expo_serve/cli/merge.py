@@ -9,7 +9,7 @@ from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.output import Advance, copy_side_files, new_folder, new_path, parse_size, progress
 from expo_serve.cli.parser import Parser
 from expo_serve.errors import UsageError
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 
 

@@ -18,6 +18,8 @@ from expo_serve.plan.packed_format import CHANGES, RAW, SAME, SHUFFLED
 LEVEL = 1
 """Higher ones gain nothing: 3.28% of the demo's checkpoint at level 1, 3.33 at level 9."""
 Values = npt.NDArray[Any]
+TABLE = np.dtype([("base", "<u8"), ("bytes", "<u8"), ("coding", "<u4"), ("parts", "<u4", 3)])
+"""An entry of a tensor's table, as :data:`~expo_serve.plan.packed_format.TABLE_ENTRY` describes it."""
 _local = threading.local()
 
 

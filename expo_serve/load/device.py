@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from expo_serve.checkpoint.records import Operand
 from expo_serve.errors import ExpoError, LoadError
 from expo_serve.load.fill import Job
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
@@ -21,7 +22,6 @@ from expo_serve.load.operands import Memory
 from expo_serve.load.reader import PIECE_BYTES, Buffer
 from expo_serve.load.selection import Elements, cut
 from expo_serve.load.threads import Workers, default_threads
-from expo_serve.plan.pair import Side
 
 STAGE_BYTES = 8 << 20
 """Of each side, in each turn. A copy of 8 MB takes the link far longer than it takes to start."""
@@ -203,7 +203,7 @@ class Stage:
                 self._failure = self._failure or error
                 raise
 
-    def _read(self, turn: _Turn, piece: Elements, job: Job) -> dict[Side, torch.Tensor]:
+    def _read(self, turn: _Turn, piece: Elements, job: Job) -> dict[Operand, torch.Tensor]:
         """Fill the turn's host buffers, by several threads where the elements lie one behind the other."""
 
         def memory(start: int, count: int) -> Memory:
@@ -212,7 +212,7 @@ class Stage:
 
         if not piece.is_contiguous:
             return job.sides.read(piece, memory(0, max(1, piece.numel)))
-        dtypes: dict[Side, torch.dtype] = {}
+        dtypes: dict[Operand, torch.dtype] = {}
 
         def read(part: Elements) -> None:
             values = job.sides.read(part, memory(part.offset - piece.offset, part.numel))
@@ -228,13 +228,13 @@ class Stage:
         return job.sides.grain if job.sides.grain * job.sides.widest <= self.piece_bytes else 1
 
 
-def _place(side: Side) -> int:
+def _place(side: Operand) -> int:
     return 0 if side == "base" else 1
 
 
-def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Side, torch.Tensor], job: Job) -> None:
+def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Operand, torch.Tensor], job: Job) -> None:
     """What the device does with one piece."""
-    there: dict[Side, torch.Tensor] = {}
+    there: dict[Operand, torch.Tensor] = {}
     for side, operand in operands.items():
         size = operand.numel() * operand.element_size()
         memory = turn.device[_place(side)][:size].copy_(turn.host[_place(side)][:size], non_blocking=True)
@@ -246,7 +246,7 @@ def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Side, torch.Tensor],
         turn.is_finite.copy_(is_finite.view(1).view(torch.uint8), non_blocking=True)
 
 
-def _check(out: torch.Tensor, operands: dict[Side, torch.Tensor], job: Job) -> None:
+def _check(out: torch.Tensor, operands: dict[Operand, torch.Tensor], job: Job) -> None:
     """The device's sum was not finite, which may be an overflow: find out on the host, where the operands still are."""
     if job.fail is None:
         return

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
+from expo_serve.kernels.bf16 import fused
+from expo_serve.kernels.low_rank import low_rank
+from expo_serve.kernels.sparse import extrapolating
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
-from expo_serve.load.operands import Sides
+from expo_serve.load.lora import LowRankSides
+from expo_serve.load.operands import RecordSides, Sides
+from expo_serve.load.packed import PackedSides
 from expo_serve.load.reader import PIECE_BYTES, Reader
 from expo_serve.load.selection import Elements, cut
+from expo_serve.plan.plan import PlannedTensor
+from expo_serve.plan.tensor_deltas import FullTensorDelta, LowRankTensorDelta, PackedTensorDelta
 
 
 @dataclass(frozen=True)
@@ -54,3 +62,40 @@ def _stream(dest: torch.Tensor, elements: Elements, job: Job) -> tuple[torch.Ten
         return dest, elements
     done = job.sides.stream(dest, elements, job.alpha)
     return dest.view(-1)[done:], Elements((dest.numel() - done,), (1,), elements.offset + done)
+
+
+def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...]) -> Sides:
+    """Make what reads a planned tensor's operands.
+
+    Args:
+        planned: the tensor.
+        reader: opens its files.
+        used: the operands that are wanted.
+    """
+    match planned.delta:
+        case None:
+            records = {"base": planned.base, "aligned": planned.aligned}
+            sources = {"base": "base", "aligned": planned.origin}
+            return RecordSides(reader, {side: record for side in used if (record := records[side])}, sources)
+        case PackedTensorDelta() as delta:
+            return PackedSides(delta, reader, used)
+        case LowRankTensorDelta() as delta if "delta" in used:
+            return LowRankSides(delta, reader)
+        case FullTensorDelta() as delta if "delta" in used:
+            stored: dict[Operand, TensorRecord] = {"base": delta.base, "delta": delta.record}
+            return RecordSides(reader, stored, {"base": "base", "delta": "delta"})
+        case delta:
+            return RecordSides(reader, {"base": delta.base}, {"base": "base"})
+
+
+def compile_kernels(delta_format: str | None) -> None:
+    """Compile the loops that a load on the CPU uses, so that they are ready when it begins.
+
+    Args:
+        delta_format: ``packed``, ``lora`` or ``full``; None for a pair.
+    """
+    fused()
+    if delta_format == "packed":
+        extrapolating()
+    if delta_format == "lora":
+        low_rank()

@@ -17,21 +17,23 @@ from collections.abc import Mapping
 
 import torch
 
+from expo_serve.checkpoint.records import Operand
 from expo_serve.kernels.bf16 import fused
-from expo_serve.plan.pair import Side
 
 
 class NotFiniteError(ArithmeticError):
     """A piece of the result, or an operand of it, holds NaN or Inf. Args: the operand's side, or ``result``."""
 
 
-def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float) -> None:
+def combine_into(
+    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float
+) -> None:
     """Write the result into ``dest``. Gradients must be off.
 
     Args:
         dest: any device, dtype and strides. When its dtype is not ``dtype``, the rounded result is cast to it, as a
             checkpoint's tensor would be.
-        operands: the sides that :func:`~expo_serve.plan.pair.sides_used` names, of the shape of ``dest``.
+        operands: the sides that :func:`~expo_serve.plan.plan.operands_used` names, of the shape of ``dest``.
         dtype: what the result is rounded to.
         alpha: finite.
 
@@ -44,7 +46,7 @@ def combine_into(dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtyp
 
 
 def combine_unchecked(
-    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, alpha: float
+    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float
 ) -> torch.Tensor:
     """Write the result into ``dest`` whatever it is; see :func:`combine_into`.
 
@@ -98,7 +100,7 @@ def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch
 
 
 def _combined_at_once(
-    dest: torch.Tensor, operands: Mapping[Side, torch.Tensor], dtype: torch.dtype, weight: float
+    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, weight: float
 ) -> bool:
     """Combine and check in one pass where that is possible and all is finite."""
     tensors = (dest, *operands.values())
@@ -116,7 +118,7 @@ def _are_plain(*tensors: torch.Tensor) -> bool:
     return all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
 
 
-def _check_finite(value: torch.Tensor, operands: Mapping[Side, torch.Tensor]) -> None:
+def _check_finite(value: torch.Tensor, operands: Mapping[Operand, torch.Tensor]) -> None:
     """A finite sum proves finite terms at a fraction of the price of looking at each; a sum that is
     not finite proves nothing (it may have overflowed), so then each is looked at."""
     if not value.is_floating_point() or math.isfinite(value.sum().item()):

@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from expo_serve.checkpoint.records import Operand
 from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
 from expo_serve.load.background import Run, run_now
 from expo_serve.load.counts import Tally
 from expo_serve.load.device import Stages
-from expo_serve.load.fill import Job, fill_here
-from expo_serve.load.operands import Sides, sides_of
+from expo_serve.load.fill import Job, fill_here, operands_of
+from expo_serve.load.operands import Sides
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Elements, cut
 from expo_serve.plan.names import is_leftover
-from expo_serve.plan.pair import PlannedTensor, Side
+from expo_serve.plan.plan import PlannedTensor
 
 _aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ class Operands:
         self._run = run
         self._stages = stages
         self._reader = reader
-        self._sides: dict[tuple[Side, ...], Sides] = {}
+        self._sides: dict[tuple[Operand, ...], Sides] = {}
         for record in planned.records:
             reader.check(record)
         self.whole = reader.whole(planned.result)
@@ -87,9 +88,9 @@ class Operands:
             for out, chosen in cut(part, elements, block, job.sides.grain):
                 run(out, partial(self._fill, out, chosen, job), job.sides.ranges(chosen))
 
-    def _job(self, used: tuple[Side, ...]) -> Job:
+    def _job(self, used: tuple[Operand, ...]) -> Job:
         if used not in self._sides:
-            self._sides[used] = sides_of(self.planned, self._reader, used)
+            self._sides[used] = operands_of(self.planned, self._reader, used)
         fail = None if self._is_leftover else self._values_error
         return Job(self._sides[used], self._reader, self.whole.dtype, self.planned.alpha, fail)
 
@@ -121,7 +122,7 @@ class Operands:
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned
-        if what == "result" or (what == "delta" and planned.change and planned.change.is_computed):
+        if what == "result" or (what == "delta" and planned.delta and planned.delta.is_computed):
             return ValuesError(
                 f"tensor {planned.name!r}: extrapolated with alpha {format_alpha(planned.alpha)} it is too large for "
                 f"its dtype ({planned.result.dtype}); choose a smaller alpha (file {planned.records[-1].file})"

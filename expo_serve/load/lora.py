@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.kernels.low_rank import Factors, low_rank
 from expo_serve.load.operands import Memory
 from expo_serve.load.read_ahead import FileRange
 from expo_serve.load.reader import PIECE_BYTES, Reader
 from expo_serve.load.selection import Elements, cut
-from expo_serve.plan.lora_plan import LoraModule, LowRankChange
-from expo_serve.plan.pair import Side
+from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _FLOAT_BYTES = 4
 _BOX_VALUES = 1 << 21
@@ -31,14 +30,14 @@ class LowRankSides:
     The factors are read when the first element is wanted, and go when the tensor is done.
     """
 
-    def __init__(self, change: LowRankChange, reader: Reader) -> None:
+    def __init__(self, change: LowRankTensorDelta, reader: Reader) -> None:
         self._change, self._reader = change, reader
         self._base = change.base
         self._columns = _columns(change)
         self._factors: Factors | None = None
         self._lock = threading.Lock()
         start = change.start
-        self._start_bytes = DTYPE_BYTES[start.dtype] if start else 0
+        self._start_bytes = start.itemsize if start else 0
         self._unread = sum(record.nbytes for record in change.records) - (start.nbytes if start else 0)
 
     @property
@@ -49,7 +48,7 @@ class LowRankSides:
     @property
     def widest(self) -> int:
         """Steps are fp32."""
-        return max(_FLOAT_BYTES, DTYPE_BYTES[self._base.dtype])
+        return max(_FLOAT_BYTES, self._base.itemsize)
 
     def ranges(self, elements: Elements) -> list[FileRange]:
         """Those of base: factors are small."""
@@ -60,11 +59,11 @@ class LowRankSides:
         with self._lock:
             unread, self._unread = self._unread, 0
         stored = elements.stored
-        return {"base": stored * DTYPE_BYTES[self._base.dtype], "delta": unread + stored * self._start_bytes}
+        return {"base": stored * self._base.itemsize, "delta": unread + stored * self._start_bytes}
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
         """The elements of base in their dtype, and their steps in fp32."""
-        size = elements.numel * DTYPE_BYTES[self._base.dtype]
+        size = elements.numel * self._base.itemsize
         base = self._reader.read_into(self._base, elements, memory("base", size))
         values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
         self._compute(elements, values)
@@ -115,7 +114,7 @@ class LowRankSides:
     def _matrix(self, record: TensorRecord) -> torch.Tensor:
         whole = Elements.of(self._reader.whole(record))
         values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
-        for out, piece in cut(values, whole, PIECE_BYTES // DTYPE_BYTES[record.dtype]):
+        for out, piece in cut(values, whole, PIECE_BYTES // record.itemsize):
             out.copy_(self._reader.read(record, piece, "factor"))
         # A finite sum proves finite terms, at a fraction of the price of looking at each.
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
@@ -123,7 +122,7 @@ class LowRankSides:
         return values
 
 
-def _columns(change: LowRankChange) -> int:
+def _columns(change: LowRankTensorDelta) -> int:
     rows = change.base.shape[0]
     return change.base.numel // rows if rows else 1
 

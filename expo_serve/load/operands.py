@@ -9,19 +9,18 @@ from typing import Protocol
 
 import torch
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.kernels.bf16 import STREAM_PIECE_BYTES, fused
 from expo_serve.load.read_ahead import FileRange
 from expo_serve.load.reader import Buffer, Reader
 from expo_serve.load.selection import Elements
-from expo_serve.plan.pair import PlannedTensor, Side
 
-Memory = Callable[[Side, int], Buffer]
+Memory = Callable[[Operand, int], Buffer]
 """Gives memory for so many bytes of a side."""
 
 
 class Sides(Protocol):
-    """The sides that a result is computed from, as :func:`~expo_serve.plan.pair.sides_used` names them."""
+    """The sides that a result is computed from, as :func:`~expo_serve.plan.plan.operands_used` names them."""
 
     @property
     def grain(self) -> int:
@@ -37,7 +36,7 @@ class Sides(Protocol):
     def read_bytes(self, elements: Elements) -> Mapping[str, int]:
         """Bytes that reading these elements asks of storage, by source. Called once for what was read."""
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
         """The elements of each side, in the memory given.
 
         Raises:
@@ -57,22 +56,6 @@ class Sides(Protocol):
         """
 
 
-def sides_of(planned: PlannedTensor, reader: Reader, used: tuple[Side, ...]) -> Sides:
-    """What a planned tensor is computed from.
-
-    Args:
-        planned: the tensor.
-        reader: opens its files.
-        used: the sides that are wanted.
-    """
-    if planned.change is not None:
-        sides: Sides = planned.change.sides(planned, reader, used)
-        return sides
-    records = {"base": planned.base, "aligned": planned.aligned}
-    sources = {"base": "base", "aligned": planned.origin}
-    return RecordSides(reader, {side: record for side in used if (record := records[side])}, sources)
-
-
 @dataclass(frozen=True)
 class RecordSides:
     """Sides that lie in checkpoints as they are.
@@ -84,14 +67,14 @@ class RecordSides:
     """
 
     reader: Reader
-    records: Mapping[Side, TensorRecord]
+    records: Mapping[Operand, TensorRecord]
     sources: Mapping[str, str]
     grain: int = 1
 
     @property
     def widest(self) -> int:
         """See :class:`Sides`."""
-        return max(DTYPE_BYTES[record.dtype] for record in self.records.values())
+        return max(record.itemsize for record in self.records.values())
 
     def ranges(self, elements: Elements) -> list[FileRange]:
         """See :class:`Sides`."""
@@ -103,19 +86,19 @@ class RecordSides:
         """See :class:`Sides`."""
         total: Counter[str] = Counter()
         for side, record in self.records.items():
-            total[self.sources[side]] += elements.stored * DTYPE_BYTES[record.dtype]
+            total[self.sources[side]] += elements.stored * record.itemsize
         return total
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
         """See :class:`Sides`."""
         return {
-            side: self.reader.read_into(record, elements, memory(side, elements.numel * DTYPE_BYTES[record.dtype]))
+            side: self.reader.read_into(record, elements, memory(side, elements.numel * record.itemsize))
             for side, record in self.records.items()
         }
 
     def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
         """See :class:`Sides`."""
-        other: Side = "delta" if "delta" in self.records else "aligned"
+        other: Operand = "delta" if "delta" in self.records else "aligned"
         dtypes = {record.dtype for record in self.records.values()}
         if len(self.records) != 2 or dtypes != {"BF16"} or not (loops := fused()):
             return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.kernels.bf16 import fused
 from expo_serve.kernels.fetch_ir import LEAST_BYTES
@@ -20,9 +20,8 @@ from expo_serve.load.operands import Memory
 from expo_serve.load.read_ahead import FileRange
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Elements
-from expo_serve.plan.packed import PackedChange
-from expo_serve.plan.packed_format import CHANGES, SAME, TABLE, Table, checksum, read_table
-from expo_serve.plan.pair import Side
+from expo_serve.plan.packed_format import CHANGES, SAME, TABLE_ENTRY, Table, checksum, read_table
+from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 _SPAN_BYTES = 8 << 20
 """Decoded at a time where elements lie apart: what lies between them is decoded too."""
@@ -35,13 +34,13 @@ class PackedSides:
     of it are read whole, also where a rank wants a part of each row.
     """
 
-    def __init__(self, change: PackedChange, reader: Reader, used: tuple[Side, ...]) -> None:
+    def __init__(self, change: PackedTensorDelta, reader: Reader, used: tuple[Operand, ...]) -> None:
         self._change, self._reader, self._used = change, reader, used
         self._tensor, self._base = change.tensor, change.base
         self._spans: list[tuple[int, int]] = self._tensor.spans(change.block)
         self._known: Table | None = None
         self._lock = threading.Lock()
-        self._uncounted = self._tensor.count(change.block) * TABLE.itemsize
+        self._uncounted = self._tensor.count(change.block) * TABLE_ENTRY.size
         self._dtype = reader.whole(TensorRecord("", change.record.file, 0, self._tensor.dtype, ())).dtype
         self._base_dtype = reader.whole(self._base).dtype if self._base else self._dtype
 
@@ -75,13 +74,13 @@ class PackedSides:
             table, self._uncounted = self._uncounted, 0
         blocks = self._blocks(elements)
         offsets = self._table().offsets
-        base = self._shared(blocks).numel * DTYPE_BYTES[self._base.dtype] if self._base else 0
+        base = self._shared(blocks).numel * self._base.itemsize if self._base else 0
         packed = offsets[blocks.stop] - offsets[blocks.start] if "aligned" in self._used else 0
         return {"base": base, "delta": table + packed}
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Side, torch.Tensor]:
+    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
         """See :class:`~expo_serve.load.operands.Sides`."""
-        dtypes: dict[Side, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
+        dtypes: dict[Operand, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
         values = {
             side: memory(side, elements.numel * dtypes[side].itemsize).values(dtypes[side], elements.shape)
             for side in self._used
@@ -89,7 +88,7 @@ class PackedSides:
         self._pick(elements, values)
         return values
 
-    def _pick(self, elements: Elements, values: dict[Side, torch.Tensor]) -> None:
+    def _pick(self, elements: Elements, values: dict[Operand, torch.Tensor]) -> None:
         """Decode what lies around elements and take them out of it, in parts where that would be much."""
         if (elements.end - elements.offset) * self.widest > _SPAN_BYTES and max(elements.shape) > 1:
             dim = elements.outer_dim()
@@ -101,7 +100,7 @@ class PackedSides:
         blocks = self._blocks(elements)
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
         shape = (end - start,)
-        around: dict[Side, torch.Tensor] = {
+        around: dict[Operand, torch.Tensor] = {
             "base": self._scratch("base", self._base_dtype, shape),
             "aligned": self._scratch("aligned", self._dtype, shape),
         }
@@ -233,7 +232,7 @@ class PackedSides:
         with self._lock:
             if self._known is None:
                 record, tensor = self._change.record, self._tensor
-                size = tensor.count(self._change.block) * TABLE.itemsize
+                size = tensor.count(self._change.block) * TABLE_ENTRY.size
                 raw = self._reader.read(record, Elements((size,), (1,), 0), "packed").numpy().tobytes()
                 self._known = read_table(raw, tensor, self._change.block, record)
             return self._known

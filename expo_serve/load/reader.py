@@ -27,14 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.kernels.bf16 import Place
 from expo_serve.kernels.reading import Offsets, read_runs
 from expo_serve.load.activity import Activity
 from expo_serve.load.read_ahead import FileRange
 from expo_serve.load.selection import Elements, span
-from expo_serve.plan.pair import Side
 
 PIECE_BYTES = 2 << 20
 """Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
@@ -180,7 +179,7 @@ class Reader:
         file = self._descriptor(record.file)
         try:
             with self.activity.during(record.file):
-                read_runs(file, memory, record.offset + starts * DTYPE_BYTES[record.dtype])
+                read_runs(file, memory, record.offset + starts * record.itemsize)
         except EOFError:
             raise _cut(record) from None
         except OSError as error:
@@ -189,17 +188,17 @@ class Reader:
 
     def range_of(self, side: str, record: TensorRecord, elements: Elements) -> FileRange:
         """Where elements that lie one behind the other are in their file."""
-        item = DTYPE_BYTES[record.dtype]
+        item = record.itemsize
         offset, length = record.offset + elements.offset * item, elements.numel * item
         return FileRange(side, record.file, self._descriptor(record.file), offset, length)
 
     @contextmanager
     def placed(
-        self, records: Mapping[Side, TensorRecord], elements: Elements, piece_bytes: int
-    ) -> Iterator[dict[Side, Place]]:
+        self, records: Mapping[Operand, TensorRecord], elements: Elements, piece_bytes: int
+    ) -> Iterator[dict[Operand, Place]]:
         """Where elements that lie one behind the other can be read from, and memory for a piece of each side; within
         the context somebody else reads them, and counts them."""
-        places: dict[Side, Place] = {}
+        places: dict[Operand, Place] = {}
         for side, record in records.items():
             part = self.range_of(side, record, elements)
             places[side] = Place(part.descriptor, part.offset, self.buffer(side, piece_bytes).address)

@@ -20,7 +20,7 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.full import FullDelta
 from expo_serve.plan.lora import LoraDelta
 from expo_serve.plan.packed import PackedDelta
-from expo_serve.plan.pair import OtherSide, Plan
+from expo_serve.plan.plan import OtherSide, Plan
 
 
 class Delta(OtherSide, Protocol):
@@ -42,6 +42,10 @@ class Delta(OtherSide, Protocol):
 class Kind(Protocol):
     """What opens deltas of one kind: its class."""
 
+    @property
+    def kind(self) -> str:
+        """``packed``, ``lora`` or ``full``."""
+
     def recognises(self, folder: Path) -> bool:
         """Whether a folder's content is of this kind."""
 
@@ -51,9 +55,6 @@ class Kind(Protocol):
         Raises:
             CheckpointError: anything is not as its format says.
         """
-
-    def compile(self) -> None:
-        """Compile the loops that a load on the CPU uses, to be ready when it begins."""
 
 
 KINDS: tuple[Kind, ...] = (PackedDelta, LoraDelta, FullDelta)

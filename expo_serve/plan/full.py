@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files, refuse_quantised
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import PairError
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import Changes, base_names, plan_over_base
-from expo_serve.plan.pair import Plan, PlannedTensor, Side
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.probe import mean_size
 from expo_serve.plan.refusals import refuse_architectures
+from expo_serve.plan.tensor_deltas import FullTensorDelta
 
 _PROBES = 8
 """Vectors that are looked at to tell a delta from a whole checkpoint."""
@@ -50,10 +51,6 @@ class FullDelta:
         return any(folder.glob("*.safetensors"))
 
     @classmethod
-    def compile(cls) -> None:
-        """See :class:`~expo_serve.plan.delta.Kind`: the pair's loop."""
-
-    @classmethod
     def open(cls, source: Source) -> FullDelta:
         """See :class:`~expo_serve.plan.delta.Kind`."""
         folder = Path(source.path)
@@ -71,7 +68,7 @@ class FullDelta:
         tied = {name for name, record in wanted.items() if _is_tied_output(record, names[name], base)}
         there = {name: record for name, record in wanted.items() if names[name] in base.tensors}
         strangers = {name: record for name, record in wanted.items() if name not in there and name not in tied}
-        steps = {names[name]: FullChange(record, base.tensors[names[name]]) for name, record in there.items()}
+        steps = {names[name]: FullTensorDelta(record, base.tensors[names[name]]) for name, record in there.items()}
         self._refuse_strangers(strangers, base, config)
         _refuse_shapes(self, steps)
         if tied and ties_embeddings(self.config) is False:
@@ -100,7 +97,7 @@ def _is_tied_output(record: TensorRecord, name: str, base: Checkpoint) -> bool:
     return name not in base.tensors and is_output(record) and may_tie_output(base.config)
 
 
-def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullChange]) -> Iterator[str]:
+def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullTensorDelta]) -> Iterator[str]:
     missing = [
         name
         for name, record in base.tensors.items()
@@ -122,11 +119,11 @@ def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullChange
         )
 
 
-def _is_vector(change: FullChange) -> bool:
+def _is_vector(change: FullTensorDelta) -> bool:
     return change.record.is_float and len(change.record.shape) == 1 and change.record.numel > 0
 
 
-def _refuse_shapes(delta: FullDelta, steps: dict[str, FullChange]) -> None:
+def _refuse_shapes(delta: FullDelta, steps: dict[str, FullTensorDelta]) -> None:
     wrong = [change for change in steps.values() if not change.fits]
     if wrong:
         raise PairError(
@@ -139,35 +136,3 @@ def _refuse_shapes(delta: FullDelta, steps: dict[str, FullChange]) -> None:
                 for change in wrong
             ],
         )
-
-
-@dataclass(frozen=True)
-class FullChange:
-    """A step that lies in a file as it is: a :class:`~expo_serve.plan.pair.Change`."""
-
-    record: TensorRecord
-    base: TensorRecord
-    is_computed: ClassVar[bool] = False
-    other: ClassVar[Side] = "delta"
-
-    @property
-    def fits(self) -> bool:
-        """Whether it can be added to base's tensor; of integers, which are base's, nothing is asked."""
-        are_numbers = self.record.is_float == self.base.is_float
-        return are_numbers and (not self.base.is_float or self.record.shape == self.base.shape)
-
-    @property
-    def records(self) -> tuple[TensorRecord, ...]:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        return (self.record,)
-
-    def read_bytes(self, alpha: float) -> dict[str, int]:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        return {"base": self.base.nbytes, "delta": 0 if alpha == -1 else self.record.nbytes}
-
-    def sides(self, planned: PlannedTensor, reader: Any, used: tuple[Side, ...]) -> Any:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        from expo_serve.load.operands import RecordSides
-
-        records: dict[Side, TensorRecord] = {"base": self.base, "delta": self.record}
-        return RecordSides(reader, {side: records[side] for side in used}, {"base": "base", "delta": "delta"})

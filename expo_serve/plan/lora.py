@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError
 from expo_serve.plan.lora_config import CONFIG_FILE, LoraConfig, read_lora_config
-from expo_serve.plan.lora_plan import LoraModule, plan_adapter
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.lora_plan import plan_adapter
+from expo_serve.plan.plan import Plan
+from expo_serve.plan.tensor_deltas import LoraModule
 
 _FILE = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -61,13 +62,6 @@ class LoraDelta:
     def recognises(cls, folder: Path) -> bool:
         """See :class:`~expo_serve.plan.delta.Kind`."""
         return (folder / CONFIG_FILE).is_file()
-
-    @classmethod
-    def compile(cls) -> None:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
-        from expo_serve.kernels.low_rank import low_rank
-
-        low_rank()
 
     @classmethod
     def open(cls, source: Source) -> LoraDelta:

@@ -2,77 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import PairError
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import Changes, base_names, plan_over_base
-from expo_serve.plan.pair import OtherSide, Plan, PlannedTensor, Side
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """The two factors of one module's step: ``scale * B A``."""
-
-    name: str
-    a: TensorRecord
-    b: TensorRecord
-    scale: float
-    is_embedding: bool
-    inputs_first: bool = False
-    """Whether a square weight is stored so; of others their shape says it."""
-
-    def orientation(self, weight: tuple[int, ...]) -> bool | None:
-        """Whether a weight of this shape is changed by the transposed product; None where it does not fit."""
-        inputs, outputs = math.prod(self.a.shape[1:]), self.b.shape[0]
-        if math.prod(self.b.shape[2:]) != 1:
-            return None
-        if self.is_embedding:
-            return True if weight == (inputs, outputs) else None
-        plain = len(weight) >= 2 and weight[0] == outputs and math.prod(weight[1:]) == inputs
-        transposed = weight == (inputs, outputs)
-        if plain and transposed:
-            return self.inputs_first
-        return not plain if plain or transposed else None
-
-
-@dataclass(frozen=True)
-class LowRankChange:
-    """The step of one tensor: a :class:`~expo_serve.plan.pair.Change`. Several modules where they are tied."""
-
-    base: TensorRecord
-    modules: tuple[LoraModule, ...]
-    start: TensorRecord | None = None
-    """What the product is added to, where the adapter holds that too: base's own tensor, most often."""
-    is_computed: ClassVar[bool] = True
-    other: ClassVar[Side] = "delta"
-
-    @property
-    def records(self) -> tuple[TensorRecord, ...]:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        factors = tuple(record for module in self.modules for record in (module.a, module.b))
-        return (*((self.start,) if self.start else ()), *factors)
-
-    def read_bytes(self, alpha: float) -> dict[str, int]:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        factors = sum(record.nbytes for record in self.records)
-        return {"base": self.base.nbytes, "delta": 0 if alpha == -1 else factors}
-
-    def sides(self, planned: PlannedTensor, reader: Any, used: tuple[Side, ...]) -> Any:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        from expo_serve.load.lora import LowRankSides
-        from expo_serve.load.operands import RecordSides
-
-        if "delta" not in used:
-            return RecordSides(reader, {"base": self.base}, {"base": "base"})
-        return LowRankSides(self, reader)
+from expo_serve.plan.plan import OtherSide, Plan
+from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 
 class Adapter(OtherSide, Protocol):
@@ -108,7 +50,9 @@ def plan_adapter(
     placed = {names[name]: record for name, record in whole.items()}
     adapted = {names[f"{module.name}.weight"]: homes[f"{module.name}.weight"] for module in modules}
     starts = _take_starts(adapted, placed, base)
-    steps = {name: LowRankChange(base.tensors[name], tuple(group), starts.get(name)) for name, group in grouped.items()}
+    steps = {
+        name: LowRankTensorDelta(base.tensors[name], tuple(group), starts.get(name)) for name, group in grouped.items()
+    }
     _refuse_shapes(adapter, steps)
     partners = {name: base.tensors[home] for name in placed if (home := _home(name, base)) in base.tensors}
     _refuse_whole(adapter, adapted, placed, partners)
@@ -180,7 +124,7 @@ def _refuse_lone_embedding(
         )
 
 
-def _tied_warnings(steps: Mapping[str, LowRankChange], base: Checkpoint) -> tuple[str, ...]:
+def _tied_warnings(steps: Mapping[str, LowRankTensorDelta], base: Checkpoint) -> tuple[str, ...]:
     """Merging with PEFT changes both ends of a tied model; before merging, an adapter changes one."""
     has_output = any(is_output(record) for record in base.tensors.values())
     ends = [name for name, change in steps.items() if is_embedding(change.base)]
@@ -219,7 +163,7 @@ def _refuse_strangers(
         )
 
 
-def _refuse_shapes(adapter: Adapter, steps: Mapping[str, LowRankChange]) -> None:
+def _refuse_shapes(adapter: Adapter, steps: Mapping[str, LowRankTensorDelta]) -> None:
     wrong = [
         f"{name}: base {list(change.base.shape)}, adapter B {list(module.b.shape)} times A {list(module.a.shape)}"
         for name, change in steps.items()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.plan.names import (
     is_embedding,
     is_foreign_head,

@@ -7,18 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.matching import find_renaming
 from expo_serve.plan.names import is_leftover
-from expo_serve.plan.pair import Change, OtherSide, Plan, PlannedTensor, check_rules
+from expo_serve.plan.pair import check_rules
+from expo_serve.plan.plan import OtherSide, Plan, PlannedTensor
+from expo_serve.plan.tensor_deltas import TensorDelta
 
 
 @dataclass(frozen=True)
 class Changes:
     """What a delta does, by base's names."""
 
-    steps: Mapping[str, Change]
+    steps: Mapping[str, TensorDelta]
     """Tensors that become ``base + (1 + alpha) * step``."""
     whole: Mapping[str, TensorRecord] = field(default_factory=dict)
     """Tensors that the delta holds as they are at alpha 0."""

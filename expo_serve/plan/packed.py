@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
-from expo_serve.checkpoint.header import DTYPE_BYTES, FLOAT_DTYPES, TensorRecord, read_header
+from expo_serve.checkpoint.header import read_header
+from expo_serve.checkpoint.records import FLOAT_DTYPES, TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError
 from expo_serve.plan.names import is_foreign_head
-from expo_serve.plan.pair import Plan, PlannedTensor, Side, check_rules, value_head_warning
+from expo_serve.plan.packed_format import VERSION_KEY, PackedTensor, read_info
+from expo_serve.plan.pair import check_rules, value_head_warning
+from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures
-
-VERSION_KEY = "expo_delta"
-"""Of a file's metadata."""
-TABLE_BYTES = 32
-"""Of one block's entry in a table: :mod:`.packed_format` says what stands there, and is imported when it must."""
+from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class PackedDelta:
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
     """The packed bytes, by the aligned tensors' names."""
-    described: dict[str, Any]
-    """What the metadata says of each (:class:`~expo_serve.plan.packed_format.PackedTensor`)."""
+    described: dict[str, PackedTensor]
+    """The metadata of each tensor."""
     block: int
     base_name: str
     """What it was made against."""
@@ -51,17 +50,8 @@ class PackedDelta:
         return any(_says_packed(file) for file in sorted(folder.glob("*.safetensors"))[:1])
 
     @classmethod
-    def compile(cls) -> None:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
-        from expo_serve.kernels.sparse import extrapolating
-
-        extrapolating()
-
-    @classmethod
     def open(cls, source: Source) -> PackedDelta:
         """See :class:`~expo_serve.plan.delta.Kind`."""
-        from expo_serve.plan.packed_format import read_info
-
         opened = open_files("delta", source)
         config = read_config("delta", source)
         infos = []
@@ -103,9 +93,9 @@ class PackedDelta:
         tensor, record = self.described[name], self.tensors[name]
         partner = base.tensors[tensor.base[0]] if tensor.base else None
         result = TensorRecord(name, record.file, record.offset, tensor.dtype, tensor.shape)
-        change = PackedChange(record, tensor, self.block, partner, self.base_name)
+        delta = PackedTensorDelta(record, tensor, self.block, partner, self.base_name)
         extrapolated = partner if tensor.extrapolated else None
-        return PlannedTensor(result, extrapolated, config.alpha_for(name), "delta", change)
+        return PlannedTensor(result, extrapolated, config.alpha_for(name), "delta", delta)
 
     def _refuse_other_base(self, base: Checkpoint) -> None:
         if wrong := list(self._differences(base)):
@@ -133,35 +123,3 @@ def _says_packed(file: Path) -> bool:
         return VERSION_KEY in read_header(file).metadata
     except CheckpointError:
         return False
-
-
-@dataclass(frozen=True)
-class PackedChange:
-    """One tensor's packed bytes: a :class:`~expo_serve.plan.pair.Change` that decodes to aligned."""
-
-    record: TensorRecord
-    tensor: Any
-    """Its :class:`~expo_serve.plan.packed_format.PackedTensor`."""
-    block: int
-    base: TensorRecord | None
-    """What its values are predicted from."""
-    base_name: str
-    is_computed: ClassVar[bool] = False
-    other: ClassVar[Side] = "aligned"
-
-    @property
-    def records(self) -> tuple[TensorRecord, ...]:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        return (self.record,)
-
-    def read_bytes(self, alpha: float) -> dict[str, int]:
-        """See :class:`~expo_serve.plan.pair.Change`. Base is read at every alpha: values are predicted from it."""
-        base = self.tensor.shared * DTYPE_BYTES[self.base.dtype] if self.base else 0
-        table = TABLE_BYTES * self.tensor.count(self.block)
-        return {"base": base, "delta": table if alpha == -1 and self.base else self.record.nbytes}
-
-    def sides(self, planned: PlannedTensor, reader: Any, used: tuple[Side, ...]) -> Any:
-        """See :class:`~expo_serve.plan.pair.Change`."""
-        from expo_serve.load.packed import PackedSides
-
-        return PackedSides(self, reader, used)

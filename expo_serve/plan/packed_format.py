@@ -59,17 +59,19 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, FLOAT_DTYPES, MAX_DIMENSIONS, QUANTISED_DTYPES, TensorRecord
+from expo_serve.checkpoint.header import MAX_DIMENSIONS
+from expo_serve.checkpoint.records import DTYPES, FLOAT_DTYPES, QUANTISED_DTYPES, TensorRecord, grows_into
 from expo_serve.errors import CheckpointError
-from expo_serve.plan.packed import VERSION_KEY
 
+VERSION_KEY = "expo_delta"
 VERSION = "1"
 BLOCK = 1 << 20
 """Values. What is decoded stays in the cache, and Python's share stays small: with half as many two threads lose a
@@ -78,10 +80,8 @@ MAX_BLOCK = 1 << 24
 _KEYS = (VERSION_KEY, "files", "block", "base", "tensors")
 
 SAME, CHANGES, SHUFFLED, RAW = range(4)
-TABLE = np.dtype(
-    [("base", "<u8"), ("bytes", "<u8"), ("coding", "<u4"), ("parts", "<u4", 3)],
-)
-"""An entry of a tensor's table."""
+TABLE_ENTRY = struct.Struct("<QQ4I")
+"""A block's entry in a tensor's table: two checksums, the coding, and the sizes of three parts."""
 
 
 def checksum(data: Any) -> int:
@@ -204,14 +204,8 @@ def _is_sound(tensor: PackedTensor) -> bool:
     if not all(isinstance(text, str) for text in texts):
         return False
     dtypes = {tensor.dtype, *((base[1],) if base else ())}
-    allowed = FLOAT_DTYPES if tensor.extrapolated else DTYPE_BYTES.keys() - QUANTISED_DTYPES
-    return dtypes <= allowed and (base is None or _fits(base[2], tensor.shape))
-
-
-def _fits(base: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Of one shape, or with more rows."""
-    has_rows = len(base) == len(shape) > 0 and base[1:] == shape[1:] and base[0] <= shape[0]
-    return base == shape or has_rows
+    allowed = FLOAT_DTYPES if tensor.extrapolated else DTYPES.keys() - QUANTISED_DTYPES
+    return dtypes <= allowed and (base is None or grows_into(base[2], tensor.shape))
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:
@@ -227,7 +221,7 @@ def _check_records(info: FileInfo, records: Mapping[str, TensorRecord], where: s
         differing = sorted(set(records) ^ set(info.tensors))
         raise CheckpointError(f"{where}: the packed delta's header does not fit its tensors: {differing[0]!r:.200}")
     for name, record in records.items():
-        least = info.tensors[name].count(info.block) * TABLE.itemsize
+        least = info.tensors[name].count(info.block) * TABLE_ENTRY.size
         if record.dtype != "U8" or len(record.shape) != 1 or record.nbytes < least:
             raise CheckpointError(
                 f"{where}: tensor {name!r:.200}: expected U8 of one dimension and at least {least} bytes, found "
@@ -244,7 +238,7 @@ class Table:
     packed: list[int]
     """Checksums of the bytes here."""
     codings: list[int]
-    parts: list[list[int]]
+    parts: list[tuple[int, ...]]
     """Sizes in bytes."""
     offsets: list[int]
     """Of the first byte within the tensor's; one more for the end."""
@@ -266,10 +260,14 @@ def read_table(raw: bytes, tensor: PackedTensor, block: int, record: TensorRecor
         raise CheckpointError(
             f"{record.file}: tensor {tensor.name!r}: its table is damaged (wrong checksum); copy it again"
         )
-    entries = np.frombuffer(raw, dtype=TABLE)
-    sizes = entries["parts"].astype(np.int64).sum(axis=1)
-    offsets = np.concatenate([[len(raw)], len(raw) + np.cumsum(sizes)]).astype(np.int64)
+    entries = list(TABLE_ENTRY.iter_unpack(raw))
+    offsets = [len(raw) + end for end in accumulate((sum(entry[3:]) for entry in entries), initial=0)]
     if len(entries) != tensor.count(block) or offsets[-1] != record.nbytes:
         raise CheckpointError(f"{record.file}: tensor {tensor.name!r}: its table does not fit its bytes")
-    base, packed, codings, parts = (entries[name].tolist() for name in ("base", "bytes", "coding", "parts"))
-    return Table(base, packed, codings, parts, offsets.tolist())
+    return Table(
+        base=[entry[0] for entry in entries],
+        packed=[entry[1] for entry in entries],
+        codings=[entry[2] for entry in entries],
+        parts=[entry[3:] for entry in entries],
+        offsets=offsets,
+    )

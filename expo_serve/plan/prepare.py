@@ -9,7 +9,8 @@ from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import ConfigError
 from expo_serve.plan.delta import open_delta
-from expo_serve.plan.pair import Plan, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan
 
 
 def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:

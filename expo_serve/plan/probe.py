@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError
 
 _VALUES = 256
@@ -16,7 +16,7 @@ def mean_size(record: TensorRecord) -> float:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    count, width = min(record.numel, _VALUES), DTYPE_BYTES[record.dtype]
+    count, width = min(record.numel, _VALUES), record.itemsize
     try:
         with record.file.open("rb") as file:
             file.seek(record.offset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import PairError
 from expo_serve.plan.layouts import different_layouts

@@ -10,7 +10,7 @@ import torch
 
 from expo_serve import memory
 from expo_serve.load.counts import Tally
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.unwritten import made_late

@@ -20,17 +20,17 @@ from expo_serve.checkpoint.source import HubAccess
 from expo_serve.checkpoint.storage import is_on_network
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
-from expo_serve.kernels.bf16 import fused
 from expo_serve.load.activity import Activity
 from expo_serve.load.background import Background, Run, run_now
 from expo_serve.load.counts import Tally
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.device import Stages
+from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.load.threads import default_threads, start
 from expo_serve.plan.delta import kind_of
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
@@ -238,10 +238,8 @@ def register_loader() -> None:
 
 def _compile(config: ExpoConfig) -> None:
     """Compile the loops that this load uses."""
-    fused()
     delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
-    if delta and Path(delta).is_dir():
-        kind_of(Path(delta)).compile()
+    compile_kernels(kind_of(Path(delta)).kind if delta and Path(delta).is_dir() else None)
 
 
 def _threads(plan: Plan) -> int:

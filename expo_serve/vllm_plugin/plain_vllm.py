@@ -11,7 +11,7 @@ from expo_serve.config import ExpoConfig
 from expo_serve.errors import ConfigError
 from expo_serve.plan.delta import kind_of
 from expo_serve.plan.packed import PackedDelta
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 
 _EXTRA = "--model-loader-extra-config"
 # They say where a config comes from, or what vLLM is told otherwise.

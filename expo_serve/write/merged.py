@@ -15,7 +15,7 @@ from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import PlannedTensor
+from expo_serve.plan.plan import PlannedTensor
 
 _THREADS = 2
 """Each result is a whole tensor, so that few are under way; a disk is filled by two."""

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes
-from expo_serve.load.blocks import Coded, bits_of, encode
+from expo_serve.load.blocks import TABLE, Coded, bits_of, encode
 from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Elements
-from expo_serve.plan.packed_format import BLOCK, TABLE, PackedTensor, checksum, write_info
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.packed_format import BLOCK, PackedTensor, checksum, write_info
+from expo_serve.plan.plan import Plan
 
 MAX_FILE_BYTES = 5 * 10**9
 """Of the aligned checkpoint, for each file: one takes some percent of it."""

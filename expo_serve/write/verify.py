@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.header import TensorRecord
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import PairError, ValuesError
-from expo_serve.load.operands import sides_of
+from expo_serve.load.fill import operands_of
 from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Elements
-from expo_serve.plan.packed import PackedChange
-from expo_serve.plan.pair import Plan, PlannedTensor
+from expo_serve.plan.plan import Plan, PlannedTensor
+from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 _Block = tuple[PlannedTensor, Elements]
 
@@ -38,7 +38,7 @@ def check(plan: Plan, aligned: Checkpoint | None, advance: Callable[[int], None]
 
     def work(block: _Block) -> None:
         tensor, elements = block
-        found = sides_of(tensor, reader, ("aligned",)).read(elements, reader.buffer)["aligned"]
+        found = operands_of(tensor, reader, ("aligned",)).read(elements, reader.buffer)["aligned"]
         if aligned and not _same_bits(found, reader.read(aligned.tensors[tensor.name], elements, "expected")):
             raise ValuesError(
                 f"tensor {tensor.name!r} in {aligned.tensors[tensor.name].file} is not what the delta decodes to: "
@@ -51,8 +51,8 @@ def check(plan: Plan, aligned: Checkpoint | None, advance: Callable[[int], None]
 
 def _blocks(plan: Plan) -> Iterator[_Block]:
     for tensor in plan.tensors.values():
-        assert isinstance(tensor.change, PackedChange)
-        for start, end in tensor.change.tensor.spans(tensor.change.block):
+        assert isinstance(tensor.delta, PackedTensorDelta)
+        for start, end in tensor.delta.tensor.spans(tensor.delta.block):
             yield tensor, Elements((end - start,), (1,), start)
 
 

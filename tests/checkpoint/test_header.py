@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from expo_serve.checkpoint import header
-from expo_serve.checkpoint.header import DTYPE_BYTES, read_header
+from expo_serve.checkpoint.header import read_header
+from expo_serve.checkpoint.records import DTYPES
 from expo_serve.errors import CheckpointError
 from tests.models.raw import entry, file_bytes
 
@@ -107,7 +108,7 @@ _JSON = st.recursive(
 )
 _ENTRY = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPE_BYTES, "F4", "", "f32"]) | _JSON,
+        "dtype": st.sampled_from([*DTYPES, "F4", "", "f32"]) | _JSON,
         "shape": st.lists(st.integers(-1, 4), max_size=3) | _JSON,
         "data_offsets": st.lists(st.integers(-1, 12), min_size=2, max_size=2) | _JSON,
     }

@@ -13,7 +13,7 @@ from expo_serve.errors import PairError
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from tests.models.adapters import plan_delta
 from tests.models.raw import same_bits, tiny_tensors, write_raw
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from tests.models.adapters import plan_delta, units_apart
 from tests.models.raw import same_bits
 

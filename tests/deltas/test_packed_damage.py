@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from expo_serve.errors import CheckpointError, ExpoError, PairError
+from expo_serve.load.blocks import TABLE
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.packed_format import TABLE
 from expo_serve.write import packed as packing
 from tests.load.lazies import numbers
 from tests.models.packs import (
@@ -35,7 +35,7 @@ def test_all_codings_are_there(every_coding: Pack) -> None:
     codings = set()
     for planned in every_coding.by_delta(ALPHA).tensors.values():
         record = planned.records[-1]
-        count = planned.change.tensor.count(SMALL_BLOCK)  # type: ignore[union-attr]
+        count = planned.delta.tensor.count(SMALL_BLOCK)  # type: ignore[union-attr]
         raw = record.file.read_bytes()[record.offset :][: count * TABLE.itemsize]
         codings |= set(np.frombuffer(raw, TABLE)["coding"].tolist())
     assert codings == {0, 1, 2, 3}

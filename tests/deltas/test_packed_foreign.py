@@ -12,8 +12,9 @@ import pytest
 
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, ExpoError
+from expo_serve.load.blocks import TABLE
 from expo_serve.plan.delta import open_delta
-from expo_serve.plan.packed_format import TABLE, checksum
+from expo_serve.plan.packed_format import checksum
 from tests.models.packs import (
     ALPHA,
     EMBED,
@@ -165,7 +166,7 @@ def test_table_that_says_nonsense_is_never_a_crash(damaged: Pack, change: Callab
 
 def _change_table(damaged: Pack, name: str, change: Callable[[Any], None]) -> None:
     planned = damaged.by_delta(ALPHA).tensors[name]
-    record, count = planned.records[-1], planned.change.tensor.count(SMALL_BLOCK)  # type: ignore[union-attr]
+    record, count = planned.records[-1], planned.delta.tensor.count(SMALL_BLOCK)  # type: ignore[union-attr]
     content = bytearray(damaged.file.read_bytes())
     table = np.frombuffer(content, TABLE, count, record.offset)
     change(table)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from expo_serve.errors import ValuesError
 from expo_serve.load.background import Background
+from expo_serve.load.blocks import TABLE
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.packed_format import TABLE
 from tests.load.lazies import numbers
 from tests.load.test_pipeline import Parameters
 from tests.models.packs import EMBED, HEAD, SMALL_BLOCK, UP, Pack, Packs, blocks_of

@@ -13,7 +13,8 @@ from expo_serve.load.background import Run, run_now
 from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan
 from tests.models.raw import write_raw
 from tests.models.reference import extrapolate
 

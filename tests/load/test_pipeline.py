@@ -27,7 +27,7 @@ from expo_serve.load.counts import Tally
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.read_ahead import FileRange
 from expo_serve.load.reader import Reader
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from tests.load.lazies import Lazies, numbers
 from tests.models.raw import same_bits
 from tests.models.reference import extrapolate

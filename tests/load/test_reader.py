@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from expo_serve.checkpoint.header import DTYPE_BYTES, QUANTISED_DTYPES, TensorRecord, read_header
+from expo_serve.checkpoint.header import read_header
+from expo_serve.checkpoint.records import DTYPES, QUANTISED_DTYPES, TensorRecord
 from expo_serve.errors import CheckpointError
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Elements
@@ -36,11 +37,11 @@ def read(record: TensorRecord, view: Callable[[torch.Tensor], torch.Tensor] = la
     return reader.read(record, Elements.of(view(reader.whole(record))), "a")
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES.keys() - QUANTISED_DTYPES))
+@pytest.mark.parametrize("dtype", sorted(DTYPES.keys() - QUANTISED_DTYPES))
 @pytest.mark.parametrize("before", [0, 3])
 def test_every_dtype_is_read_at_any_offset(file: Path, dtype: str, before: int) -> None:
     """Nothing in the format keeps a tensor's data at a multiple of its element's size."""
-    size = DTYPE_BYTES[dtype]
+    size = DTYPES[dtype].itemsize
     data = bytes([1, 0] * size)[: 2 * size] if dtype == "BOOL" else DATA[: 2 * size]
     header = {"a": entry("U8", [before], 0, before), "b": entry(dtype, [2, 1], before, before + 2 * size)}
     file.write_bytes(file_bytes(header, bytes(before) + data))

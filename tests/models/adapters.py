@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from expo_serve.config import ExpoConfig
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 
 PREFIX = "base_model.model."

@@ -21,7 +21,8 @@ from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.plan import packed_format as packed_format_module
 from expo_serve.plan.delta import open_delta
-from expo_serve.plan.pair import Plan, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan
 from expo_serve.write import packed as packing_module
 from tests.load.lazies import numbers
 from tests.models.raw import same_bits, write_raw

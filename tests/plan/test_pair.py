@@ -11,7 +11,8 @@ import torch
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ConfigError, PairError, UsageError
-from expo_serve.plan.pair import Plan, plan_pair
+from expo_serve.plan.pair import plan_pair
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import pin, prepare
 from tests.models.raw import tiny_tensors, write_pair, write_raw
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expo_serve.errors import PairError
-from expo_serve.plan.pair import Plan
+from expo_serve.plan.plan import Plan
 from tests.models.raw import tiny_tensors
 from tests.plan.test_pair import EMBED, HEAD, Pairs, Tensors, changed
 
