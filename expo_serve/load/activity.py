@@ -14,7 +14,7 @@ _LOCK = threading.Lock()
 
 
 @dataclass
-class Activity:
+class ReadActivity:
     """Of one load; any thread may write to it."""
 
     reading: dict[int, tuple[tuple[Path, ...], float]] = field(default_factory=dict)

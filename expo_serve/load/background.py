@@ -20,8 +20,8 @@ from typing import Protocol
 
 import torch
 
-from expo_serve.load.activity import Activity
-from expo_serve.load.read_ahead import FileRange, ReadAhead
+from expo_serve.load.activity import ReadActivity
+from expo_serve.load.read_ahead import FileSpan, ReadAhead
 from expo_serve.load.selection import span
 from expo_serve.load.threads import default_threads, leave_core, start
 
@@ -32,15 +32,15 @@ _JOIN_SECONDS = 5.0
 Task = Callable[[], None]
 
 
-class Run(Protocol):
+class Executor(Protocol):
     """Does a task that writes into a tensor, now or soon."""
 
-    def __call__(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
+    def __call__(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileSpan] = ()) -> None:
         """Do ``task``, which writes into ``dest`` only and reads these bytes of files."""
 
 
-def run_now(dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
-    """The plainest :class:`Run`."""
+def run_inline(dest: torch.Tensor, task: Task, ranges: Sequence[FileSpan] = ()) -> None:
+    """The plainest :class:`Executor`."""
     task()
 
 
@@ -67,7 +67,9 @@ class Background:
         activity: where those that read ahead say what they are doing.
     """
 
-    def __init__(self, model: torch.nn.Module, threads: int | None = None, activity: Activity | None = None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, threads: int | None = None, activity: ReadActivity | None = None
+    ) -> None:
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._wanted = default_threads() if threads is None else threads
         self._threads: list[threading.Thread] = []
@@ -76,7 +78,7 @@ class Background:
         self._pending: list[tuple[int, int]] = []
         """What is being written: from and to, sorted; no two overlap."""
         self._pending_bytes = 0
-        self._ahead = ReadAhead(activity or Activity())
+        self._ahead = ReadAhead(activity or ReadActivity())
         self._failure: BaseException | None = None
         self._ended = False
 
@@ -96,7 +98,7 @@ class Background:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._threads = []
 
-    def run(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileRange] = ()) -> None:
+    def run(self, dest: torch.Tensor, task: Task, ranges: Sequence[FileSpan] = ()) -> None:
         """Do ``task``, which writes into ``dest`` only and reads these bytes of files, now or soon.
 
         Raises:

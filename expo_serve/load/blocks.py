@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import zstandard
 
 from expo_serve.kernels.sparse import Parts, fits, patch
@@ -25,13 +24,6 @@ _local = threading.local()
 
 class DamagedError(ValueError):
     """A block's bytes do not decode."""
-
-
-def bits_of(values: torch.Tensor) -> Values:
-    """A tensor's values as signed integers of their width, in the same memory."""
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits: Values = values.view(width).numpy()
-    return bits
 
 
 @dataclass(frozen=True)

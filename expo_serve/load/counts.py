@@ -14,7 +14,7 @@ _LOCK = threading.Lock()
 
 
 @dataclass
-class Tally:
+class Counts:
     """Counts of one rank's load. A tensor that a rank never touches does not count."""
 
     read_bytes: Counter[str] = field(default_factory=Counter)

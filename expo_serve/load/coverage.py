@@ -133,7 +133,7 @@ def _is_lazy_copy(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _written_elements(parameter: torch.Tensor, regions: set[_Region]) -> int:
-    """Elements that at least one region covers, counted on the coarsest cells that all the regions keep to."""
+    """Selection that at least one region covers, counted on the coarsest cells that all the regions keep to."""
     whole = _Region.of(parameter)
     if whole in regions or not regions:
         return parameter.numel() if regions else 0

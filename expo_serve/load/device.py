@@ -20,7 +20,7 @@ from expo_serve.load.fill import Job
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import PIECE_BYTES, Buffer
-from expo_serve.load.selection import Elements, cut
+from expo_serve.load.selection import Selection, cut
 from expo_serve.load.threads import Workers, default_threads
 
 STAGE_BYTES = 8 << 20
@@ -158,7 +158,7 @@ class Stage:
         size = self.piece_bytes
         return _Turn((host(size), host(size)), (device(size), device(size)), host(1))
 
-    def fill(self, dest: torch.Tensor, elements: Elements, job: Job) -> None:
+    def fill(self, dest: torch.Tensor, elements: Selection, job: Job) -> None:
         """Read, copy and combine elements into ``dest`` on the device; returns before the device is done.
 
         Raises:
@@ -203,7 +203,7 @@ class Stage:
                 self._failure = self._failure or error
                 raise
 
-    def _read(self, turn: _Turn, piece: Elements, job: Job) -> dict[Operand, torch.Tensor]:
+    def _read(self, turn: _Turn, piece: Selection, job: Job) -> dict[Operand, torch.Tensor]:
         """Fill the turn's host buffers, by several threads where the elements lie one behind the other."""
 
         def memory(start: int, count: int) -> Memory:
@@ -214,7 +214,7 @@ class Stage:
             return job.sides.read(piece, memory(0, max(1, piece.numel)))
         dtypes: dict[Operand, torch.dtype] = {}
 
-        def read(part: Elements) -> None:
+        def read(part: Selection) -> None:
             values = job.sides.read(part, memory(part.offset - piece.offset, part.numel))
             dtypes.update({side: value.dtype for side, value in values.items()})
 

@@ -13,11 +13,11 @@ from expo_serve.kernels.bf16 import fused
 from expo_serve.kernels.low_rank import low_rank
 from expo_serve.kernels.sparse import extrapolating
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
-from expo_serve.load.lora import LowRankSides
-from expo_serve.load.operands import RecordSides, Sides
-from expo_serve.load.packed import PackedSides
+from expo_serve.load.lora import LowRankOperands
+from expo_serve.load.operands import Operands, RecordOperands
+from expo_serve.load.packed import PackedOperands
 from expo_serve.load.reader import PIECE_BYTES, Reader
-from expo_serve.load.selection import Elements, cut
+from expo_serve.load.selection import Selection, cut
 from expo_serve.plan.plan import PlannedTensor
 from expo_serve.plan.tensor_deltas import FullTensorDelta, LowRankTensorDelta, PackedTensorDelta
 
@@ -26,7 +26,7 @@ from expo_serve.plan.tensor_deltas import FullTensorDelta, LowRankTensorDelta, P
 class Job:
     """What one copy needs besides its elements: the sides that are read, and how they are combined."""
 
-    sides: Sides
+    sides: Operands
     reader: Reader
     dtype: torch.dtype
     """What the result is rounded to."""
@@ -35,7 +35,7 @@ class Job:
     """Makes the error out of whose fault it is: a side or ``result``. None: values may be infinite."""
 
 
-def fill_here(dest: torch.Tensor, elements: Elements, job: Job) -> None:
+def fill_here(dest: torch.Tensor, elements: Selection, job: Job) -> None:
     """Read and combine elements into ``dest`` piece by piece, so that each is still in the cache when it is combined.
 
     Raises:
@@ -55,16 +55,16 @@ def fill_here(dest: torch.Tensor, elements: Elements, job: Job) -> None:
                 raise job.fail(str(error)) from None
 
 
-def _stream(dest: torch.Tensor, elements: Elements, job: Job) -> tuple[torch.Tensor, Elements]:
+def _stream(dest: torch.Tensor, elements: Selection, job: Job) -> tuple[torch.Tensor, Selection]:
     """Do what compiled loops can do; returns what they leave, most often nothing."""
     is_plain = dest.is_cpu and dest.is_contiguous() and elements.is_contiguous and dest.numel()
     if not (is_plain and dest.dtype == job.dtype == torch.bfloat16 and job.fail):
         return dest, elements
     done = job.sides.stream(dest, elements, job.alpha)
-    return dest.view(-1)[done:], Elements((dest.numel() - done,), (1,), elements.offset + done)
+    return dest.view(-1)[done:], Selection.flat(elements.offset + done, dest.numel() - done)
 
 
-def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...]) -> Sides:
+def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...]) -> Operands:
     """Make what reads a planned tensor's operands.
 
     Args:
@@ -76,16 +76,16 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
         case None:
             records = {"base": planned.base, "aligned": planned.aligned}
             sources = {"base": "base", "aligned": planned.origin}
-            return RecordSides(reader, {side: record for side in used if (record := records[side])}, sources)
+            return RecordOperands(reader, {side: record for side in used if (record := records[side])}, sources)
         case PackedTensorDelta() as delta:
-            return PackedSides(delta, reader, used)
+            return PackedOperands(delta, reader, used)
         case LowRankTensorDelta() as delta if "delta" in used:
-            return LowRankSides(delta, reader)
+            return LowRankOperands(delta, reader)
         case FullTensorDelta() as delta if "delta" in used:
             stored: dict[Operand, TensorRecord] = {"base": delta.base, "delta": delta.record}
-            return RecordSides(reader, stored, {"base": "base", "delta": "delta"})
+            return RecordOperands(reader, stored, {"base": "base", "delta": "delta"})
         case delta:
-            return RecordSides(reader, {"base": delta.base}, {"base": "base"})
+            return RecordOperands(reader, {"base": delta.base}, {"base": "base"})
 
 
 def compile_kernels(delta_format: str | None) -> None:

@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_map_only
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import format_alpha
 from expo_serve.errors import ValuesError
-from expo_serve.load.background import Run, run_now
-from expo_serve.load.counts import Tally
+from expo_serve.load.background import Executor, run_inline
+from expo_serve.load.counts import Counts
 from expo_serve.load.device import Stages
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.fill import Job, fill_here, operands_of
-from expo_serve.load.operands import Sides
+from expo_serve.load.operands import Operands
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Elements, cut
+from expo_serve.load.selection import Selection, cut
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.plan import PlannedTensor
 
@@ -39,32 +40,34 @@ BLOCK_BYTES = 8 << 20
 the files side by side, and end together."""
 
 
-class Operands:
+class PendingTensor:
     """The sides of one tensor, shared by all the views that are taken of it.
 
     ``value`` is None until an operation writes into the lazy tensor; from then on it is the tensor.
     """
 
-    def __init__(self, planned: PlannedTensor, reader: Reader, tally: Tally, run: Run, stages: Stages | None) -> None:
+    def __init__(
+        self, planned: PlannedTensor, reader: Reader, counts: Counts, run: Executor, stages: Stages | None
+    ) -> None:
         self.planned = planned
-        self.tally = tally
+        self.counts = counts
         self._run = run
         self._stages = stages
         self._reader = reader
-        self._sides: dict[tuple[Operand, ...], Sides] = {}
+        self._sides: dict[tuple[Operand, ...], Operands] = {}
         for record in planned.records:
             reader.check(record)
-        self.whole = reader.whole(planned.result)
+        self.whole = meta_tensor(planned.result)
         self.value: torch.Tensor | None = None
         self._is_leftover = is_leftover(planned.aligned)  # a mask may be minus infinity
 
-    def clone(self) -> Operands:
+    def clone(self) -> PendingTensor:
         """The same elements, to be written into apart."""
         other = copy(self)
         other.value = None if self.value is None else self.value.clone()
         return other
 
-    def write(self, dest: torch.Tensor, view: torch.Tensor, run: Run | None = None) -> None:
+    def write(self, dest: torch.Tensor, view: torch.Tensor, run: Executor | None = None) -> None:
         """Compute the elements that ``view`` (meta) selects into ``dest`` of the same shape.
 
         Args:
@@ -83,7 +86,7 @@ class Operands:
             run(dest, lambda: _copy_plain(dest, _select(value, view)))
             return
         block = BLOCK_BYTES // self.whole.element_size()
-        for part, elements, has_base in self._by_base_rows(dest, Elements.of(view)):
+        for part, elements, has_base in self._by_base_rows(dest, Selection.of(view)):
             job = self._job(self.planned.used(has_base and not self._is_leftover))
             for out, chosen in cut(part, elements, block, job.sides.grain):
                 run(out, partial(self._fill, out, chosen, job), job.sides.ranges(chosen))
@@ -94,7 +97,7 @@ class Operands:
         fail = None if self._is_leftover else self._values_error
         return Job(self._sides[used], self._reader, self.whole.dtype, self.planned.alpha, fail)
 
-    def _by_base_rows(self, dest: torch.Tensor, elements: Elements) -> Iterator[tuple[torch.Tensor, Elements, bool]]:
+    def _by_base_rows(self, dest: torch.Tensor, elements: Selection) -> Iterator[tuple[torch.Tensor, Selection, bool]]:
         """Cut where the base side's rows end (a grown vocabulary); most often there is nothing to cut.
 
         Both sides are row-major with rows of one size, so an element has a partner in base exactly
@@ -114,11 +117,11 @@ class Operands:
             yield from self._by_base_rows(dest.select(dim, row), elements.select(dim, row))
         yield dest.narrow(dim, above, size - above), elements.narrow(dim, above, size - above), False
 
-    def _fill(self, dest: torch.Tensor, elements: Elements, job: Job) -> None:
+    def _fill(self, dest: torch.Tensor, elements: Selection, job: Job) -> None:
         stage = self._stages.onto(dest.device) if self._stages else None
         (stage.fill if stage else fill_here)(dest, elements, job)
         for source, count in job.sides.read_bytes(elements).items():
-            self.tally.add_read(source, count)
+            self.counts.add_read(source, count)
 
     def _values_error(self, what: str) -> ValuesError:
         planned = self.planned
@@ -132,11 +135,11 @@ class Operands:
 
     def materialize(self, view: torch.Tensor) -> torch.Tensor:
         """The elements that ``view`` selects, as a plain tensor of its own."""
-        self.tally.note(self.planned.name, "materialized" if self.planned.base else "copied")
+        self.counts.note(self.planned.name, "materialized" if self.planned.base else "copied")
         if self.value is not None:
             return _select(self.value, view)
         result = torch.empty_like(view, device="cpu")  # keeps the strides of a dense view
-        self.write(result, view, run_now)
+        self.write(result, view, run_inline)
         return result
 
     def keep(self) -> torch.Tensor:
@@ -161,16 +164,16 @@ class LazyTensor(torch.Tensor):
     Shape, strides and dtype are those of the aligned side's tensor.
     """
 
-    _operands: Operands
+    _pending: PendingTensor
     _view: torch.Tensor
 
     @staticmethod
-    def __new__(cls, operands: Operands, view: torch.Tensor) -> LazyTensor:
-        """Wrap ``operands``; ``view`` is a meta tensor that says which of their elements."""
+    def __new__(cls, pending: PendingTensor, view: torch.Tensor) -> LazyTensor:
+        """Wrap ``pending``; ``view`` is a meta tensor that says which of their elements."""
         lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, view.size(), strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype
         )
-        lazy._operands = operands
+        lazy._pending = pending
         lazy._view = view
         return lazy
 
@@ -179,10 +182,10 @@ class LazyTensor(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """This tensor's values, as a plain tensor."""
-        return self._operands.materialize(self._view)
+        return self._pending.materialize(self._view)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"LazyTensor({self._operands.planned.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"LazyTensor({self._pending.planned.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     # These reach for the storage without an operation that could be intercepted.
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +214,7 @@ class LazyTensor(torch.Tensor):
         if func is _aten.copy_.default and not isinstance(first, LazyTensor):
             return _copy_out(args[0], args[1])
         if func is _aten.clone.default and isinstance(first, LazyTensor) and _clones_layout(first, kwargs):
-            return LazyTensor(first._operands.clone(), first._view)
+            return LazyTensor(first._pending.clone(), first._view)
         if func.is_view and isinstance(first, LazyTensor):
             return _take_view(first, func, args[1:], kwargs)
         if func._schema.is_mutable:
@@ -222,7 +225,7 @@ class LazyTensor(torch.Tensor):
 def _clones_layout(lazy: LazyTensor, kwargs: dict[str, Any]) -> bool:
     """Whether a clone has the strides and offset of what it is made from: so for a whole tensor, whatever its order."""
     preserves = kwargs.get("memory_format") in (None, torch.preserve_format)
-    is_whole = lazy.numel() == lazy._operands.whole.numel()
+    is_whole = lazy.numel() == lazy._pending.whole.numel()
     return preserves and is_whole and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
 
 
@@ -232,13 +235,13 @@ def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy_out(dest: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
-    operands, view = lazy._operands, lazy._view
+    pending, view = lazy._pending, lazy._view
     if view.shape != dest.shape:
         view = view.expand(dest.shape)
     if dest.is_meta:  # a dry run, as before online quantisation: nothing is read, nothing counted
         return dest
-    operands.tally.note(operands.planned.name, "extrapolated" if operands.planned.base else "copied")
-    operands.write(dest, view)
+    pending.counts.note(pending.planned.name, "extrapolated" if pending.planned.base else "copied")
+    pending.write(dest, view)
     return dest
 
 
@@ -246,7 +249,7 @@ def _take_view(lazy: LazyTensor, func: Any, args: tuple[Any, ...], kwargs: dict[
     taken = func(lazy._view, *args, **kwargs)
     if isinstance(taken, torch.Tensor) and (taken.dtype != lazy.dtype or taken.is_neg() or taken.is_conj()):
         return func(lazy.materialize(), *args, **kwargs)  # it selects no elements, it reads them otherwise
-    return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._operands, view), taken)
+    return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._pending, view), taken)
 
 
 def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -255,7 +258,7 @@ def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         raise NotImplementedError(f"{func} on {args[0]!r}: take the view that makes a new tensor instead")
 
     def writable(tensor: LazyTensor) -> torch.Tensor:
-        return _select(tensor._operands.keep(), tensor._view)
+        return _select(tensor._pending.keep(), tensor._view)
 
     schema = func._schema.arguments
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema]
@@ -273,16 +276,16 @@ def _run_mutable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def lazy_tensor(
-    planned: PlannedTensor, reader: Reader, tally: Tally, run: Run = run_now, stages: Stages | None = None
+    planned: PlannedTensor, reader: Reader, counts: Counts, run: Executor = run_inline, stages: Stages | None = None
 ) -> LazyTensor:
     """The tensor that a loader yields for one planned tensor.
 
     Args:
         planned: what becomes of it.
         reader: opens its files.
-        tally: counts what goes through.
+        counts: counts what goes through.
         run: how the pieces of a copy are done; :meth:`Background.run` does them in threads.
         stages: the ways onto other devices; without them results are made here and copied.
     """
-    operands = Operands(planned, reader, tally, run, stages)
-    return LazyTensor(operands, operands.whole)
+    pending = PendingTensor(planned, reader, counts, run, stages)
+    return LazyTensor(pending, pending.whole)

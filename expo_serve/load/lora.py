@@ -12,10 +12,11 @@ import torch
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.kernels.low_rank import Factors, low_rank
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.operands import Memory
-from expo_serve.load.read_ahead import FileRange
+from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import PIECE_BYTES, Reader
-from expo_serve.load.selection import Elements, cut
+from expo_serve.load.selection import Selection, cut
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _FLOAT_BYTES = 4
@@ -23,9 +24,9 @@ _BOX_VALUES = 1 << 21
 """Of the product at a time, where elements lie apart: what lies between them is computed too."""
 
 
-class LowRankSides:
+class LowRankOperands:
     """Base, and ``s * B A`` for just the rows and columns that are wanted. See
-    :class:`~expo_serve.load.operands.Sides`.
+    :class:`~expo_serve.load.operands.Operands`.
 
     The factors are read when the first element is wanted, and go when the tensor is done.
     """
@@ -50,18 +51,18 @@ class LowRankSides:
         """Steps are fp32."""
         return max(_FLOAT_BYTES, self._base.itemsize)
 
-    def ranges(self, elements: Elements) -> list[FileRange]:
+    def ranges(self, elements: Selection) -> list[FileSpan]:
         """Those of base: factors are small."""
         return [self._reader.range_of("base", self._base, elements)] if elements.is_contiguous else []
 
-    def read_bytes(self, elements: Elements) -> Mapping[str, int]:
+    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
         """Base's elements; and the factors, once."""
         with self._lock:
             unread, self._unread = self._unread, 0
         stored = elements.stored
         return {"base": stored * self._base.itemsize, "delta": unread + stored * self._start_bytes}
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
+    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
         """The elements of base in their dtype, and their steps in fp32."""
         size = elements.numel * self._base.itemsize
         base = self._reader.read_into(self._base, elements, memory("base", size))
@@ -71,7 +72,7 @@ class LowRankSides:
             values += self._reader.read(start, elements, "start").float() - base.float()
         return {"base": base, "delta": values}
 
-    def _compute(self, elements: Elements, values: torch.Tensor) -> None:
+    def _compute(self, elements: Selection, values: torch.Tensor) -> None:
         """The product around some elements, and they out of it; in parts where that would be much."""
         box = _Box.around(elements, self._columns)
         if box.size > _BOX_VALUES and max(elements.shape, default=1) > 1:
@@ -84,7 +85,7 @@ class LowRankSides:
         self._read_factors().product(box.rows, box.columns, steps)
         values.copy_(box.pick(steps, elements))
 
-    def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
+    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
         """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
         if self._base.dtype != "BF16" or self._change.start or elements.offset % columns or not low_rank():
@@ -112,7 +113,7 @@ class LowRankSides:
         return Factors(b.contiguous(), a.contiguous(), module.scale)
 
     def _matrix(self, record: TensorRecord) -> torch.Tensor:
-        whole = Elements.of(self._reader.whole(record))
+        whole = Selection.of(meta_tensor(record))
         values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
         for out, piece in cut(values, whole, PIECE_BYTES // record.itemsize):
             out.copy_(self._reader.read(record, piece, "factor"))
@@ -150,7 +151,7 @@ class _Box:
         return len(self.rows) * len(self.columns)
 
     @staticmethod
-    def around(elements: Elements, width: int) -> _Box:
+    def around(elements: Selection, width: int) -> _Box:
         """Where no step along a dimension crosses from one row's end into the next row, the columns are few."""
         if not elements.numel:
             return _Box(range(0), range(0), width)
@@ -161,7 +162,7 @@ class _Box:
         rows = range(start // width, last // width + 1)
         return _Box(rows, range(start % width, across + 1) if across < width else range(width), width)
 
-    def pick(self, values: torch.Tensor, elements: Elements) -> torch.Tensor:
+    def pick(self, values: torch.Tensor, elements: Selection) -> torch.Tensor:
         """The elements, out of the box's values."""
         columns = len(self.columns)
         if columns == self.width:

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from expo_serve.checkpoint.records import Operand, TensorRecord
+from expo_serve.checkpoint.records import Operand
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.kernels.bf16 import fused
 from expo_serve.kernels.fetch_ir import LEAST_BYTES
 from expo_serve.kernels.sparse import BaseBlock, extrapolating
-from expo_serve.load.blocks import Coded, DamagedError, bits_of, decode, decompressed
+from expo_serve.load.blocks import Coded, DamagedError, decode, decompressed
+from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
 from expo_serve.load.operands import Memory
-from expo_serve.load.read_ahead import FileRange
+from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Elements
+from expo_serve.load.selection import Selection
 from expo_serve.plan.packed_format import CHANGES, SAME, TABLE_ENTRY, Table, checksum, read_table
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
@@ -27,8 +28,8 @@ _SPAN_BYTES = 8 << 20
 """Decoded at a time where elements lie apart: what lies between them is decoded too."""
 
 
-class PackedSides:
-    """Base and the decoded aligned tensor. See :class:`~expo_serve.load.operands.Sides`.
+class PackedOperands:
+    """Base and the decoded aligned tensor. See :class:`~expo_serve.load.operands.Operands`.
 
     Base's bytes are compared with the checksums of those that the delta was made against, at every alpha: so blocks
     of it are read whole, also where a rank wants a part of each row.
@@ -41,8 +42,8 @@ class PackedSides:
         self._known: Table | None = None
         self._lock = threading.Lock()
         self._uncounted = self._tensor.count(change.block) * TABLE_ENTRY.size
-        self._dtype = reader.whole(TensorRecord("", change.record.file, 0, self._tensor.dtype, ())).dtype
-        self._base_dtype = reader.whole(self._base).dtype if self._base else self._dtype
+        self._dtype = TORCH_DTYPES[self._tensor.dtype]
+        self._base_dtype = TORCH_DTYPES[self._base.dtype] if self._base else self._dtype
 
     @property
     def grain(self) -> int:
@@ -54,19 +55,19 @@ class PackedSides:
         """Bytes of an element of base or aligned."""
         return max(self._dtype.itemsize, self._base_dtype.itemsize)
 
-    def ranges(self, elements: Elements) -> list[FileRange]:
-        """See :class:`~expo_serve.load.operands.Sides`."""
+    def ranges(self, elements: Selection) -> list[FileSpan]:
+        """See :class:`~expo_serve.load.operands.Operands`."""
         if not elements.is_contiguous or not elements.numel:
             return []
         blocks = self._blocks(elements)
         offsets = self._table().offsets
-        packed = Elements((offsets[blocks.stop] - offsets[blocks.start],), (1,), offsets[blocks.start])
+        packed = Selection.flat(offsets[blocks.start], offsets[blocks.stop] - offsets[blocks.start])
         wanted = [self._reader.range_of("delta", self._change.record, packed)] if packed.numel else []
         if self._base and (shared := self._shared(blocks)).numel:
             wanted.append(self._reader.range_of("base", self._base, shared))
         return wanted
 
-    def read_bytes(self, elements: Elements) -> Mapping[str, int]:
+    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
         """Whole blocks of both; and the table, once."""
         if not elements.numel:
             return {}
@@ -78,8 +79,8 @@ class PackedSides:
         packed = offsets[blocks.stop] - offsets[blocks.start] if "aligned" in self._used else 0
         return {"base": base, "delta": table + packed}
 
-    def read(self, elements: Elements, memory: Memory) -> dict[Operand, torch.Tensor]:
-        """See :class:`~expo_serve.load.operands.Sides`."""
+    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
+        """See :class:`~expo_serve.load.operands.Operands`."""
         dtypes: dict[Operand, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
         values = {
             side: memory(side, elements.numel * dtypes[side].itemsize).values(dtypes[side], elements.shape)
@@ -88,7 +89,7 @@ class PackedSides:
         self._pick(elements, values)
         return values
 
-    def _pick(self, elements: Elements, values: dict[Operand, torch.Tensor]) -> None:
+    def _pick(self, elements: Selection, values: dict[Operand, torch.Tensor]) -> None:
         """Decode what lies around elements and take them out of it, in parts where that would be much."""
         if (elements.end - elements.offset) * self.widest > _SPAN_BYTES and max(elements.shape) > 1:
             dim = elements.outer_dim()
@@ -110,7 +111,7 @@ class PackedSides:
         for side, value in values.items():
             value.copy_(around[side].as_strided(elements.shape, elements.stride, elements.offset - start))
 
-    def stream(self, dest: torch.Tensor, elements: Elements, alpha: float) -> int:
+    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
         """Read blocks of base to where they belong, and change there what the delta changes."""
         first, end = int(elements.offset), int(elements.offset + elements.numel)
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
@@ -161,7 +162,7 @@ class PackedSides:
             self._read_base(block, values)
             return loops.change(values, parts, weight)
         start, end = self._spans[block]
-        there = self._reader.range_of("base", self._base, Elements((end - start,), (1,), start))
+        there = self._reader.range_of("base", self._base, Selection.flat(start, end - start))
         with self._reader.activity.during(there.path):
             base = BaseBlock(there.descriptor, there.offset, self._table().base[block])
             is_done = loops.load(base, values, parts, weight)
@@ -180,7 +181,7 @@ class PackedSides:
 
     def _decoded(self, block: int, coded: Coded, base: torch.Tensor | None, out: torch.Tensor) -> None:
         try:
-            decode(coded, None if base is None else bits_of(base), out.numel(), bits_of(out))
+            decode(coded, None if base is None else signed_bits(base), out.numel(), signed_bits(out))
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
@@ -188,7 +189,7 @@ class PackedSides:
         """A block of base, which must be what the delta was made against."""
         assert self._base is not None
         start, end = self._spans[block]
-        self._reader.read_onto(self._base, Elements((end - start,), (1,), start), out)
+        self._reader.read_onto(self._base, Selection.flat(start, end - start), out)
         if checksum(_raw(out)) != self._table().base[block]:
             raise ValuesError(
                 f"base is not the one that the delta was made against ({self._change.base_name}): tensor "
@@ -197,7 +198,7 @@ class PackedSides:
 
     def _read_packed(self, start: int, end: int) -> Any:
         """Bytes of the delta, in this thread's memory for them."""
-        elements = Elements((end - start,), (1,), start)
+        elements = Selection.flat(start, end - start)
         return self._reader.read(self._change.record, elements, "packed").numpy()
 
     def _coded(self, block: int, read_from: int | None = None) -> Coded:
@@ -233,11 +234,11 @@ class PackedSides:
             if self._known is None:
                 record, tensor = self._change.record, self._tensor
                 size = tensor.count(self._change.block) * TABLE_ENTRY.size
-                raw = self._reader.read(record, Elements((size,), (1,), 0), "packed").numpy().tobytes()
+                raw = self._reader.read(record, Selection.flat(0, size), "packed").numpy().tobytes()
                 self._known = read_table(raw, tensor, self._change.block, record)
             return self._known
 
-    def _blocks(self, elements: Elements) -> range:
+    def _blocks(self, elements: Selection) -> range:
         """Those that hold elements, of which there are some."""
         return range(self._block_of(elements.offset), self._block_of(elements.end - 1) + 1)
 
@@ -245,11 +246,11 @@ class PackedSides:
         size, shared = self._change.block, int(self._tensor.shared)
         return place // size if place < shared else -(-shared // size) + (place - shared) // size
 
-    def _shared(self, blocks: range) -> Elements:
+    def _shared(self, blocks: range) -> Selection:
         """What of base these blocks need."""
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
         shared = self._tensor.shared
-        return Elements((max(0, min(end, shared) - start),), (1,), min(start, shared))
+        return Selection.flat(min(start, shared), max(0, min(end, shared) - start))
 
     def _scratch(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """This thread's memory of a name."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from expo_serve.load.activity import Activity
+from expo_serve.load.activity import ReadActivity
 from expo_serve.load.threads import leave_core, start
 
 CHUNK_BYTES = 1 << 20
@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class FileRange:
+class FileSpan:
     """Bytes of an open file, of one side."""
 
     side: str
@@ -70,12 +70,12 @@ class ReadAhead:
         activity: where the threads say what they are doing.
     """
 
-    def __init__(self, activity: Activity) -> None:
+    def __init__(self, activity: ReadActivity) -> None:
         self._activity = activity
-        self._queues: dict[str, SimpleQueue[tuple[FileRange, Callable[[], None]] | None]] = {}
+        self._queues: dict[str, SimpleQueue[tuple[FileSpan, Callable[[], None]] | None]] = {}
         self._ended = False
 
-    def bring(self, ranges: Sequence[FileRange], then: Callable[[], None]) -> None:
+    def bring(self, ranges: Sequence[FileSpan], then: Callable[[], None]) -> None:
         """Call ``then`` once these bytes are in the page cache: at once, where they are.
 
         Whatever goes wrong with a read, ``then`` is called: who needs the bytes finds out too, and can say for what.
@@ -99,17 +99,17 @@ class ReadAhead:
             queue.put(None)
         self._queues = {}
 
-    def _queue(self, side: str) -> SimpleQueue[tuple[FileRange, Callable[[], None]] | None] | None:
+    def _queue(self, side: str) -> SimpleQueue[tuple[FileSpan, Callable[[], None]] | None] | None:
         """What a side's thread takes from; None where the system refuses a thread."""
         if side not in self._queues:
-            queue: SimpleQueue[tuple[FileRange, Callable[[], None]] | None] = SimpleQueue()
+            queue: SimpleQueue[tuple[FileSpan, Callable[[], None]] | None] = SimpleQueue()
             memory = bytearray(CHUNK_BYTES)
             if not start(f"expo-ahead-{side}", lambda: self._work(queue, memory)):
                 return None
             self._queues[side] = queue
         return self._queues[side]
 
-    def _work(self, queue: SimpleQueue[tuple[FileRange, Callable[[], None]] | None], memory: bytearray) -> None:
+    def _work(self, queue: SimpleQueue[tuple[FileSpan, Callable[[], None]] | None], memory: bytearray) -> None:
         leave_core()
         while (item := queue.get()) is not None:
             part, done = item
@@ -118,7 +118,7 @@ class ReadAhead:
             finally:
                 done()
 
-    def _read(self, part: FileRange, memory: bytearray) -> None:
+    def _read(self, part: FileSpan, memory: bytearray) -> None:
         for offset in range(part.offset, part.offset + part.length, CHUNK_BYTES):
             size = min(CHUNK_BYTES, part.offset + part.length - offset)
             try:

@@ -31,31 +31,16 @@ from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.kernels.bf16 import Place
 from expo_serve.kernels.reading import Offsets, read_runs
-from expo_serve.load.activity import Activity
-from expo_serve.load.read_ahead import FileRange
-from expo_serve.load.selection import Elements, span
+from expo_serve.load.activity import ReadActivity
+from expo_serve.load.dtypes import TORCH_DTYPES
+from expo_serve.load.read_ahead import FileSpan
+from expo_serve.load.selection import Selection, span
 
 PIECE_BYTES = 2 << 20
 """Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
 
 _MAX_SPREAD = 3
 """Bytes read for each byte wanted, at most, where single elements lie apart."""
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 class Buffer:
@@ -87,8 +72,8 @@ class Reader:
         activity: where it says what it is doing.
     """
 
-    def __init__(self, activity: Activity | None = None) -> None:
-        self.activity = activity or Activity()
+    def __init__(self, activity: ReadActivity | None = None) -> None:
+        self.activity = activity or ReadActivity()
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
@@ -107,18 +92,14 @@ class Reader:
         if size < record.offset + record.nbytes:
             raise _cut(record)
 
-    def whole(self, record: TensorRecord) -> torch.Tensor:
-        """A tensor of this shape and dtype on the meta device, to take views of."""
-        return torch.empty(record.shape, dtype=_DTYPES[record.dtype], device="meta")
-
-    def read(self, record: TensorRecord, elements: Elements, slot: str) -> torch.Tensor:
+    def read(self, record: TensorRecord, elements: Selection, slot: str) -> torch.Tensor:
         """Read elements into this thread's buffer of a name; the next read into it by this thread overwrites them.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
             LoadError: there is no memory for the buffer.
         """
-        size = elements.numel * _DTYPES[record.dtype].itemsize
+        size = elements.numel * TORCH_DTYPES[record.dtype].itemsize
         return self.read_into(record, elements, self.buffer(slot, size))
 
     def buffer(self, slot: str, size: int) -> Buffer:
@@ -133,7 +114,7 @@ class Reader:
             setattr(self._scratch, slot, buffer)
         return buffer
 
-    def read_into(self, record: TensorRecord, elements: Elements, buffer: Buffer) -> torch.Tensor:
+    def read_into(self, record: TensorRecord, elements: Selection, buffer: Buffer) -> torch.Tensor:
         """Read elements into given memory.
 
         Args:
@@ -147,7 +128,7 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
-        dtype, shape = _DTYPES[record.dtype], elements.shape
+        dtype, shape = TORCH_DTYPES[record.dtype], elements.shape
         if elements.is_contiguous:
             self._read_runs(record, np.array([elements.offset]), buffer.bytes[: elements.numel * dtype.itemsize])
             return buffer.values(dtype, shape)
@@ -161,7 +142,7 @@ class Reader:
             self._read_runs(record, layout.run_starts(elements.offset), buffer.bytes[: values.nbytes])
         return values.permute(layout.places).expand(shape)
 
-    def read_onto(self, record: TensorRecord, elements: Elements, dest: torch.Tensor) -> None:
+    def read_onto(self, record: TensorRecord, elements: Selection, dest: torch.Tensor) -> None:
         """Read elements that lie one behind the other straight to where they belong.
 
         Args:
@@ -186,15 +167,15 @@ class Reader:
             raise _unreadable(record, error) from None
         self.activity.add_bytes(len(memory))
 
-    def range_of(self, side: str, record: TensorRecord, elements: Elements) -> FileRange:
+    def range_of(self, side: str, record: TensorRecord, elements: Selection) -> FileSpan:
         """Where elements that lie one behind the other are in their file."""
         item = record.itemsize
         offset, length = record.offset + elements.offset * item, elements.numel * item
-        return FileRange(side, record.file, self._descriptor(record.file), offset, length)
+        return FileSpan(side, record.file, self._descriptor(record.file), offset, length)
 
     @contextmanager
     def placed(
-        self, records: Mapping[Operand, TensorRecord], elements: Elements, piece_bytes: int
+        self, records: Mapping[Operand, TensorRecord], elements: Selection, piece_bytes: int
     ) -> Iterator[dict[Operand, Place]]:
         """Where elements that lie one behind the other can be read from, and memory for a piece of each side; within
         the context somebody else reads them, and counts them."""
@@ -222,10 +203,10 @@ class _Layout:
     places: tuple[int, ...]
     """Where each dimension of the elements has gone."""
     run: int
-    """Elements that lie one behind the other."""
+    """Selection that lie one behind the other."""
 
     @staticmethod
-    def of(elements: Elements) -> _Layout:
+    def of(elements: Selection) -> _Layout:
         sizes = [1 if stride == 0 else size for size, stride in zip(elements.shape, elements.stride, strict=True)]
         order = sorted(range(len(sizes)), key=lambda dim: elements.stride[dim], reverse=True)
         shape, stride = tuple(sizes[dim] for dim in order), tuple(elements.stride[dim] for dim in order)

@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Elements:
+class Selection:
     """A selection of a row-major tensor's elements, counted in elements as torch's strides and offsets are."""
 
     shape: tuple[int, ...]
@@ -22,9 +22,14 @@ class Elements:
     offset: int
 
     @classmethod
-    def of(cls, view: torch.Tensor) -> Elements:
+    def of(cls, view: torch.Tensor) -> Selection:
         """What a view selects."""
         return cls(tuple(view.shape), view.stride(), int(view.storage_offset()))
+
+    @classmethod
+    def flat(cls, start: int, count: int) -> Selection:
+        """Select ``count`` elements that are contiguous in the file, from element ``start`` on."""
+        return cls((count,), (1,), start)
 
     @property
     def numel(self) -> int:
@@ -51,15 +56,15 @@ class Elements:
             expected *= size
         return True
 
-    def narrow(self, dim: int, start: int, length: int) -> Elements:
+    def narrow(self, dim: int, start: int, length: int) -> Selection:
         """See :meth:`torch.Tensor.narrow`."""
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return replace(self, shape=shape, offset=self.offset + start * self.stride[dim])
 
-    def select(self, dim: int, index: int) -> Elements:
+    def select(self, dim: int, index: int) -> Selection:
         """See :meth:`torch.Tensor.select`."""
         without = (*self.shape[:dim], *self.shape[dim + 1 :]), (*self.stride[:dim], *self.stride[dim + 1 :])
-        return Elements(*without, self.offset + index * self.stride[dim])
+        return Selection(*without, self.offset + index * self.stride[dim])
 
     def outer_dim(self) -> int:
         """The dimension along which neighbours lie farthest apart."""
@@ -67,13 +72,15 @@ class Elements:
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements of a storage from the first to the last that a tensor of these sizes covers; 0 for one without any."""
+    """Selection of a storage from the first to the last that a tensor of these sizes covers; 0 for one without any."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def cut(dest: torch.Tensor, elements: Elements, limit: int, grain: int = 1) -> Iterator[tuple[torch.Tensor, Elements]]:
+def cut(
+    dest: torch.Tensor, elements: Selection, limit: int, grain: int = 1
+) -> Iterator[tuple[torch.Tensor, Selection]]:
     """Cut a copy into pieces of at most ``limit`` elements each, in the order in which they are stored.
 
     Args:
@@ -93,15 +100,15 @@ def cut(dest: torch.Tensor, elements: Elements, limit: int, grain: int = 1) -> I
         flat = dest.view(-1)
         while start < end:
             stop = min(end, start + limit - start % grain)
-            yield flat[start - elements.offset : stop - elements.offset], Elements((stop - start,), (1,), start)
+            yield flat[start - elements.offset : stop - elements.offset], Selection.flat(start, stop - start)
             start = stop
     else:
         yield from _cut_outer(dest, elements, limit, grain)
 
 
 def _cut_outer(
-    dest: torch.Tensor, elements: Elements, limit: int, grain: int
-) -> Iterator[tuple[torch.Tensor, Elements]]:
+    dest: torch.Tensor, elements: Selection, limit: int, grain: int
+) -> Iterator[tuple[torch.Tensor, Selection]]:
     dim = elements.outer_dim()
     size = elements.shape[dim]
     row = elements.numel // size

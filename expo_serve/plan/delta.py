@@ -20,10 +20,10 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.full import FullDelta
 from expo_serve.plan.lora import LoraDelta
 from expo_serve.plan.packed import PackedDelta
-from expo_serve.plan.plan import OtherSide, Plan
+from expo_serve.plan.plan import Counterpart, Plan
 
 
-class Delta(OtherSide, Protocol):
+class Delta(Counterpart, Protocol):
     """An opened delta."""
 
     @property

@@ -13,11 +13,11 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import PairError
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import Changes, base_names, plan_over_base
-from expo_serve.plan.plan import OtherSide, Plan
+from expo_serve.plan.plan import Counterpart, Plan
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 
-class Adapter(OtherSide, Protocol):
+class Adapter(Counterpart, Protocol):
     """The adapter that is planned."""
 
     @property

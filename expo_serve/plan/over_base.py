@@ -12,7 +12,7 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.matching import find_renaming
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.pair import check_rules
-from expo_serve.plan.plan import OtherSide, Plan, PlannedTensor
+from expo_serve.plan.plan import Counterpart, Plan, PlannedTensor
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
@@ -34,7 +34,7 @@ class Changes:
 
 
 def plan_over_base(
-    delta: OtherSide, base: Checkpoint, config: ExpoConfig, changes: Changes, tokenizer: Source | None = None
+    delta: Counterpart, base: Checkpoint, config: ExpoConfig, changes: Changes, tokenizer: Source | None = None
 ) -> Plan:
     """Decide for every tensor of base, and for those that only the delta has.
 

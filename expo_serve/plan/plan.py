@@ -87,7 +87,7 @@ class PlannedTensor:
         return {"base": base_bytes, self.origin: self.aligned.nbytes if "aligned" in used else new_rows}
 
 
-class OtherSide(Protocol):
+class Counterpart(Protocol):
     """What stands beside base. :class:`Checkpoint` is one; so is every delta."""
 
     @property
@@ -116,7 +116,7 @@ class Plan:
     """What a load will do, tensor by tensor, in the order in which they are stored."""
 
     base: Checkpoint
-    other: OtherSide
+    other: Counterpart
     """What stands beside base: the aligned checkpoint, or a delta."""
     model: Source
     """Whose config and names of tensors the result has; the folder that vLLM takes for the model."""

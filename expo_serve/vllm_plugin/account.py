@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from expo_serve import memory
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.plan.plan import Plan
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
@@ -46,7 +46,7 @@ class LoadAccount:
         ]
         self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
-    def report(self, model: torch.nn.Module, plan: Plan, tally: Tally, alpha: float) -> LoadReport:
+    def report(self, model: torch.nn.Module, plan: Plan, counts: Counts, alpha: float) -> LoadReport:
         """What has been done until now."""
         ended = time.perf_counter()
         device = _cuda_device(model)
@@ -56,9 +56,9 @@ class LoadAccount:
             alpha=alpha,
             total_seconds=ended - self.started,
             phase_seconds={"resolve": self.resolved - self.started, "weights": ended - self.resolved},
-            read_bytes={side: tally.read_bytes[side] for side in plan.sources},
+            read_bytes={side: counts.read_bytes[side] for side in plan.sources},
             weight_bytes=self.done_bytes + _parameter_bytes(self.late),
-            tensors={str(kind): count for kind, count in tally.count().items()},
+            tensors={str(kind): count for kind, count in counts.count().items()},
             alphas=plan.alphas,
             grown_rows=plan.grown,
             copied_unmatched=len(plan.copied_unmatched),

@@ -20,9 +20,9 @@ from expo_serve.checkpoint.source import HubAccess
 from expo_serve.checkpoint.storage import is_on_network
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
-from expo_serve.load.activity import Activity
-from expo_serve.load.background import Background, Run, run_now
-from expo_serve.load.counts import Tally
+from expo_serve.load.activity import ReadActivity
+from expo_serve.load.background import Background, Executor, run_inline
+from expo_serve.load.counts import Counts
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.device import Stages
 from expo_serve.load.fill import compile_kernels
@@ -60,11 +60,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             raise ConfigError('--model-loader-extra-config: expected an object such as {"base": ..., "alpha": 0.5}')
         self.config = parse_config(extra, "--model-loader-extra-config")
         self._plan: Plan | None = None
-        self._tally = Tally()
+        self._counts = Counts()
         self._shows_progress = bool(load_config.use_tqdm_on_load)
-        self._run: Run = run_now
+        self._run: Executor = run_inline
         self._stages: Stages | None = None
-        self._activity = Activity()
+        self._activity = ReadActivity()
         self._shown: LoadProgress | None = None
         self._given: list[str] = []
         self._unfinished: LoadAccount | None = None
@@ -108,7 +108,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             compat.DefaultModelLoader(self._plain_config).load_weights(model, model_config)
             return
         account = LoadAccount.open(model)
-        self._tally = Tally()
+        self._counts = Counts()
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
         tracker = self._load_lazily(model, model_config, plan)
@@ -142,7 +142,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
                     super().load_weights(model, model_config)
                     settle()
             finally:
-                self._shown, self._run, self._stages = None, run_now, None
+                self._shown, self._run, self._stages = None, run_inline, None
         return tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -162,7 +162,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             self._given = self._names_to_read(plan, model)
         for name in self._given:
             with unwatched():
-                lazy = lazy_tensor(plan.tensors[name], reader, self._tally, self._run, self._stages)
+                lazy = lazy_tensor(plan.tensors[name], reader, self._counts, self._run, self._stages)
             yield name, lazy
             if self._shown:
                 self._shown.advance(sum(plan.tensors[name].read_bytes.values()))
@@ -170,7 +170,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             yield from self._get_weights_iterator(source)
 
     def _show(self, plan: Plan) -> LoadProgress:
-        self._activity = Activity()
+        self._activity = ReadActivity()
         return LoadProgress(
             sum(plan.read_bytes.values()),
             self._activity,
@@ -181,7 +181,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _dropped(self) -> dict[str, int]:
         """What the model was given and took nothing of, by name: numbers of elements."""
         planned = self._plan.tensors if self._plan else {}
-        return {name: planned[name].aligned.numel for name in self._given if name not in self._tally.kinds}
+        return {name: planned[name].aligned.numel for name in self._given if name not in self._counts.kinds}
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
@@ -225,7 +225,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _report(self, model: torch.nn.Module, account: LoadAccount) -> LoadReport:
         """Say what has been done until now, and hang it on the model."""
         assert self._plan is not None
-        report = account.report(model, self._plan, self._tally, self.config.alpha)
+        report = account.report(model, self._plan, self._counts, self.config.alpha)
         setattr(model, REPORT_ATTRIBUTE, report)
         return report
 

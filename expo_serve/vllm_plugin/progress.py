@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from expo_serve.load.activity import Activity
+from expo_serve.load.activity import ReadActivity
 from expo_serve.vllm_plugin import compat
 
 logger = compat.init_logger("vllm.expo_serve.progress")
@@ -29,7 +29,7 @@ class LoadProgress:
     line_seconds = 10.0
     silent_seconds = 30.0
 
-    def __init__(self, total: int, activity: Activity, *, on_terminal: bool, is_shown: bool) -> None:
+    def __init__(self, total: int, activity: ReadActivity, *, on_terminal: bool, is_shown: bool) -> None:
         self._total = total
         self._activity = activity
         self._is_shown = is_shown

@@ -70,7 +70,7 @@ def allow_plugins() -> None:
 
 
 def serve(request: dict[str, Any]) -> None:
-    """Run vLLM's server until it ends.
+    """Executor vLLM's server until it ends.
 
     Raises:
         CompatError: the installed vLLM lacks a name that we build on.

@@ -13,7 +13,7 @@ from expo_serve.load.coverage import WriteTracker, still_lazy
 from expo_serve.vllm_plugin import compat
 
 Hole = tuple[int, int]
-"""Elements of a parameter that were written, and that are there."""
+"""Selection of a parameter that were written, and that are there."""
 _COMMON_LEAVES = ("weight", "bias")
 
 

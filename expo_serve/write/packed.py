@@ -12,10 +12,11 @@ import torch
 
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes
-from expo_serve.load.blocks import TABLE, Coded, bits_of, encode
+from expo_serve.load.blocks import TABLE, Coded, encode
+from expo_serve.load.dtypes import signed_bits
 from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Elements
+from expo_serve.load.selection import Selection
 from expo_serve.plan.packed_format import BLOCK, PackedTensor, checksum, write_info
 from expo_serve.plan.plan import Plan
 
@@ -160,13 +161,13 @@ def _write_block(one: _Written, block: _Block, done: _Done, writer: SafetensorsW
 
 def _encode(block: _Block, plan: Plan, reader: Reader) -> _Done:
     aligned = plan.tensors[block.tensor.name].aligned
-    elements = Elements((block.end - block.start,), (1,), block.start)
+    elements = Selection.flat(block.start, block.end - block.start)
     values = reader.read(aligned, elements, "aligned")
     if block.tensor.base is None or block.start >= block.tensor.shared:
-        return _Done(encode(bits_of(values), None), 0)
+        return _Done(encode(signed_bits(values), None), 0)
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
     digest = checksum(base.view(torch.uint8).numpy())
-    return _Done(encode(bits_of(values), bits_of(base.to(values.dtype))), digest)
+    return _Done(encode(signed_bits(values), signed_bits(base.to(values.dtype))), digest)
 
 
 def _itemsize(record: TensorRecord) -> int:

@@ -12,11 +12,11 @@ from expo_serve.errors import PairError, ValuesError
 from expo_serve.load.fill import operands_of
 from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Elements
+from expo_serve.load.selection import Selection
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
-_Block = tuple[PlannedTensor, Elements]
+_Block = tuple[PlannedTensor, Selection]
 
 
 def check(plan: Plan, aligned: Checkpoint | None, advance: Callable[[int], None]) -> None:
@@ -53,7 +53,7 @@ def _blocks(plan: Plan) -> Iterator[_Block]:
     for tensor in plan.tensors.values():
         assert isinstance(tensor.delta, PackedTensorDelta)
         for start, end in tensor.delta.tensor.spans(tensor.delta.block):
-            yield tensor, Elements((end - start,), (1,), start)
+            yield tensor, Selection.flat(start, end - start)
 
 
 def _refuse_other_tensors(plan: Plan, aligned: Checkpoint) -> None:

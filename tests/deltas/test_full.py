@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expo_serve.errors import PairError
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.plan.plan import Plan
@@ -70,10 +70,10 @@ def without(tensors: Tensors, *names: str) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-def materialized(plan: Plan, tally: Tally | None = None) -> Tensors:
+def materialized(plan: Plan, counts: Counts | None = None) -> Tensors:
     """Every tensor of the result."""
-    reader, tally = Reader(), tally or Tally()
-    return {name: lazy_tensor(tensor, reader, tally).materialize() for name, tensor in plan.tensors.items()}
+    reader, counts = Reader(), counts or Counts()
+    return {name: lazy_tensor(tensor, reader, counts).materialize() for name, tensor in plan.tensors.items()}
 
 
 def added(base: torch.Tensor, delta: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -99,16 +99,16 @@ def test_numbers_are_those_of_the_rule(
 ) -> None:
     base, delta = odd_pair(base_dtype, delta_dtype)
     base[UP][:3], delta[UP][:2] = -0.0, -0.0
-    plan, tally = sums.plan(base, delta, alpha), Tally()
-    assert_same(materialized(plan, tally), {name: added(base[name], delta[name], alpha) for name in base})
-    assert dict(tally.read_bytes) == {side: count for side, count in plan.read_bytes.items() if count}
+    plan, counts = sums.plan(base, delta, alpha), Counts()
+    assert_same(materialized(plan, counts), {name: added(base[name], delta[name], alpha) for name in base})
+    assert dict(counts.read_bytes) == {side: count for side, count in plan.read_bytes.items() if count}
     assert plan.read_bytes["delta"] == (0 if alpha == -1 else sum(tensor.nbytes for tensor in delta.values()))
 
 
 @pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
 def test_views_have_the_bits_of_the_whole(sums: Sums, delta_dtype: torch.dtype) -> None:
     plan = sums.plan(*odd_pair(torch.bfloat16, delta_dtype))
-    lazy, whole = lazy_tensor(plan.tensors[EMBED], Reader(), Tally()), materialized(plan)[EMBED]
+    lazy, whole = lazy_tensor(plan.tensors[EMBED], Reader(), Counts()), materialized(plan)[EMBED]
     assert same_bits(torch.empty(67, 301, dtype=torch.bfloat16).copy_(lazy.t()), whole.t())
     assert same_bits(torch.empty(9, 11, dtype=torch.bfloat16).copy_(lazy[100:109, 50:61]), whole[100:109, 50:61])
 
@@ -263,7 +263,7 @@ def test_output_of_an_untied_delta_over_a_tied_base_is_refused(sums: Sums) -> No
 
 def test_parts_without_elements_are_copied(sums: Sums) -> None:
     plan = sums.plan({**tiny_tensors(), "empty": torch.ones(0, 8)}, {**differences(), "empty": torch.ones(0, 8)})
-    lazy = lazy_tensor(plan.tensors["empty"], Reader(), Tally())
+    lazy = lazy_tensor(plan.tensors["empty"], Reader(), Counts())
     assert torch.ones(0, 8).copy_(lazy).shape == (0, 8)
-    rows = lazy_tensor(plan.tensors[UP], Reader(), Tally())
+    rows = lazy_tensor(plan.tensors[UP], Reader(), Counts())
     assert torch.ones(0, 8).bfloat16().copy_(rows[12:]).shape == (0, 8)

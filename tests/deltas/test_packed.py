@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.kernels import sparse as patch
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.plan.packed_format import BLOCK
@@ -214,9 +215,9 @@ def test_random_bits_take_no_more_than_the_checkpoint(tmp_path: Path) -> None:
 def test_what_is_read_is_what_is_counted(packs: Packs) -> None:
     pack = packs.make(tiny_tensors(1), tiny_tensors(2))
     for alpha in (-1, 0, 0.5):
-        plan, reader, tally = pack.by_delta(alpha), Reader(), Tally()
+        plan, reader, counts = pack.by_delta(alpha), Reader(), Counts()
         for name, planned in plan.tensors.items():
-            torch.empty_like(reader.whole(planned.result), device="cpu").copy_(lazy_tensor(planned, reader, tally))
-            assert tally.kinds[name] == "extrapolated"
-        assert dict(tally.read_bytes) == plan.read_bytes
-        assert reader.activity.read_bytes == sum(tally.read_bytes.values())
+            torch.empty_like(meta_tensor(planned.result), device="cpu").copy_(lazy_tensor(planned, reader, counts))
+            assert counts.kinds[name] == "extrapolated"
+        assert dict(counts.read_bytes) == plan.read_bytes
+        assert reader.activity.read_bytes == sum(counts.read_bytes.values())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expo_serve.errors import ValuesError
 from expo_serve.load.background import Background
 from expo_serve.load.blocks import TABLE
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
 from tests.load.lazies import numbers
@@ -107,7 +107,7 @@ def test_threads_give_the_same(pack: Pack, alpha: float, monkeypatch: pytest.Mon
     model = Parameters(plan)
     with Background(model, threads=3) as background:
         for name, parameter in model.filled.items():
-            parameter.copy_(lazy_tensor(plan.tensors[name], reader, Tally(), background.run))
+            parameter.copy_(lazy_tensor(plan.tensors[name], reader, Counts(), background.run))
         background.wait()
     for name, parameter in model.filled.items():
         assert same_bits(parameter, pack.expected(name, alpha))
@@ -121,23 +121,23 @@ def test_rank_reads_the_blocks_of_its_rows_alone(pack: Pack, ranks: int, dtype: 
     blocks = ROWS * COLUMNS // SMALL_BLOCK
     tables, shard = blocks * TABLE.itemsize, ROWS // ranks
     for rank in range(ranks):
-        tally, reader = Tally(), Reader()
+        counts, reader = Counts(), Reader()
         dest = torch.empty(shard, COLUMNS, dtype=dtype)
-        dest.copy_(lazy_tensor(planned, reader, tally).narrow(0, rank * shard, shard))
+        dest.copy_(lazy_tensor(planned, reader, counts).narrow(0, rank * shard, shard))
         first, last = rank * shard * COLUMNS // SMALL_BLOCK, ((rank + 1) * shard * COLUMNS - 1) // SMALL_BLOCK
-        assert tally.read_bytes["base"] == (last + 1 - first) * SMALL_BLOCK * 2
-        assert tables < tally.read_bytes["delta"] < planned.records[-1].nbytes
-        assert reader.activity.read_bytes == sum(tally.read_bytes.values())
+        assert counts.read_bytes["base"] == (last + 1 - first) * SMALL_BLOCK * 2
+        assert tables < counts.read_bytes["delta"] < planned.records[-1].nbytes
+        assert reader.activity.read_bytes == sum(counts.read_bytes.values())
 
 
 def test_ranks_together_read_all_once_where_blocks_are_whole(pack: Pack) -> None:
-    planned, tally = pack.by_delta(0.5).tensors[UP], Tally()
+    planned, counts = pack.by_delta(0.5).tensors[UP], Counts()
     for rank in range(5):
         torch.empty(8, COLUMNS, dtype=torch.bfloat16).copy_(
-            lazy_tensor(planned, Reader(), tally).narrow(0, 8 * rank, 8)
+            lazy_tensor(planned, Reader(), counts).narrow(0, 8 * rank, 8)
         )
     tables = planned.read_bytes["delta"] - _packed_bytes(pack)
-    assert tally.read_bytes == {"base": ROWS * COLUMNS * 2, "delta": _packed_bytes(pack) + 5 * tables}
+    assert counts.read_bytes == {"base": ROWS * COLUMNS * 2, "delta": _packed_bytes(pack) + 5 * tables}
 
 
 def _packed_bytes(pack: Pack) -> int:

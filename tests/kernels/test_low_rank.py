@@ -13,7 +13,7 @@ import torch
 from expo_serve.errors import ValuesError
 from expo_serve.kernels import low_rank
 from expo_serve.load import lora as lora_sides
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
 from tests.load.lazies import numbers
@@ -36,7 +36,7 @@ class Case:
     base: torch.Tensor
     step: torch.Tensor
     """In fp64, times 1 + alpha."""
-    tally: Tally
+    counts: Counts
 
     @property
     def expected(self) -> torch.Tensor:
@@ -60,8 +60,8 @@ class Cases:
         plan = plan_delta(write_raw(folder / "base", {NAME: base}), delta, alpha)
         scale = (1 + alpha) * config["lora_alpha"] / config["r"]
         step = (adapter[B].double().flatten(1) @ adapter[A].double().flatten(1)).reshape(base.shape)
-        tally = Tally()
-        return Case(lazy_tensor(plan.tensors[NAME], Reader(), tally), base, scale * step, tally)
+        counts = Counts()
+        return Case(lazy_tensor(plan.tensors[NAME], Reader(), counts), base, scale * step, counts)
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_at_minus_one_the_factors_are_not_read(cases: Cases) -> None:
     base[0] = -0.0
     case = cases.make(base, {A: torch.full((2, 40), torch.nan), B: torch.ones(12, 2)}, alpha=-1)
     assert same_bits(case.lazy.materialize(), base)
-    assert case.tally.read_bytes == {"base": base.nbytes}
+    assert case.counts.read_bytes == {"base": base.nbytes}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -285,13 +285,13 @@ def test_factors_are_counted_once_and_base_as_often_as_it_is_read(cases: Cases, 
     base, adapter = numbers(12, 40, dtype=dtype), factors(MODULE, 12, 40)
     case = cases.make(base, adapter)
     copied(case.lazy, lambda t: t[:4])
-    assert case.tally.read_bytes == {"base": base[:4].nbytes, "delta": adapter[A].nbytes + adapter[B].nbytes}
+    assert case.counts.read_bytes == {"base": base[:4].nbytes, "delta": adapter[A].nbytes + adapter[B].nbytes}
     copied(case.lazy, lambda t: t[4:].t())
-    assert case.tally.read_bytes == {"base": base.nbytes, "delta": adapter[A].nbytes + adapter[B].nbytes}
-    assert case.tally.count() == {"extrapolated": 1, "materialized": 0, "copied": 0}
+    assert case.counts.read_bytes == {"base": base.nbytes, "delta": adapter[A].nbytes + adapter[B].nbytes}
+    assert case.counts.count() == {"extrapolated": 1, "materialized": 0, "copied": 0}
 
 
 def test_plan_says_what_is_read(cases: Cases) -> None:
     case = cases.make(numbers(12, 40))
     case.lazy.materialize()
-    assert case.lazy._operands.planned.read_bytes == case.tally.read_bytes
+    assert case.lazy._pending.planned.read_bytes == case.counts.read_bytes

@@ -9,8 +9,8 @@ import torch
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.load.background import Run, run_now
-from expo_serve.load.counts import Tally
+from expo_serve.load.background import Executor, run_inline
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.plan.pair import plan_pair
@@ -27,7 +27,7 @@ class Case:
 
     lazy: LazyTensor
     expected: torch.Tensor
-    tally: Tally
+    counts: Counts
 
 
 class Lazies:
@@ -37,12 +37,12 @@ class Lazies:
         self._folder = folder
         self._made = 0
 
-    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5, run: Run = run_now) -> Case:
+    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5, run: Executor = run_inline) -> Case:
         """A tensor of these two sides; more rows on the aligned side are a grown vocabulary."""
         plan = self.plan({NAME: base}, {NAME: aligned}, alpha)
-        tally = Tally()
-        lazy = lazy_tensor(plan.tensors[NAME], Reader(), tally, run)
-        return Case(lazy, extrapolate(base, aligned, alpha), tally)
+        counts = Counts()
+        lazy = lazy_tensor(plan.tensors[NAME], Reader(), counts, run)
+        return Case(lazy, extrapolate(base, aligned, alpha), counts)
 
     def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:
         """The plan of two sets of tensors."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expo_serve.load.formula import NotFiniteError
 from expo_serve.load.reader import PIECE_BYTES
-from expo_serve.load.selection import Elements, cut
+from expo_serve.load.selection import Selection, cut
 from tests.load.combining import extrapolate_into
 from tests.models.raw import same_bits
 
@@ -106,7 +106,7 @@ def test_pieces_and_strides_never_change_a_bit(
 
 def pieces(dest: torch.Tensor, *sides: torch.Tensor, limit: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """Matching pieces of a destination and of operands with strides of one kind."""
-    for out, piece in cut(dest, Elements.of(sides[0]), limit):
+    for out, piece in cut(dest, Selection.of(sides[0]), limit):
         yield out, *(side.as_strided(piece.shape, piece.stride, piece.offset) for side in sides)
 
 

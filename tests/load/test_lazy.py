@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from expo_serve.errors import CheckpointError, ValuesError
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
 from tests.load.lazies import NAME, Case, Lazies, numbers
@@ -61,7 +61,7 @@ def test_lazy_tensor_looks_like_the_aligned_one(case: Case) -> None:
     assert len(case.lazy) == 6
     assert NAME in repr(case.lazy)
     assert isinstance(case.lazy.data, LazyTensor)
-    assert case.tally.kinds == {}
+    assert case.counts.kinds == {}
 
 
 READS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -118,7 +118,7 @@ def _saved(tensor: torch.Tensor) -> Any:
 def test_operation_that_wants_values_gets_them(case: Case, read: Callable[[torch.Tensor], Any]) -> None:
     found = read(case.lazy)
     assert same_bits(found if type(found) is torch.Tensor else copied(found), read(case.expected))
-    assert not case.tally.kinds or case.tally.count()["materialized"] == 1
+    assert not case.counts.kinds or case.counts.count()["materialized"] == 1
 
 
 def test_numpy_and_array_of_fp32(lazies: Lazies) -> None:
@@ -157,7 +157,7 @@ def test_clone_stays_lazy(case: Case, view: Callable[[torch.Tensor], torch.Tenso
     assert isinstance(clone, LazyTensor)
     assert clone.stride() == expected.stride()
     assert same_bits(copied(clone), expected)
-    assert case.tally.count()["materialized"] == 0
+    assert case.counts.count()["materialized"] == 0
 
 
 def test_write_into_a_clone_or_its_origin_stays_there(case: Case) -> None:
@@ -204,9 +204,9 @@ def test_copy_of_another_shape_is_refused_as_torch_does(case: Case, device: str)
 
 def test_meta_dest_reads_and_counts_nothing(case: Case) -> None:
     torch.empty(6, 8, device="meta").copy_(case.lazy)
-    assert (dict(case.tally.read_bytes), case.tally.kinds) == ({}, {})
+    assert (dict(case.counts.read_bytes), case.counts.kinds) == ({}, {})
     assert same_bits(copied(case.lazy), case.expected)
-    assert case.tally.read_bytes == {"base": 96, "aligned": 96}
+    assert case.counts.read_bytes == {"base": 96, "aligned": 96}
 
 
 @pytest.mark.parametrize(
@@ -215,26 +215,26 @@ def test_meta_dest_reads_and_counts_nothing(case: Case) -> None:
 def test_bytes_are_those_that_the_plan_foretold(lazies: Lazies, alpha: float, read: dict[str, int]) -> None:
     made = lazies.make(numbers(6, 8), numbers(9, 8, seed=1), alpha)
     copied(made.lazy)
-    assert made.tally.read_bytes == read
-    assert {"base": 0, **read} == made.lazy._operands.planned.read_bytes
+    assert made.counts.read_bytes == read
+    assert {"base": 0, **read} == made.lazy._pending.planned.read_bytes
 
 
 def test_shard_reads_its_own_bytes_only(case: Case) -> None:
     copied(case.lazy.narrow(1, 0, 4))
-    assert case.tally.read_bytes == {"base": 48, "aligned": 48}
+    assert case.counts.read_bytes == {"base": 48, "aligned": 48}
 
 
 def test_kinds_are_counted_once(lazies: Lazies) -> None:
     tensors = {NAME: numbers(4, 2), "b.weight": numbers(3), "ids": torch.arange(4)}
     plan = lazies.plan(tensors, tensors)
-    tally = Tally()
-    loaded = {name: lazy_tensor(tensor, Reader(), tally) for name, tensor in plan.tensors.items()}
+    counts = Counts()
+    loaded = {name: lazy_tensor(tensor, Reader(), counts) for name, tensor in plan.tensors.items()}
     for row in loaded[NAME]:
         copied(row)
     copied(loaded["b.weight"] + 1)
     copied(loaded["b.weight"])
     copied(loaded["ids"])
-    assert tally.count() == {"extrapolated": 1, "materialized": 1, "copied": 1}
+    assert counts.count() == {"extrapolated": 1, "materialized": 1, "copied": 1}
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_file_that_is_gone_is_a_checkpoint_error(lazies: Lazies) -> None:
     plan = lazies.plan({NAME: numbers(2, 2)}, {NAME: numbers(2, 2)})
     Path(plan.base.source.path, "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"'{NAME}' cannot be read"):
-        lazy_tensor(plan.tensors[NAME], Reader(), Tally())
+        lazy_tensor(plan.tensors[NAME], Reader(), Counts())

@@ -153,4 +153,4 @@ def test_views_stay_lazy(cases: list[Case]) -> None:
     lazy = cases[0].lazy
     views = [lazy.t(), lazy[1:, ::2], lazy.view(-1), *lazy.chunk(2), *lazy.unbind(), lazy.permute(1, 0), lazy.detach()]
     assert all(isinstance(view, LazyTensor) for view in views)
-    assert cases[0].lazy._operands.value is None
+    assert cases[0].lazy._pending.value is None

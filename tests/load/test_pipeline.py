@@ -23,9 +23,10 @@ from expo_serve.load import fill as job
 from expo_serve.load import lazy
 from expo_serve.load import operands as sides
 from expo_serve.load.background import Background
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
-from expo_serve.load.read_ahead import FileRange
+from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import Reader
 from expo_serve.plan.plan import Plan
 from tests.load.lazies import Lazies, numbers
@@ -67,7 +68,7 @@ class Parameters(torch.nn.Module):
         super().__init__()
         self.filled: dict[str, torch.Tensor] = {}
         for name, planned in plan.tensors.items():
-            values = torch.full_like(Reader().whole(planned.aligned), 7, device="cpu")
+            values = torch.full_like(meta_tensor(planned.aligned), 7, device="cpu")
             self.register_parameter(name.replace(".", "-"), torch.nn.Parameter(values, requires_grad=False))
             self.filled[name] = values
 
@@ -99,16 +100,16 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     base = {f"{index}.weight": numbers(*shape, seed=index, dtype=dtypes[0]) for index, shape in enumerate(shapes)}
     aligned = {name: (tensor.float() * 1.03).to(dtypes[1]) for name, tensor in base.items()}
     plan = lazies.plan(base, aligned, alpha)
-    model, tally, reader = Parameters(plan), Tally(), Reader()
+    model, counts, reader = Parameters(plan), Counts(), Reader()
     tied = torch.nn.Parameter(torch.full_like(aligned["0.weight"], 7), requires_grad=False)
     model.register_parameter("tied", tied)
     with pytest.MonkeyPatch.context() as patch, Background(model, threads) as background:
         patch.setattr(job, "PIECE_BYTES", piece_bytes)
         patch.setattr(lazy, "BLOCK_BYTES", block_bytes)
         patch.setattr(fused, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
-        patch.setattr(FileRange, "is_cached", lambda part: part.offset % 3 > cold)
+        patch.setattr(FileSpan, "is_cached", lambda part: part.offset % 3 > cold)
         patch.setattr(background_module, "PENDING_BYTES", pending_bytes)
-        loaded = {name: lazy_tensor(tensor, reader, tally, background.run) for name, tensor in plan.tensors.items()}
+        loaded = {name: lazy_tensor(tensor, reader, counts, background.run) for name, tensor in plan.tensors.items()}
         for name, dest in model.filled.items():
             for part, chunk in zip(_shards(dest, shards), _shards(loaded[name], shards), strict=True):
                 part.copy_(chunk)
@@ -133,10 +134,10 @@ def many(lazies: Lazies) -> Plan:
 
 def load(plan: Plan, threads: int = 4) -> None:
     """Copy every tensor of a plan as a loader does."""
-    model, reader, tally = Parameters(plan), Reader(), Tally()
+    model, reader, counts = Parameters(plan), Reader(), Counts()
     with Background(model, threads) as background:
         for name, dest in model.filled.items():
-            dest.copy_(lazy_tensor(plan.tensors[name], reader, tally, background.run))
+            dest.copy_(lazy_tensor(plan.tensors[name], reader, counts, background.run))
         background.wait()
 
 
@@ -167,10 +168,10 @@ def test_a_read_error_ends_the_load_with_its_cause(many: Plan, monkeypatch: pyte
 def test_a_file_that_shrinks_under_it_ends_the_load(lazies: Lazies) -> None:
     tensors = {f"{index}.weight": numbers(8, 8, seed=index) for index in range(60)}
     plan = lazies.plan(tensors, tensors)
-    model, reader, tally = Parameters(plan), Reader(), Tally()
+    model, reader, counts = Parameters(plan), Reader(), Counts()
     file = next(iter(plan.tensors.values())).aligned.file
     with Background(model, 4) as background:
-        loaded = [lazy_tensor(tensor, reader, tally, background.run) for tensor in plan.tensors.values()]
+        loaded = [lazy_tensor(tensor, reader, counts, background.run) for tensor in plan.tensors.values()]
         os.truncate(file, file.stat().st_size // 2)
         with pytest.raises(CheckpointError, match="is cut: the file has become shorter"):
             _copy_all(loaded, model, background)
@@ -193,11 +194,11 @@ def test_a_thread_that_dies_ends_the_load(many: Plan, monkeypatch: pytest.Monkey
 
 def test_a_failure_stays_for_whoever_swallows_it(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
-    model, reader, tally = Parameters(many), Reader(), Tally()
+    model, reader, counts = Parameters(many), Reader(), Counts()
     with Background(model, 2) as background:
         for name, dest in model.filled.items():
             try:
-                dest.copy_(lazy_tensor(many.tensors[name], reader, tally, background.run))
+                dest.copy_(lazy_tensor(many.tensors[name], reader, counts, background.run))
             except CheckpointError:
                 continue
         with pytest.raises(CheckpointError, match="Input/output error"):
@@ -233,8 +234,8 @@ def test_memory_that_is_refused_is_named(many: Plan, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    case, tally = next(iter(many.tensors.values())), Tally()
-    tensor, dest = lazy_tensor(case, Reader(), tally), torch.empty(8, 8, dtype=torch.bfloat16)
+    case, counts = next(iter(many.tensors.values())), Counts()
+    tensor, dest = lazy_tensor(case, Reader(), counts), torch.empty(8, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(LoadError, match=r"no memory to read base: .* bytes were refused"):
         dest.copy_(tensor)
@@ -245,7 +246,7 @@ def test_memory_that_is_refused_is_named(many: Plan, monkeypatch: pytest.MonkeyP
 def test_threads_that_are_refused_are_done_without(
     many: Plan, monkeypatch: pytest.MonkeyPatch, allowed: int, is_cold: bool
 ) -> None:
-    monkeypatch.setattr(FileRange, "is_cached", lambda part: not is_cold)
+    monkeypatch.setattr(FileSpan, "is_cached", lambda part: not is_cold)
     started, start = itertools.count(), threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:

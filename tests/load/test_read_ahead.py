@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from expo_serve.load.activity import Activity
-from expo_serve.load.read_ahead import CHUNK_BYTES, FileRange, ReadAhead
+from expo_serve.load.activity import ReadActivity
+from expo_serve.load.read_ahead import CHUNK_BYTES, FileSpan, ReadAhead
 
 MEGABYTE = 1 << 20
 PATH = Path("model.safetensors")
@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 @pytest.fixture
 def ahead() -> Iterator[ReadAhead]:
-    made = ReadAhead(Activity())
+    made = ReadAhead(ReadActivity())
     yield made
     made.close()
     for thread in threading.enumerate():
@@ -53,14 +53,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
-def waited(ahead: ReadAhead, *ranges: FileRange) -> None:
+def waited(ahead: ReadAhead, *ranges: FileSpan) -> None:
     done = threading.Event()
     ahead.bring(ranges, done.set)
     assert done.wait(10)
 
 
 def test_a_cold_file_is_known_by_its_last_page_and_becomes_warm(file: int, ahead: ReadAhead) -> None:
-    whole = FileRange("base", PATH, file, 0, 5 * MEGABYTE)
+    whole = FileSpan("base", PATH, file, 0, 5 * MEGABYTE)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     assert not whole.is_cached()
@@ -70,7 +70,7 @@ def test_a_cold_file_is_known_by_its_last_page_and_becomes_warm(file: int, ahead
 
 def test_what_is_cached_is_not_read_again_and_needs_no_thread(file: int, ahead: ReadAhead) -> None:
     here: list[int] = []
-    ahead.bring([FileRange("base", PATH, file, 3, MEGABYTE)], lambda: here.append(threading.get_ident()))
+    ahead.bring([FileSpan("base", PATH, file, 3, MEGABYTE)], lambda: here.append(threading.get_ident()))
     assert here == [threading.get_ident()]
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo-ahead")] == []
 
@@ -83,11 +83,11 @@ def test_where_the_system_cannot_say_nothing_is_read_ahead(
         raise error
 
     monkeypatch.setattr(os, "preadv", refuse)
-    assert FileRange("base", PATH, file, 0, MEGABYTE).is_cached()
+    assert FileSpan("base", PATH, file, 0, MEGABYTE).is_cached()
 
 
 def test_each_side_is_read_in_order_by_chunks(file: int, ahead: ReadAhead, reads: list[tuple[int, int]]) -> None:
-    waited(ahead, FileRange("base", PATH, file, 10, 2 * MEGABYTE + 7), FileRange("base", PATH, file, 3 * MEGABYTE, 100))
+    waited(ahead, FileSpan("base", PATH, file, 10, 2 * MEGABYTE + 7), FileSpan("base", PATH, file, 3 * MEGABYTE, 100))
     assert reads == [
         (10, CHUNK_BYTES),
         (10 + CHUNK_BYTES, CHUNK_BYTES),
@@ -112,7 +112,7 @@ def test_both_sides_go_at_once_and_the_later_one_tells(
 
     monkeypatch.setattr(os, "preadv", meet)
     done = threading.Event()
-    ahead.bring([FileRange("base", PATH, file, 0, 9), FileRange("aligned", PATH, file, 9, 9)], done.set)
+    ahead.bring([FileSpan("base", PATH, file, 0, 9), FileSpan("aligned", PATH, file, 9, 9)], done.set)
     assert done.wait(10)
     assert told == ["expo-ahead-base", "expo-ahead-aligned"]
 
@@ -128,18 +128,18 @@ def test_a_read_that_fails_is_left_to_whoever_needs_it(
     file: int, ahead: ReadAhead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "preadv", failing_with(OSError(errno.EIO, "no")))
-    waited(ahead, FileRange("base", PATH, file, 0, 2 * MEGABYTE))
-    waited(ahead, FileRange("base", PATH, file, 0, 2 * MEGABYTE))
+    waited(ahead, FileSpan("base", PATH, file, 0, 2 * MEGABYTE))
+    waited(ahead, FileSpan("base", PATH, file, 0, 2 * MEGABYTE))
 
 
 def test_a_file_that_ends_early_is_no_endless_loop(file: int, ahead: ReadAhead, reads: list[tuple[int, int]]) -> None:
-    waited(ahead, FileRange("base", PATH, file, 4 * MEGABYTE, 50 * MEGABYTE))
+    waited(ahead, FileSpan("base", PATH, file, 4 * MEGABYTE, 50 * MEGABYTE))
     assert len(reads) == 2
 
 
 def test_its_threads_end_with_it(file: int, reads: list[tuple[int, int]]) -> None:
-    ahead = ReadAhead(Activity())
-    waited(ahead, FileRange("base", PATH, file, 0, MEGABYTE), FileRange("aligned", PATH, file, 0, MEGABYTE))
+    ahead = ReadAhead(ReadActivity())
+    waited(ahead, FileSpan("base", PATH, file, 0, MEGABYTE), FileSpan("aligned", PATH, file, 0, MEGABYTE))
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("expo-ahead")]
     assert len(threads) == 2
     ahead.close()
@@ -149,7 +149,7 @@ def test_its_threads_end_with_it(file: int, reads: list[tuple[int, int]]) -> Non
 
 
 def test_a_read_that_hangs_can_be_seen(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, activity = threading.Event(), Activity()
+    go_on, activity = threading.Event(), ReadActivity()
 
     def hang(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         if flags:
@@ -159,7 +159,7 @@ def test_a_read_that_hangs_can_be_seen(file: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "preadv", hang)
     ahead, done = ReadAhead(activity), threading.Event()
-    ahead.bring([FileRange("base", PATH, file, 0, 9)], done.set)
+    ahead.bring([FileSpan("base", PATH, file, 0, 9)], done.set)
     while not (slowest := activity.slowest()):
         time.sleep(0.01)
     assert slowest[0] == (PATH,)

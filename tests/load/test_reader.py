@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from expo_serve.checkpoint.header import read_header
 from expo_serve.checkpoint.records import DTYPES, QUANTISED_DTYPES, TensorRecord
 from expo_serve.errors import CheckpointError
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Elements
+from expo_serve.load.selection import Selection
 from tests.models.raw import entry, file_bytes, same_bits
 
 DATA = bytes(range(1, 17))
@@ -34,7 +35,7 @@ def read(record: TensorRecord, view: Callable[[torch.Tensor], torch.Tensor] = la
     """What a view of a stored tensor gives."""
     reader = Reader()
     reader.check(record)
-    return reader.read(record, Elements.of(view(reader.whole(record))), "a")
+    return reader.read(record, Selection.of(view(meta_tensor(record))), "a")
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES.keys() - QUANTISED_DTYPES))
@@ -86,14 +87,14 @@ def test_views_select_what_they_select_in_memory(file: Path, view: Callable[[tor
 def test_columns_cost_their_own_bytes(file: Path) -> None:
     save_file({"a": torch.arange(240).view(6, 5, 8)}, file)
     record, reader = read_header(file).tensors["a"], Reader()
-    reader.read(record, Elements.of(reader.whole(record)[:, :, 3:7]), "a")
+    reader.read(record, Selection.of(meta_tensor(record)[:, :, 3:7]), "a")
     assert reader.activity.read_bytes == 120 * 8
 
 
 def test_a_buffer_is_used_again_and_each_thread_has_its_own(file: Path) -> None:
     save_file({"a": torch.arange(64)}, file)
     record, reader = read_header(file).tensors["a"], Reader()
-    first, second = Elements((8,), (1,), 0), Elements((8,), (1,), 8)
+    first, second = Selection.flat(0, 8), Selection.flat(8, 8)
     one = reader.read(record, first, "a")
     other = reader.read(record, first, "b")
     assert reader.read(record, second, "a").data_ptr() == one.data_ptr() != other.data_ptr()
@@ -138,7 +139,7 @@ def test_file_that_shrinks_while_it_is_read_is_an_error(file: Path) -> None:
     reader.check(record)
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match="tensor 'a' is cut: the file has become shorter"):
-        reader.read(record, Elements((1000,), (1,), 0), "a")
+        reader.read(record, Selection.flat(0, 1000), "a")
     assert reader.activity.reading == {}
 
 
@@ -175,7 +176,7 @@ def test_a_read_that_hangs_can_be_seen(file: Path, monkeypatch: pytest.MonkeyPat
         return preadv(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "preadv", hang)
-    thread = threading.Thread(target=reader.read, args=(record, Elements((1000,), (1,), 0), "a"))
+    thread = threading.Thread(target=reader.read, args=(record, Selection.flat(0, 1000), "a"))
     assert reader.activity.slowest() is None
     thread.start()
     while not (slowest := reader.activity.slowest()):

@@ -16,7 +16,8 @@ from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
 from expo_serve.cli import delta
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ValuesError
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
+from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.plan import packed_format as packed_format_module
@@ -62,13 +63,13 @@ class Pack:
         config = ExpoConfig.model_validate({"base": "b", "delta": "d", "alpha": alpha, "alpha_rules": rules})
         return open_delta(Source(name="delta", path=str(self.delta))).plan(self.open_base(), config)
 
-    def lazy(self, name: str, alpha: float = 0.5, tally: Tally | None = None) -> LazyTensor:
+    def lazy(self, name: str, alpha: float = 0.5, counts: Counts | None = None) -> LazyTensor:
         """One tensor of the delta's."""
-        return lazy_tensor(self.by_delta(alpha).tensors[name], Reader(), tally or Tally())
+        return lazy_tensor(self.by_delta(alpha).tensors[name], Reader(), counts or Counts())
 
     def expected(self, name: str, alpha: float = 0.5) -> torch.Tensor:
         """The same one of the pair's, with its values."""
-        return lazy_tensor(self.by_pair(alpha).tensors[name], Reader(), Tally()).materialize()
+        return lazy_tensor(self.by_pair(alpha).tensors[name], Reader(), Counts()).materialize()
 
 
 class Packs:
@@ -119,12 +120,12 @@ def blocks_of(values: int) -> Iterator[None]:
 
 def outcomes(plan: Plan) -> dict[str, torch.Tensor | str]:
     """For each tensor its values, copied into a parameter of its dtype and shape, or that they are not finite."""
-    reader, tally = Reader(), Tally()
+    reader, counts = Reader(), Counts()
     found: dict[str, torch.Tensor | str] = {}
     for name, planned in plan.tensors.items():
-        parameter = torch.empty(planned.result.shape, dtype=reader.whole(planned.result).dtype)
+        parameter = torch.empty(planned.result.shape, dtype=meta_tensor(planned.result).dtype)
         try:
-            found[name] = parameter.copy_(lazy_tensor(planned, reader, tally))
+            found[name] = parameter.copy_(lazy_tensor(planned, reader, counts))
         except ValuesError:
             found[name] = "not finite"
     return found

@@ -26,7 +26,7 @@ SINGLE = (
 """Combinations of one process each: they share one process here."""
 
 Answer = dict[str, Any]
-Run = dict[str, Any]
+Executor = dict[str, Any]
 
 
 class Pair:
@@ -39,11 +39,11 @@ class Pair:
             add_mtp_head(self.aligned, 2)
         self.merged = reference_checkpoint(self.base, self.aligned, ALPHA, folder / "merged")
 
-    def plain(self, **llm: Any) -> Run:
+    def plain(self, **llm: Any) -> Executor:
         """Plain vLLM on the merged checkpoint."""
         return {"llm": {"enforce_eager": "compilation_config" not in llm, "model": str(self.merged), **llm}}
 
-    def expo(self, **llm: Any) -> Run:
+    def expo(self, **llm: Any) -> Executor:
         """Ours on the two sides."""
         ours = {"load_format": "expo", "model_loader_extra_config": {"base": str(self.base), "alpha": ALPHA}}
         return self.plain(**{"model": str(self.aligned), **ours, **llm})

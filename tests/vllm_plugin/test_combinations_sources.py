@@ -27,7 +27,7 @@ ALPHA = 0.5
 INDEX = "model.safetensors.index.json"
 
 
-class Sides:
+class Operands:
     """A pair in shards, and its merged checkpoint in the same shards."""
 
     def __init__(self, folder: Path, family: str) -> None:
@@ -74,8 +74,8 @@ class Sides:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    return Sides(tmp_path_factory.mktemp("llama"), "llama")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Operands:
+    return Operands(tmp_path_factory.mktemp("llama"), "llama")
 
 
 def model_with(**attributes: Any) -> torch.nn.Module:
@@ -96,7 +96,7 @@ def further(folder: Path, **settings: Any) -> Any:
     return DefaultModelLoader.Source(str(folder), None, subfolder="inner", prefix="head.", **settings)
 
 
-def test_all_in_vllms_order(llama: Sides) -> None:
+def test_all_in_vllms_order(llama: Operands) -> None:
     assert len(llama.shards) > 2
     assert sorted(llama.yielded(model_with())) == sorted(name for names in llama.shards.values() for name in names)
 
@@ -116,12 +116,12 @@ def test_mistrals_own_format_beside_the_checkpoint_is_left_out(tmp_path: Path) -
 
 @covers("further weights from elsewhere", "bits")
 @pytest.mark.parametrize("settings", [{}, {"allow_patterns_overrides": ["ext*.safetensors"]}])
-def test_secondary_weights(llama: Sides, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_secondary_weights(llama: Operands, settings: dict[str, Any], tmp_path: Path) -> None:
     names = llama.yielded(model_with(secondary_weights=[further(tmp_path / "further", **settings)]))
     assert set(names[-2:]) == {"head.one", "head.two"}
 
 
-def test_pickles_beside_the_checkpoint_are_never_opened(llama: Sides, tmp_path: Path) -> None:
+def test_pickles_beside_the_checkpoint_are_never_opened(llama: Operands, tmp_path: Path) -> None:
     named = further(tmp_path / "named", allow_patterns_overrides=["extra.pt"])
     with pytest.raises(CheckpointError, match=r"further weights from extra\.pt: pickle files can run code"):
         llama.yielded(model_with(secondary_weights=[named]))
@@ -135,14 +135,14 @@ def test_pickles_beside_the_checkpoint_are_never_opened(llama: Sides, tmp_path: 
 
 
 @covers("files chosen by the model", "bits")
-def test_allow_patterns_overrides(llama: Sides) -> None:
+def test_allow_patterns_overrides(llama: Operands) -> None:
     first = min(llama.shards)
     names = llama.yielded(model_with(allow_patterns_overrides=[first]))
     assert sorted(names) == sorted(llama.only_in(first))
 
 
 @covers("shards that the model does not use", "bits")
-def test_is_unused_checkpoint_weight(llama: Sides) -> None:
+def test_is_unused_checkpoint_weight(llama: Operands) -> None:
     unused = min(llama.shards)
     names = llama.yielded(model_with(is_unused_checkpoint_weight=lambda name: name in llama.only_in(unused)))
     assert set(names).isdisjoint(llama.only_in(unused))
@@ -154,13 +154,13 @@ def test_foreign_experts_are_not_named(tmp_path: Path) -> None:
     def keep_two(loader: Any) -> None:
         loader.local_expert_ids = {0, 2}
 
-    sides = Sides(tmp_path, "mixtral")
+    sides = Operands(tmp_path, "mixtral")
     names = sides.yielded(model_with(), keep_two)
     assert {name.split(".experts.")[1].split(".")[0] for name in names if ".experts." in name} == {"0", "2"}
 
 
 @covers("encoder only", "bits")
-def test_shards_of_the_language_model_are_not_opened(llama: Sides) -> None:
+def test_shards_of_the_language_model_are_not_opened(llama: Operands) -> None:
     def encode_only(loader: Any) -> None:
         loader._encoder_only_lm_prefixes = ("model.layers.1.",)
 
@@ -170,7 +170,7 @@ def test_shards_of_the_language_model_are_not_opened(llama: Sides) -> None:
     assert all(name.startswith("model.layers.1.") for name in dropped)
 
 
-def test_a_pinned_server_reloads_nothing_else(llama: Sides, tmp_path: Path) -> None:
+def test_a_pinned_server_reloads_nothing_else(llama: Operands, tmp_path: Path) -> None:
     base, aligned = (Source(name=side.name, path=str(side)) for side in (llama.base, llama.aligned))
     pinned = Pinned(base=base, aligned=aligned).model_dump()
     extra = {"base": "base", "aligned": "aligned", "alpha": ALPHA, "pinned": pinned}
@@ -235,7 +235,7 @@ class LateModel(torch.nn.Module):
 
 
 def test_layers_that_are_finished_later_are_in_the_report(
-    llama: Sides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llama: Operands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from vllm.model_executor.model_loader import base_loader
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expo_serve.load.activity import Activity
+from expo_serve.load.activity import ReadActivity
 from expo_serve.vllm_plugin import progress as module
 from expo_serve.vllm_plugin.progress import LoadProgress
 
@@ -35,7 +35,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def test_lines_say_how_far_how_fast_and_how_long(lines: list[str]) -> None:
-    activity = Activity()
+    activity = ReadActivity()
     with LoadProgress(4_000_000_000, activity, on_terminal=False, is_shown=True) as progress:
         progress.advance(1_000_000_000)
         activity.add_bytes(1_200_000_000)
@@ -46,7 +46,7 @@ def test_lines_say_how_far_how_fast_and_how_long(lines: list[str]) -> None:
 
 
 def test_a_short_load_says_nothing(lines: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    with LoadProgress(4, Activity(), on_terminal=False, is_shown=True) as progress:
+    with LoadProgress(4, ReadActivity(), on_terminal=False, is_shown=True) as progress:
         progress.advance(4)
     assert lines == []
     assert capfd.readouterr().err == ""
@@ -55,7 +55,7 @@ def test_a_short_load_says_nothing(lines: list[str], capfd: pytest.CaptureFixtur
 def test_a_terminal_gets_a_bar_with_bytes_rate_and_time_left(
     lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with LoadProgress(4_000_000_000, Activity(), on_terminal=True, is_shown=True) as progress:
+    with LoadProgress(4_000_000_000, ReadActivity(), on_terminal=True, is_shown=True) as progress:
         progress.advance(1_000_000_000)
         until(lambda: "25%" in capsys.readouterr().err)
         time.sleep(0.2)
@@ -67,7 +67,7 @@ def test_a_terminal_gets_a_bar_with_bytes_rate_and_time_left(
 
 
 def test_a_bar_of_a_load_that_failed_stays_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = LoadProgress(4_000_000_000, Activity(), on_terminal=True, is_shown=True)
+    progress = LoadProgress(4_000_000_000, ReadActivity(), on_terminal=True, is_shown=True)
     progress.__enter__()
     progress.advance(1_000_000_000)
     progress.__exit__(ArithmeticError)
@@ -76,7 +76,7 @@ def test_a_bar_of_a_load_that_failed_stays_where_it_was(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_other_ranks_only_warn(lines: list[str], capsys: pytest.CaptureFixture[str], on_terminal: bool) -> None:
-    activity = Activity()
+    activity = ReadActivity()
     activity.reading[1] = ((Path("/models/slow.safetensors"),), time.monotonic())
     activity.reading[2] = ((Path("/models/quick.safetensors"),), time.monotonic() + 5)
     with LoadProgress(4, activity, on_terminal=on_terminal, is_shown=False):
@@ -87,7 +87,7 @@ def test_other_ranks_only_warn(lines: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_reads_that_come_are_no_silence(lines: list[str]) -> None:
-    activity = Activity()
+    activity = ReadActivity()
     with LoadProgress(4, activity, on_terminal=False, is_shown=False):
         for _ in range(10):
             activity.reading[1] = ((Path("/models/slow.safetensors"),), time.monotonic())
