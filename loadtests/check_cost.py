@@ -22,10 +22,11 @@ from expo_serve.kernels.bf16 import _IR, _SIGNATURES, Fused, fused
 from expo_serve.kernels.native import compiled
 from expo_serve.load import fill as job
 from expo_serve.load import formula as extrapolate
-from expo_serve.load.background import Background
-from expo_serve.load.counts import Tally
+from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.threads import Background
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from loadtests.page_cache import warm
@@ -72,10 +73,10 @@ def _torch_unchecked() -> Iterator[None]:
 
 def load(plan: Plan, model: torch.nn.Module) -> None:
     """What the loader does with each tensor, without a model's own code around it."""
-    reader, tally = Reader(), Tally()
+    reader, counts = Reader(), Counts()
     with Background(model) as background:
         for parameter, planned in zip(model.parameters(), plan.tensors.values(), strict=True):
-            parameter.data.copy_(lazy_tensor(planned, reader, tally, background.run))
+            parameter.data.copy_(lazy_tensor(planned, LoadSession(reader, counts, background.submit)))
         background.wait()
 
 

@@ -27,11 +27,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_serve.config import ExpoConfig
-from expo_serve.load.background import Background
-from expo_serve.load.counts import Tally
-from expo_serve.load.device import STAGE_BYTES, TURNS, CudaQueue, Stage, Stages
+from expo_serve.load.counts import Counts
+from expo_serve.load.device import CudaQueue, Stage, Stages
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.sizes import STAGE_BYTES
+from expo_serve.load.sizes import STAGE_TURNS as TURNS
+from expo_serve.load.threads import Background
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from loadtests.machine import describe
@@ -72,10 +75,10 @@ def load_pair(plan: Plan, parameters: dict[str, torch.Tensor], stage_bytes: int,
     model = torch.nn.Module()
     for name, values in parameters.items():
         model.register_parameter(name.replace(".", "-"), torch.nn.Parameter(values, requires_grad=False))
-    reader, tally = Reader(), Tally()
+    reader, counts = Reader(), Counts()
     with Background(model) as background, ChosenStages(stage_bytes, turns) as stages:
         for name, planned in plan.tensors.items():
-            parameters[name].copy_(lazy_tensor(planned, reader, tally, background.run, stages))
+            parameters[name].copy_(lazy_tensor(planned, LoadSession(reader, counts, background.submit, stages)))
         background.wait()
         stages.wait()
 
@@ -170,7 +173,7 @@ def _difference(plan: Plan, parameters: dict[str, torch.Tensor]) -> float:
     """The share of values that the CPU rounds to another neighbour; more than one step apart is an error."""
     differing = total = 0
     for name, planned in plan.tensors.items():
-        expected = lazy_tensor(planned, Reader(), Tally()).materialize()
+        expected = lazy_tensor(planned, LoadSession(Reader(), Counts())).materialize()
         steps = (parameters[name].cpu().view(torch.int16).int() - expected.view(torch.int16).int()).abs()
         assert int(steps.max()) <= 1, name
         differing += int(steps.count_nonzero())

@@ -1,67 +1,82 @@
-"""One copy out of a checkpoint: what is read, how it is combined, and doing it on the CPU."""
+"""One block of a copy: some elements of a tensor, computed into their part of a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from expo_serve.checkpoint.records import Operand, TensorRecord
-from expo_serve.errors import ExpoError
 from expo_serve.kernels.bf16 import fused
 from expo_serve.kernels.low_rank import low_rank
 from expo_serve.kernels.sparse import extrapolating
+from expo_serve.load import sizes
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.load.lora import LowRankOperands
-from expo_serve.load.operands import Operands, RecordOperands
+from expo_serve.load.operands import Operands, Recipe, RecordOperands
 from expo_serve.load.packed import PackedOperands
-from expo_serve.load.reader import PIECE_BYTES, Reader
+from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection, cut
+from expo_serve.load.session import LoadSession
 from expo_serve.plan.plan import PlannedTensor
 from expo_serve.plan.tensor_deltas import FullTensorDelta, LowRankTensorDelta, PackedTensorDelta
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one copy needs besides its elements: the sides that are read, and how they are combined."""
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Which elements go where, and how they are computed; calling it does the work, in any thread.
 
-    sides: Operands
-    reader: Reader
-    dtype: torch.dtype
-    """What the result is rounded to."""
-    alpha: float
-    fail: Callable[[str], ExpoError] | None
-    """Makes the error out of whose fault it is: a side or ``result``. None: values may be infinite."""
-
-
-def fill_here(dest: torch.Tensor, elements: Selection, job: Job) -> None:
-    """Read and combine elements into ``dest`` piece by piece, so that each is still in the cache when it is combined.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-        ExpoError: a value is not finite, as the job says it.
+    ``dest`` has the shape of ``selection``, on any device and of any dtype.
     """
-    dest, elements = _stream(dest, elements, job)
+
+    dest: torch.Tensor
+    selection: Selection
+    recipe: Recipe
+    session: LoadSession
+
+    def __call__(self) -> None:
+        """Read and combine the elements, then count what was read.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+            ExpoError: a value is not finite, as the recipe reports it.
+        """
+        stage = self.session.stages.onto(self.dest.device)
+        if stage:
+            stage.fill(self.dest, self.selection, self.recipe)
+        else:
+            done = 0
+            if self._suits_compiled_loops():
+                done = self.recipe.operands.fill_prefix(self.dest, self.selection, self.recipe.alpha)
+            self._fill_pieces(done)
+        for source, count in self.recipe.operands.read_bytes(self.selection).items():
+            self.session.counts.add_read(source, count)
+
+    def _suits_compiled_loops(self) -> bool:
+        dest, recipe = self.dest, self.recipe
+        is_plain = dest.is_cpu and dest.is_contiguous() and self.selection.is_contiguous and dest.numel() > 0
+        return is_plain and dest.dtype == recipe.dtype == torch.bfloat16 and recipe.fail is not None
+
+    def _fill_pieces(self, done: int) -> None:
+        """Compute what the compiled loops left, most often nothing, in pieces that stay in the cache."""
+        dest, selection, recipe = self.dest, self.selection, self.recipe
+        if done:
+            dest = dest.view(-1)[done:]
+            selection = Selection.flat(selection.offset + done, dest.numel())
+        limit = sizes.PIECE_BYTES // recipe.operands.widest
+        for out, piece in cut(dest, selection, limit, recipe.operands.grain):
+            _combine_piece(out, recipe.operands.read(piece, self.session.reader.buffer), recipe)
+
+
+def _combine_piece(out: torch.Tensor, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
     with torch.no_grad():
-        for out, piece in cut(dest, elements, PIECE_BYTES // job.sides.widest, job.sides.grain):
-            operands = job.sides.read(piece, job.reader.buffer)
-            if job.fail is None:
-                combine_unchecked(out, operands, job.dtype, job.alpha)
-                continue
-            try:
-                combine_into(out, operands, job.dtype, job.alpha)
-            except NotFiniteError as error:
-                raise job.fail(str(error)) from None
-
-
-def _stream(dest: torch.Tensor, elements: Selection, job: Job) -> tuple[torch.Tensor, Selection]:
-    """Do what compiled loops can do; returns what they leave, most often nothing."""
-    is_plain = dest.is_cpu and dest.is_contiguous() and elements.is_contiguous and dest.numel()
-    if not (is_plain and dest.dtype == job.dtype == torch.bfloat16 and job.fail):
-        return dest, elements
-    done = job.sides.stream(dest, elements, job.alpha)
-    return dest.view(-1)[done:], Selection.flat(elements.offset + done, dest.numel() - done)
+        if recipe.fail is None:
+            combine_unchecked(out, operands, recipe.dtype, recipe.alpha)
+            return
+        try:
+            combine_into(out, operands, recipe.dtype, recipe.alpha)
+        except NotFiniteError as error:
+            raise recipe.fail(str(error)) from None
 
 
 def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...]) -> Operands:
@@ -76,7 +91,9 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
         case None:
             records = {"base": planned.base, "aligned": planned.aligned}
             sources = {"base": "base", "aligned": planned.origin}
-            return RecordOperands(reader, {side: record for side in used if (record := records[side])}, sources)
+            return RecordOperands(
+                reader, {operand: record for operand in used if (record := records[operand])}, sources
+            )
         case PackedTensorDelta() as delta:
             return PackedOperands(delta, reader, used)
         case LowRankTensorDelta() as delta if "delta" in used:

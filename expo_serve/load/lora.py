@@ -12,11 +12,11 @@ import torch
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.kernels.low_rank import Factors, low_rank
+from expo_serve.load import sizes
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.operands import Memory
-from expo_serve.load.read_ahead import FileSpan
-from expo_serve.load.reader import PIECE_BYTES, Reader
-from expo_serve.load.selection import Selection, cut
+from expo_serve.load.reader import Reader
+from expo_serve.load.selection import FileSpan, Selection, cut
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _FLOAT_BYTES = 4
@@ -51,9 +51,9 @@ class LowRankOperands:
         """Steps are fp32."""
         return max(_FLOAT_BYTES, self._base.itemsize)
 
-    def ranges(self, elements: Selection) -> list[FileSpan]:
+    def spans(self, elements: Selection) -> list[FileSpan]:
         """Those of base: factors are small."""
-        return [self._reader.range_of("base", self._base, elements)] if elements.is_contiguous else []
+        return [self._reader.span_of("base", self._base, elements)] if elements.is_contiguous else []
 
     def read_bytes(self, elements: Selection) -> Mapping[str, int]:
         """Base's elements; and the factors, once."""
@@ -76,7 +76,7 @@ class LowRankOperands:
         """The product around some elements, and they out of it; in parts where that would be much."""
         box = _Box.around(elements, self._columns)
         if box.size > _BOX_VALUES and max(elements.shape, default=1) > 1:
-            dim = elements.outer_dim()
+            dim = elements.outer_dim
             half = elements.shape[dim] // 2
             for start, length in ((0, half), (half, elements.shape[dim] - half)):
                 self._compute(elements.narrow(dim, start, length), values.narrow(dim, start, length))
@@ -85,7 +85,7 @@ class LowRankOperands:
         self._read_factors().product(box.rows, box.columns, steps)
         values.copy_(box.pick(steps, elements))
 
-    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
         """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
         if self._base.dtype != "BF16" or self._change.start or elements.offset % columns or not low_rank():
@@ -93,7 +93,7 @@ class LowRankOperands:
         factors = self._read_factors()
         first = elements.offset // columns
         rows = range(first, first + elements.numel // columns)
-        there = self._reader.range_of("base", self._base, elements)
+        there = self._reader.span_of("base", self._base, elements)
         with self._reader.activity.during(there.path):
             done = factors.stream(there.descriptor, there.offset, rows, dest, 1 + alpha) * columns
         self._reader.activity.add_bytes(done * dest.element_size())
@@ -115,7 +115,7 @@ class LowRankOperands:
     def _matrix(self, record: TensorRecord) -> torch.Tensor:
         whole = Selection.of(meta_tensor(record))
         values = torch.empty(record.shape, dtype=torch.float32, device="cpu")
-        for out, piece in cut(values, whole, PIECE_BYTES // record.itemsize):
+        for out, piece in cut(values, whole, sizes.PIECE_BYTES // record.itemsize):
             out.copy_(self._reader.read(record, piece, "factor"))
         # A finite sum proves finite terms, at a fraction of the price of looking at each.
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():

@@ -1,4 +1,4 @@
-"""What one tensor is computed from: how any of its elements come out of files. No formula here."""
+"""What one tensor is computed from, and how its elements come out of files. The formula is in :mod:`.formula`."""
 
 from __future__ import annotations
 
@@ -10,60 +10,77 @@ from typing import Protocol
 import torch
 
 from expo_serve.checkpoint.records import Operand, TensorRecord
+from expo_serve.errors import ExpoError
 from expo_serve.kernels.bf16 import STREAM_PIECE_BYTES, fused
-from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import Buffer, Reader
-from expo_serve.load.selection import Selection
+from expo_serve.load.selection import FileSpan, Selection
 
 Memory = Callable[[Operand, int], Buffer]
-"""Gives memory for so many bytes of a side."""
+"""Returns memory for that many bytes of an operand."""
 
 
 class Operands(Protocol):
-    """The sides that a result is computed from, as :func:`~expo_serve.plan.plan.operands_used` names them."""
+    """The operands of one tensor, as :func:`~expo_serve.plan.plan.operands_used` chooses them."""
 
     @property
     def grain(self) -> int:
-        """Selection that are best read together: copies are cut at multiples of it."""
+        """Number of elements that are best read together: copies are cut at multiples of it."""
 
     @property
     def widest(self) -> int:
-        """Bytes of one element of the side with the larger ones."""
+        """Bytes of one element of the operand with the larger ones."""
 
-    def ranges(self, elements: Selection) -> list[FileSpan]:
-        """The bytes of files that elements which lie one behind the other need; none where they do not."""
+    def spans(self, selection: Selection) -> list[FileSpan]:
+        """Return the spans of files that contiguous elements need; none for other selections."""
 
-    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
-        """Bytes that reading these elements asks of storage, by source. Called once for what was read."""
+    def read_bytes(self, selection: Selection) -> Mapping[str, int]:
+        """Return the bytes that reading these elements asks of storage, by source. Called once for what was read."""
 
-    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
-        """The elements of each side, in the memory given.
+    def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
+        """Read the elements of each operand into the memory given.
 
         Raises:
             ExpoError: a file cannot be read, or holds what it must not.
         """
 
-    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
-        """Read and combine in one go as much as can be, from the first element on.
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+        """Read and combine as many elements as the compiled loops can, from the first one on.
+
+        This is the fast path. It stops without a word at whatever is not as it should be (a short read, a value that is
+        not finite, loops that are not available): the caller goes on from there by :meth:`read`, which reports the
+        cause.
 
         Args:
-            dest: bf16, on the CPU, contiguous, with elements.
-            elements: one behind the other.
-            alpha: how far.
+            dest: bf16, on the CPU, contiguous, not empty.
+            selection: contiguous elements.
+            alpha: the extrapolation factor.
 
         Returns:
-            How many elements are done; whatever is not as it should be is left for :meth:`read` to say.
+            The number of elements that are done.
         """
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How the elements of one tensor are computed."""
+
+    operands: Operands
+    dtype: torch.dtype
+    """The dtype to which the result is rounded."""
+    alpha: float
+    fail: Callable[[str], ExpoError] | None
+    """Builds the exception for a value that is not finite, given the culprit (an operand's name, or ``result``). None
+    turns the check off: masks may hold minus infinity."""
+
+
+@dataclass(frozen=True)
 class RecordOperands:
-    """Operands that lie in checkpoints as they are.
+    """Operands that are stored in checkpoints as they are.
 
     Args:
         reader: opens their files.
-        records: where each side lies.
-        sources: of which source each side's bytes are.
+        records: where each operand is stored.
+        sources: the source to which each operand's bytes are counted.
     """
 
     reader: Reader
@@ -73,36 +90,36 @@ class RecordOperands:
 
     @property
     def widest(self) -> int:
-        """See :class:`Operands`."""
+        """Bytes of one element of the operand with the larger ones."""
         return max(record.itemsize for record in self.records.values())
 
-    def ranges(self, elements: Selection) -> list[FileSpan]:
-        """See :class:`Operands`."""
-        if not elements.is_contiguous:
+    def spans(self, selection: Selection) -> list[FileSpan]:
+        """Return one span for each operand."""
+        if not selection.is_contiguous:
             return []
-        return [self.reader.range_of(side, record, elements) for side, record in self.records.items()]
+        return [self.reader.span_of(operand, record, selection) for operand, record in self.records.items()]
 
-    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
-        """See :class:`Operands`."""
+    def read_bytes(self, selection: Selection) -> Mapping[str, int]:
+        """Count every stored element of each operand."""
         total: Counter[str] = Counter()
-        for side, record in self.records.items():
-            total[self.sources[side]] += elements.stored * record.itemsize
+        for operand, record in self.records.items():
+            total[self.sources[operand]] += selection.stored * record.itemsize
         return total
 
-    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
-        """See :class:`Operands`."""
+    def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
+        """Read the elements of each operand."""
         return {
-            side: self.reader.read_into(record, elements, memory(side, elements.numel * record.itemsize))
-            for side, record in self.records.items()
+            operand: self.reader.read_into(record, selection, memory(operand, selection.numel * record.itemsize))
+            for operand, record in self.records.items()
         }
 
-    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
-        """See :class:`Operands`."""
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+        """Read and combine two bf16 operands without coming back to Python."""
         other: Operand = "delta" if "delta" in self.records else "aligned"
         dtypes = {record.dtype for record in self.records.values()}
         if len(self.records) != 2 or dtypes != {"BF16"} or not (loops := fused()):
             return 0
-        with self.reader.placed(self.records, elements, STREAM_PIECE_BYTES) as places:
+        with self.reader.placed(self.records, selection, STREAM_PIECE_BYTES) as places:
             size = loops.stream(places["base"], places[other], dest, 1 + alpha, is_delta=other == "delta")
         self.reader.activity.add_bytes(2 * size)
         return size // dest.element_size()

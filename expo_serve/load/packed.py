@@ -18,9 +18,8 @@ from expo_serve.kernels.sparse import BaseBlock, extrapolating
 from expo_serve.load.blocks import Coded, DamagedError, decode, decompressed
 from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
 from expo_serve.load.operands import Memory
-from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import Reader
-from expo_serve.load.selection import Selection
+from expo_serve.load.selection import FileSpan, Selection
 from expo_serve.plan.packed_format import CHANGES, SAME, TABLE_ENTRY, Table, checksum, read_table
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
@@ -55,16 +54,16 @@ class PackedOperands:
         """Bytes of an element of base or aligned."""
         return max(self._dtype.itemsize, self._base_dtype.itemsize)
 
-    def ranges(self, elements: Selection) -> list[FileSpan]:
+    def spans(self, elements: Selection) -> list[FileSpan]:
         """See :class:`~expo_serve.load.operands.Operands`."""
         if not elements.is_contiguous or not elements.numel:
             return []
         blocks = self._blocks(elements)
         offsets = self._table().offsets
         packed = Selection.flat(offsets[blocks.start], offsets[blocks.stop] - offsets[blocks.start])
-        wanted = [self._reader.range_of("delta", self._change.record, packed)] if packed.numel else []
+        wanted = [self._reader.span_of("delta", self._change.record, packed)] if packed.numel else []
         if self._base and (shared := self._shared(blocks)).numel:
-            wanted.append(self._reader.range_of("base", self._base, shared))
+            wanted.append(self._reader.span_of("base", self._base, shared))
         return wanted
 
     def read_bytes(self, elements: Selection) -> Mapping[str, int]:
@@ -92,7 +91,7 @@ class PackedOperands:
     def _pick(self, elements: Selection, values: dict[Operand, torch.Tensor]) -> None:
         """Decode what lies around elements and take them out of it, in parts where that would be much."""
         if (elements.end - elements.offset) * self.widest > _SPAN_BYTES and max(elements.shape) > 1:
-            dim = elements.outer_dim()
+            dim = elements.outer_dim
             half = elements.shape[dim] // 2
             for start, length in ((0, half), (half, elements.shape[dim] - half)):
                 part = {side: value.narrow(dim, start, length) for side, value in values.items()}
@@ -111,7 +110,7 @@ class PackedOperands:
         for side, value in values.items():
             value.copy_(around[side].as_strided(elements.shape, elements.stride, elements.offset - start))
 
-    def stream(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
         """Read blocks of base to where they belong, and change there what the delta changes."""
         first, end = int(elements.offset), int(elements.offset + elements.numel)
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
@@ -162,7 +161,7 @@ class PackedOperands:
             self._read_base(block, values)
             return loops.change(values, parts, weight)
         start, end = self._spans[block]
-        there = self._reader.range_of("base", self._base, Selection.flat(start, end - start))
+        there = self._reader.span_of("base", self._base, Selection.flat(start, end - start))
         with self._reader.activity.during(there.path):
             base = BaseBlock(there.descriptor, there.offset, self._table().base[block])
             is_done = loops.load(base, values, parts, weight)

@@ -1,16 +1,8 @@
-"""From a tensor's record to its bytes in memory: positioned reads, and nothing else. No formula here.
+"""From a tensor's record to its bytes in memory: positioned reads, and nothing else. The formula is in :mod:`.formula`.
 
-Why reads and no mapping. A pair of 1.07 GB a side, two cores of an AMD EPYC, page cache warm, combined by two threads,
-in the run in which plain vLLM's way (one thread copies one side out of its mapping) took 0.107 s: reads of 1 MB into a
-buffer that stays in the cache 0.113 s, of 2 MB 0.110, of 256 KB 0.15; two mappings 0.097 where the kernel maps
-them by huge pages and 0.31 at worst (one thread, operands at one offset of their pages); mappings that are dropped
-behind the work 0.105 to 0.23, by the size of a piece. A read costs the same whatever the page cache is made of, leaves
-nothing in the resident set, works on network file systems, and answers with an error where a mapping kills the
-process: when a file shrinks or its storage fails.
-
-Cold, the same pair took 1.84 times one side with requests of 1 MB by two threads (the disk's own rate), 2.2 with 2 MB
-and 2.9 with 8 MB: requests larger than the kernel's window for reading ahead go around it. Asking for more ahead
-(POSIX_FADV_WILLNEED, 4 to 64 MB) made it 2.4 and cost 12% of a warm load; direct reads took 3.0.
+We use pread into reused buffers instead of mmap: the cost does not depend on how the page cache is laid out, nothing
+stays resident, network file systems work, and a truncated file is an OSError rather than SIGBUS. Measurements:
+docs/performance.md#reading.
 """
 
 from __future__ import annotations
@@ -21,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +21,11 @@ import torch
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.kernels.bf16 import Place
-from expo_serve.kernels.reading import Offsets, read_runs
-from expo_serve.load.activity import ReadActivity
+from expo_serve.kernels.reading import read_runs
+from expo_serve.load import sizes
+from expo_serve.load.counts import ReadActivity
 from expo_serve.load.dtypes import TORCH_DTYPES
-from expo_serve.load.read_ahead import FileSpan
-from expo_serve.load.selection import Selection, span
-
-PIECE_BYTES = 2 << 20
-"""Of each side, combined at a time: both and the result stay in the cache, and Python's share stays small."""
-
-_MAX_SPREAD = 3
-"""Bytes read for each byte wanted, at most, where single elements lie apart."""
+from expo_serve.load.selection import FileSpan, Offsets, Selection
 
 
 class Buffer:
@@ -57,7 +42,7 @@ class Buffer:
         self._views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = {}
 
     def values(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The first bytes as a tensor. Most pieces have one shape, and its view is kept."""
+        """Return the first bytes as a tensor. Most pieces have one shape, and its view is kept."""
         if (view := self._views.get((dtype, shape))) is None:
             size = math.prod(shape) * dtype.itemsize
             view = self._memory[:size].view(dtype).view(shape)
@@ -69,7 +54,7 @@ class Reader:
     """Opens each file once, for as long as the reader lives; threads may share it.
 
     Args:
-        activity: where it says what it is doing.
+        activity: records what is being read.
     """
 
     def __init__(self, activity: ReadActivity | None = None) -> None:
@@ -80,10 +65,10 @@ class Reader:
         weakref.finalize(self, _close, self._files)
 
     def check(self, record: TensorRecord) -> None:
-        """See that a tensor's file can be read and is as long as its header said.
+        """Check that a tensor's file can be read and is as long as its header said.
 
         Raises:
-            CheckpointError: it is gone, or has become shorter.
+            CheckpointError: the file is gone, or has become shorter.
         """
         try:
             size = os.fstat(self._descriptor(record.file)).st_size
@@ -92,71 +77,71 @@ class Reader:
         if size < record.offset + record.nbytes:
             raise _cut(record)
 
-    def read(self, record: TensorRecord, elements: Selection, slot: str) -> torch.Tensor:
-        """Read elements into this thread's buffer of a name; the next read into it by this thread overwrites them.
+    def read(self, record: TensorRecord, selection: Selection, slot: str) -> torch.Tensor:
+        """Read elements into this thread's buffer ``slot``; the next read into it by this thread overwrites them.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
             LoadError: there is no memory for the buffer.
         """
-        size = elements.numel * TORCH_DTYPES[record.dtype].itemsize
-        return self.read_into(record, elements, self.buffer(slot, size))
+        size = selection.numel * TORCH_DTYPES[record.dtype].itemsize
+        return self.read_into(record, selection, self.buffer(slot, size))
 
     def buffer(self, slot: str, size: int) -> Buffer:
-        """This thread's buffer of a name, of at least so many bytes.
+        """Return this thread's buffer ``slot``, of at least ``size`` bytes.
 
         Raises:
             LoadError: there is no memory for it.
         """
         buffer: Buffer | None = getattr(self._scratch, slot, None)
         if buffer is None or len(buffer.bytes) < size:
-            buffer = Buffer(_allocate(max(size, PIECE_BYTES), slot))
+            buffer = Buffer(_allocate(max(size, sizes.PIECE_BYTES), slot))
             setattr(self._scratch, slot, buffer)
         return buffer
 
-    def read_into(self, record: TensorRecord, elements: Selection, buffer: Buffer) -> torch.Tensor:
-        """Read elements into given memory.
+    def read_into(self, record: TensorRecord, selection: Selection, buffer: Buffer) -> torch.Tensor:
+        """Read elements into the memory given.
 
         Args:
-            record: whose.
-            elements: which.
-            buffer: at least as many bytes as the elements have.
+            record: the tensor's record.
+            selection: which elements.
+            buffer: of at least as many bytes as the elements have.
 
         Returns:
-            A view of the buffer with the elements' shape; its strides are in the order of the file.
+            A view of the buffer with the elements' shape; its strides follow the order of the file.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
-        dtype, shape = TORCH_DTYPES[record.dtype], elements.shape
-        if elements.is_contiguous:
-            self._read_runs(record, np.array([elements.offset]), buffer.bytes[: elements.numel * dtype.itemsize])
+        dtype, shape = TORCH_DTYPES[record.dtype], selection.shape
+        if selection.is_contiguous:
+            self._read_extents(record, np.array([selection.offset]), buffer.bytes[: selection.numel * dtype.itemsize])
             return buffer.values(dtype, shape)
-        layout = _Layout.of(elements)
-        values = buffer.values(dtype, layout.shape)
-        if layout.is_scattered:  # single elements near each other: what lies between them is read too
-            around = _allocate((elements.end - elements.offset) * dtype.itemsize, str(record.file))
-            self._read_runs(record, np.array([elements.offset]), _bytes(around))
-            values.copy_(around.view(dtype).as_strided(layout.shape, layout.stride))
+        ordered, positions = selection.in_file_order()
+        values = buffer.values(dtype, ordered.shape)
+        if _is_scattered(ordered):  # what is between the elements is read too
+            around = _allocate((selection.end - selection.offset) * dtype.itemsize, str(record.file))
+            self._read_extents(record, np.array([selection.offset]), _bytes(around))
+            values.copy_(around.view(dtype).as_strided(ordered.shape, ordered.stride))
         else:
-            self._read_runs(record, layout.run_starts(elements.offset), buffer.bytes[: values.nbytes])
-        return values.permute(layout.places).expand(shape)
+            self._read_extents(record, ordered.extent_starts(), buffer.bytes[: values.nbytes])
+        return values.permute(positions).expand(shape)
 
-    def read_onto(self, record: TensorRecord, elements: Selection, dest: torch.Tensor) -> None:
-        """Read elements that lie one behind the other straight to where they belong.
+    def read_onto(self, record: TensorRecord, selection: Selection, dest: torch.Tensor) -> None:
+        """Read contiguous elements straight to where they belong.
 
         Args:
-            record: whose.
-            elements: which.
-            dest: of the same dtype and size, contiguous, on the CPU.
+            record: the tensor's record.
+            selection: which elements.
+            dest: of the same dtype and number of elements, contiguous, on the CPU.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
-        self._read_runs(record, np.array([elements.offset]), _bytes(dest.view(torch.uint8)))
+        self._read_extents(record, np.array([selection.offset]), _bytes(dest.view(torch.uint8)))
 
-    def _read_runs(self, record: TensorRecord, starts: Offsets, memory: memoryview) -> None:
-        """Read runs of one length, beginning at these elements of the tensor, one behind the other into memory."""
+    def _read_extents(self, record: TensorRecord, starts: Offsets, memory: memoryview) -> None:
+        """Read extents of one length, which begin at these elements of the tensor, into memory one after another."""
         file = self._descriptor(record.file)
         try:
             with self.activity.during(record.file):
@@ -167,22 +152,24 @@ class Reader:
             raise _unreadable(record, error) from None
         self.activity.add_bytes(len(memory))
 
-    def range_of(self, side: str, record: TensorRecord, elements: Selection) -> FileSpan:
-        """Where elements that lie one behind the other are in their file."""
+    def span_of(self, operand: str, record: TensorRecord, selection: Selection) -> FileSpan:
+        """Return where contiguous elements are in their file."""
         item = record.itemsize
-        offset, length = record.offset + elements.offset * item, elements.numel * item
-        return FileSpan(side, record.file, self._descriptor(record.file), offset, length)
+        offset, length = record.offset + selection.offset * item, selection.numel * item
+        return FileSpan(operand, record.file, self._descriptor(record.file), offset, length)
 
     @contextmanager
     def placed(
-        self, records: Mapping[Operand, TensorRecord], elements: Selection, piece_bytes: int
+        self, records: Mapping[Operand, TensorRecord], selection: Selection, piece_bytes: int
     ) -> Iterator[dict[Operand, Place]]:
-        """Where elements that lie one behind the other can be read from, and memory for a piece of each side; within
-        the context somebody else reads them, and counts them."""
+        """Return where contiguous elements can be read from, with memory for a piece of each operand.
+
+        Within the context a compiled loop reads them, and its caller counts the bytes.
+        """
         places: dict[Operand, Place] = {}
-        for side, record in records.items():
-            part = self.range_of(side, record, elements)
-            places[side] = Place(part.descriptor, part.offset, self.buffer(side, piece_bytes).address)
+        for operand, record in records.items():
+            part = self.span_of(operand, record, selection)
+            places[operand] = Place(part.descriptor, part.offset, self.buffer(operand, piece_bytes).address)
         with self.activity.during(*(record.file for record in records.values())):
             yield places
 
@@ -194,50 +181,18 @@ class Reader:
         return descriptor
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How elements lie in the file: their dimensions from the widest stride to the narrowest, repeated ones once."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    places: tuple[int, ...]
-    """Where each dimension of the elements has gone."""
-    run: int
-    """Selection that lie one behind the other."""
-
-    @staticmethod
-    def of(elements: Selection) -> _Layout:
-        sizes = [1 if stride == 0 else size for size, stride in zip(elements.shape, elements.stride, strict=True)]
-        order = sorted(range(len(sizes)), key=lambda dim: elements.stride[dim], reverse=True)
-        shape, stride = tuple(sizes[dim] for dim in order), tuple(elements.stride[dim] for dim in order)
-        run = 1
-        for size, step in zip(reversed(shape), reversed(stride), strict=True):
-            if size != 1 and step != run:
-                break
-            run *= size
-        return _Layout(shape, stride, tuple(order.index(dim) for dim in range(len(order))), run)
-
-    @property
-    def is_scattered(self) -> bool:
-        """Whether single elements lie apart, but not so far that reading all between them would cost more."""
-        return self.run == 1 and span(self.shape, self.stride) <= _MAX_SPREAD * math.prod(self.shape)
-
-    def run_starts(self, offset: int) -> Offsets:
-        """Where each run begins, the first at ``offset``, in elements."""
-        starts, length = np.array([offset]), math.prod(self.shape)
-        for size, step in zip(self.shape, self.stride, strict=True):
-            if length <= self.run:
-                break
-            starts = (starts[:, None] + np.arange(size) * step).reshape(-1)
-            length //= size
-        return starts
+def _is_scattered(ordered: Selection) -> bool:
+    """True for single elements that are apart, but so near that reading all between them costs less."""
+    return ordered.extent == 1 and ordered.end - ordered.offset <= sizes.MAX_SPREAD * ordered.numel
 
 
 def _allocate(size: int, what: str) -> torch.Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     except RuntimeError:
-        raise LoadError(f"no memory to read {what}: {size} bytes were refused; give the process more") from None
+        raise LoadError(
+            f"out of memory: cannot allocate a {size / 2**20:.0f} MiB read buffer for {what}; give the process more"
+        ) from None
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

@@ -1,45 +1,308 @@
-"""Threads of a load: how many, where they run, and a few that do tasks together.
+"""The one pool of threads under everything that needs threads, and two ways to use it.
 
-All are daemons: a read that hangs in the kernel must not keep a process alive that has failed.
+:class:`Background` writes into a model's parameters while the model's ``load_weights`` goes on; :func:`in_order`
+yields results in the order of their inputs. ``concurrent.futures.ThreadPoolExecutor`` would not do: its threads are
+joined when the interpreter exits, so a read that hangs on a dead network mount would keep a failed process alive.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
+from typing import Protocol, TypeVar
+
+import torch
+
+from expo_serve.load import sizes
+from expo_serve.load.selection import FileSpan, span
 
 MAX_THREADS = 4
-"""More do not help where the page cache or a disk is read: a few cores fill the memory's bandwidth."""
+"""More do not help where the page cache or a local disk is read: a few cores fill the memory's bandwidth."""
 NETWORK_THREADS = 8
-"""Where each read is a journey, more of them have to be under way; each holds two pieces of memory."""
+"""More reads have to be under way where each is a round trip; each thread holds two pieces of memory."""
+_RESULTS_AHEAD = 2
+"""Results of :func:`in_order` that wait for their turn, for each thread."""
+_JOIN_SECONDS = 5.0
 
 Task = Callable[[], object]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def default_threads(on_network: bool = False) -> int:
-    """How many threads load best: one a core, but for a few on a large machine, and more where reads have far to go."""
+    """Return how many threads load best: one a core up to a few, and more where reads are round trips."""
     return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
 
 
 def all_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
 
 
-def leave_core() -> None:
-    """vLLM's CPU worker is pinned to its cores, often one; the threads of a load may use the others meanwhile."""
-    with suppress(AttributeError, OSError):  # not Linux, or not allowed
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # this thread's; the kernel keeps to the cgroup's set
+class Executor(Protocol):
+    """Runs a task that writes into a tensor, now or later."""
+
+    def __call__(self, dest: torch.Tensor, task: Task, spans: Sequence[FileSpan] = ()) -> None:
+        """Run ``task``, which writes into ``dest`` only and reads these spans of files."""
 
 
-def start(name: str, work: Task) -> threading.Thread | None:
-    """Start a thread; None where the system refuses one."""
+def run_inline(dest: torch.Tensor, task: Task, spans: Sequence[FileSpan] = ()) -> None:
+    """Run the task at once, in the calling thread."""
+    task()
+
+
+class Prefetch(Protocol):
+    """Brings cold bytes into the page cache; :class:`~expo_serve.load.read_ahead.ReadAhead` is one."""
+
+    def defer(self, spans: Sequence[FileSpan], then: Callable[[], None]) -> bool:
+        """Call ``then`` from another thread once these spans are cached; False, without a call, if they are already."""
+
+    def close(self) -> None:
+        """Let the threads end."""
+
+
+class Background:
+    """Runs tasks that write into a model's parameters in threads, between entering and leaving the context.
+
+    Walking a model and slicing its parameters is Python's work and holds the GIL; reading and combining bytes does not.
+    So ``copy_`` of a lazy tensor only submits its blocks, in the checkpoint's order. A caller that looks at a parameter
+    must call :meth:`wait` first: while a model loads, :class:`~expo_serve.load.coverage.WriteTracker` sees every
+    operation and does that.
+
+    Two tasks that may write to the same place run in the order in which they were submitted. A task runs synchronously
+    when it cannot be deferred safely: outside of the context, with a single thread, or when ``dest`` is not a CPU
+    parameter of the model.
+
+    Args:
+        model: the model whose parameters are written.
+        threads: how many; by default as many as help on this machine.
+        prefetch: brings cold files into the page cache; without one, tasks read them.
+    """
+
+    def __init__(self, model: torch.nn.Module, threads: int | None = None, prefetch: Prefetch | None = None) -> None:
+        self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._wanted = default_threads() if threads is None else threads
+        self._pool: DaemonPool | None = None
+        self._done: SimpleQueue[_Submitted] = SimpleQueue()
+        self._pending: list[tuple[int, int]] = []
+        """Address ranges that are being written: start and end, sorted; no two overlap."""
+        self._pending_bytes = 0
+        self._prefetch = prefetch
+        self._failure: BaseException | None = None
+        self._ended = False
+
+    def __enter__(self) -> Background:
+        if self._wanted > 1:
+            self._pool = DaemonPool(self._wanted, "expo")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        if self._prefetch:
+            self._prefetch.close()
+        if self._pool:
+            self._pool.close(_JOIN_SECONDS)
+        self._pool = None
+
+    def submit(self, dest: torch.Tensor, task: Task, spans: Sequence[FileSpan] = ()) -> None:
+        """Run ``task``, which writes into ``dest`` only and reads these spans of files, now or soon.
+
+        Raises:
+            BaseException: whatever this task, or one submitted before, has raised.
+        """
+        if not self._is_deferrable(dest):
+            with self._keeping_failure():
+                task()
+            return
+        first = dest.data_ptr()
+        end = first + span(tuple(dest.shape), dest.stride()) * dest.element_size()
+        if self._is_being_written(first, end):
+            self.wait()
+        while self._pending and self._pending_bytes + end - first > sizes.PENDING_BYTES:
+            self._finish_one()
+        assert self._pool is not None
+        start = partial(self._pool.submit, _Submitted(self, first, end, task))
+        with self._keeping_failure():
+            if not (self._prefetch and self._prefetch.defer(spans, start)):
+                start()
+            insort(self._pending, (first, end))
+            self._pending_bytes += end - first
+
+    def wait(self) -> None:
+        """Wait until all submitted tasks are done.
+
+        Raises:
+            BaseException: whatever the first failed task has raised.
+        """
+        while self._pending:
+            self._finish_one()
+        if self._failure:
+            raise self._failure
+
+    def _is_deferrable(self, dest: torch.Tensor) -> bool:
+        has_threads = self._pool is not None and self._pool.size > 0
+        return has_threads and dest.device.type == "cpu" and dest.untyped_storage().data_ptr() in self._storages
+
+    def _is_being_written(self, start: int, end: int) -> bool:
+        """Of the ranges that begin before ``end``, the last one reaches farthest, since no two overlap."""
+        index = bisect_left(self._pending, (end,))
+        return index > 0 and self._pending[index - 1][1] > start
+
+    def _finish_one(self) -> None:
+        if self._failure:
+            raise self._failure
+        done = self._done.get()
+        self._pending.remove((done.start, done.end))
+        self._pending_bytes -= done.end - done.start
+        self._failure = self._failure or done.failure
+        if self._failure:
+            raise self._failure
+
+    @contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        """Keep a failure until the end: a caller that catches it on its way may not know what it means."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._failure or (None if self._ended else error)
+            raise
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """One task of a :class:`Background`, and the addresses between which it writes."""
+
+    background: Background
+    start: int
+    end: int
+    task: Task
+    failure: BaseException | None = None
+
+    def __call__(self) -> None:
+        background = self.background
+        try:
+            if not background._ended and not background._failure:
+                self.task()
+        except BaseException as error:  # noqa: BLE001 - the caller of submit or wait raises it
+            self.failure = error
+        background._done.put(self)
+
+
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
+    """Do the work of each item in a thread; yield items and results in the order of the items.
+
+    Args:
+        work: called in a thread.
+        items: taken as they are needed.
+        threads: how many; by default one for each core. At most twice as many results and one are in memory.
+
+    Raises:
+        BaseException: whatever the work has raised; what is under way is waited for, for a few seconds.
+    """
+    threads = threads or all_cores()
+    pool = DaemonPool(threads, "expo-work")
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.future(partial(work, item))))
+            if len(pending) > _RESULTS_AHEAD * threads:
+                item, future = pending.popleft()
+                yield item, future.result()
+        while pending:
+            item, future = pending.popleft()
+            yield item, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
+        pool.close(_JOIN_SECONDS)
+
+
+class DaemonPool:
+    """A few daemon threads that take tasks from one queue, until :meth:`close`.
+
+    Where the system refuses to start any thread, tasks run in the thread that submits them.
+
+    Args:
+        threads: how many, at most.
+        name: of each thread, before its number.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        started = [start_thread(f"{name}-{index}", self._work) for index in range(threads)]
+        self._threads = [thread for thread in started if thread]
+
+    @property
+    def size(self) -> int:
+        """Number of threads."""
+        return len(self._threads)
+
+    def submit(self, task: Task) -> None:
+        """Run a task that raises nothing, soon."""
+        if self._threads:
+            self._tasks.put(task)
+        else:
+            task()
+
+    def future(self, task: Callable[[], Result]) -> Future[Result]:
+        """Run a task soon; the future has its result, or what it has raised."""
+        future: Future[Result] = Future()
+        self.submit(partial(_resolve, future, task))
+        return future
+
+    def run_all(self, tasks: Sequence[Task]) -> None:
+        """Run all of the tasks; return, or raise, when none of them is running any more.
+
+        Raises:
+            BaseException: whatever the first failed task has raised.
+        """
+        futures = [self.future(task) for task in tasks]
+        failures = [future.exception() for future in futures]
+        for failure in failures:
+            if failure:
+                raise failure
+
+    def close(self, join_seconds: float = 0.0) -> None:
+        """Let the threads end after the tasks submitted so far; wait for them no longer than this."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + join_seconds
+        for thread in self._threads:
+            if join_seconds:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads = []
+
+    def _work(self) -> None:
+        _use_all_cores()
+        while (task := self._tasks.get()) is not None:
+            task()
+
+
+def _resolve(future: Future[Result], task: Callable[[], Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(task())
+    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
+        future.set_exception(error)
+
+
+def start_thread(name: str, work: Task) -> threading.Thread | None:
+    """Start a daemon thread; None where the system refuses one."""
     thread = threading.Thread(target=work, name=name, daemon=True)
     try:
         thread.start()
@@ -48,48 +311,7 @@ def start(name: str, work: Task) -> threading.Thread | None:
     return thread
 
 
-class Workers:
-    """A few threads that do the tasks of one caller, from the first ones to :meth:`close`.
-
-    Args:
-        number: of threads, at most.
-        name: of each, before its number.
-    """
-
-    def __init__(self, number: int, name: str) -> None:
-        self._todo: SimpleQueue[Task | None] = SimpleQueue()
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
-        started = [start(f"{name}-{index}", self._work) for index in range(number)]
-        self._number = sum(thread is not None for thread in started)
-
-    def do_all(self, tasks: Sequence[Task]) -> None:
-        """Do all of the tasks; returns, or raises, when none of them is at work any more.
-
-        Raises:
-            BaseException: what one of them has raised.
-        """
-        if not self._number:
-            for task in tasks:
-                task()
-            return
-        for task in tasks:
-            self._todo.put(task)
-        failures = [self._done.get() for _ in tasks]
-        for failure in failures:
-            if failure:
-                raise failure
-
-    def close(self) -> None:
-        """Let the threads end."""
-        for _ in range(self._number):
-            self._todo.put(None)
-
-    def _work(self) -> None:
-        leave_core()
-        while (task := self._todo.get()) is not None:
-            failure: BaseException | None = None
-            try:
-                task()
-            except BaseException as error:  # noqa: BLE001 - the caller raises it
-                failure = error
-            self._done.put(failure)
+def _use_all_cores() -> None:
+    """Let this thread run on every core: vLLM's CPU worker is pinned to its own, often a single one."""
+    with suppress(AttributeError, OSError):  # not Linux, or not allowed
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps to the cgroup's set

@@ -25,6 +25,7 @@ class LoadAccount:
     resolved: float = 0.0
     done_bytes: int = 0
     unfilled: list[str] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
     late: list[torch.nn.Module] = field(default_factory=list)
     """Layers whose parameters are not there yet when ``load_weights`` is done."""
 
@@ -46,7 +47,7 @@ class LoadAccount:
         ]
         self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
-    def report(self, model: torch.nn.Module, plan: Plan, counts: Counts, alpha: float) -> LoadReport:
+    def report(self, model: torch.nn.Module, plan: Plan, alpha: float) -> LoadReport:
         """What has been done until now."""
         ended = time.perf_counter()
         device = _cuda_device(model)
@@ -56,9 +57,9 @@ class LoadAccount:
             alpha=alpha,
             total_seconds=ended - self.started,
             phase_seconds={"resolve": self.resolved - self.started, "weights": ended - self.resolved},
-            read_bytes={side: counts.read_bytes[side] for side in plan.sources},
+            read_bytes={side: self.counts.read_bytes[side] for side in plan.sources},
             weight_bytes=self.done_bytes + _parameter_bytes(self.late),
-            tensors={str(kind): count for kind, count in counts.count().items()},
+            tensors={str(kind): count for kind, count in self.counts.count().items()},
             alphas=plan.alphas,
             grown_rows=plan.grown,
             copied_unmatched=len(plan.copied_unmatched),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,12 @@ from expo_serve.checkpoint.source import HubAccess
 from expo_serve.checkpoint.storage import is_on_network
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
-from expo_serve.load.activity import ReadActivity
-from expo_serve.load.background import Background, Executor, run_inline
-from expo_serve.load.counts import Counts
+from expo_serve.load.counts import ReadActivity
 from expo_serve.load.coverage import WriteTracker, unwatched
-from expo_serve.load.device import Stages
 from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
-from expo_serve.load.reader import Reader
-from expo_serve.load.threads import default_threads, start
+from expo_serve.load.session import LoadSession, load_into
+from expo_serve.load.threads import default_threads, start_thread
 from expo_serve.plan.delta import kind_of
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
@@ -42,6 +39,32 @@ from expo_serve.vllm_plugin.unwritten import check_written
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
 logger = compat.init_logger("vllm.expo_serve.loader")
+
+
+@dataclass
+class ModelLoad:
+    """One pass over the weights of one model."""
+
+    plan: Plan
+    session: LoadSession
+    progress: LoadProgress | None = None
+    given: list[str] = field(default_factory=list)
+    """The tensors that the model is given, in vLLM's order."""
+
+    def lazy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor by its name; a tensor is done with when the next one is asked for."""
+        for name in self.given:
+            planned = self.plan.tensors[name]
+            with unwatched():
+                lazy = lazy_tensor(planned, self.session)
+            yield name, lazy
+            if self.progress:
+                self.progress.advance(sum(planned.read_bytes.values()))
+
+    def dropped(self) -> dict[str, int]:
+        """Return the tensors of which the model took nothing: name to number of elements."""
+        taken = self.session.counts.kinds
+        return {name: self.plan.tensors[name].aligned.numel for name in self.given if name not in taken}
 
 
 class ExpoModelLoader(compat.DefaultModelLoader):
@@ -60,14 +83,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             raise ConfigError('--model-loader-extra-config: expected an object such as {"base": ..., "alpha": 0.5}')
         self.config = parse_config(extra, "--model-loader-extra-config")
         self._plan: Plan | None = None
-        self._counts = Counts()
-        self._shows_progress = bool(load_config.use_tqdm_on_load)
-        self._run: Executor = run_inline
-        self._stages: Stages | None = None
-        self._activity = ReadActivity()
-        self._shown: LoadProgress | None = None
-        self._given: list[str] = []
+        self._load: ModelLoad | None = None
+        """The load under way; None outside of one, when vLLM's ``reload_weights`` may ask for the weights."""
         self._unfinished: LoadAccount | None = None
+        """A load that waits for layers that vLLM quantises late."""
+        self._shows_progress = bool(load_config.use_tqdm_on_load)
         # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
         super().__init__(
             replace(
@@ -80,7 +100,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         )
         self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
         if compat.current_platform.is_cpu():  # ready by the time the model is built
-            start("expo-compile", partial(_compile, self.config))
+            start_thread("expo-compile", partial(_compile, self.config))
 
     def download_model(self, model_config: Any) -> None:
         """Find both sides, downloading them where they come from the hub."""
@@ -99,7 +119,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         return unfinished
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Load the extrapolated weights into ``model``; another model than the deployed one loads plainly.
+        """Load the extrapolated weights into ``model``; a model other than the deployed one is loaded plainly.
 
         Raises:
             ExpoError: the pair is refused, a weight is not finite, or a parameter got no weight.
@@ -108,11 +128,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             compat.DefaultModelLoader(self._plain_config).load_weights(model, model_config)
             return
         account = LoadAccount.open(model)
-        self._counts = Counts()
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        tracker = self._load_lazily(model, model_config, plan)
-        account.unfilled = check_written(model, tracker, model_config.runner_type, self._dropped())
+        load, tracker = self._load_lazily(model, model_config, plan)
+        account.counts = load.session.counts
+        account.unfilled = check_written(model, tracker, model_config.runner_type, load.dropped())
         if account.unfilled:
             names = ", ".join(account.unfilled)
             logger.warning("expo: vLLM fills these parameters from no tensor, with or without expo: %s", names)
@@ -122,28 +142,20 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         if not account.late:
             logger.info("%s", report.line())
 
-    def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> WriteTracker:
-        """Let vLLM load, while lazy tensors are copied by threads or onto devices; returns who saw the writes."""
-        threads = _threads(plan)
-        with (
-            self._show(plan) as shown,
-            Background(model, threads, self._activity) as background,
-            Stages(threads) as stages,
-        ):
-
-            def settle() -> None:
-                background.wait()
-                stages.wait()
-
-            self._shown, self._run, self._stages = shown, background.run, stages
-            tracker = WriteTracker(model, settle)
+    def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> tuple[ModelLoad, WriteTracker]:
+        """Let vLLM load the model while lazy tensors are copied by threads or onto devices, and watch the writes."""
+        activity = ReadActivity()
+        with self._progress(plan, activity) as progress, load_into(model, _threads(plan), activity) as session:
+            load = ModelLoad(plan, session, progress)
+            tracker = WriteTracker(model, session.settle)
+            self._load = load
             try:
                 with tracker:
                     super().load_weights(model, model_config)
-                    settle()
+                    session.settle()
             finally:
-                self._shown, self._run, self._stages = None, run_inline, None
-        return tracker
+                self._load = None
+        return load, tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor that vLLM would read of the model, lazily extrapolated.
@@ -153,35 +165,23 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         pinned = self.config.pinned
         if pinned and not self._is_deployed_model(model_config):
             raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.deployed.path} is deployed")
-        plan = self._prepare(model_config)
+        load = self._load or ModelLoad(self._prepare(model_config), LoadSession())
         further = getattr(model, "secondary_weights", ())
         for source in further:
             _refuse_pickles(source)
-        reader = Reader(self._activity)
         with unwatched():
-            self._given = self._names_to_read(plan, model)
-        for name in self._given:
-            with unwatched():
-                lazy = lazy_tensor(plan.tensors[name], reader, self._counts, self._run, self._stages)
-            yield name, lazy
-            if self._shown:
-                self._shown.advance(sum(plan.tensors[name].read_bytes.values()))
+            load.given = self._names_to_read(load.plan, model)
+        yield from load.lazy_tensors()
         for source in further:
             yield from self._get_weights_iterator(source)
 
-    def _show(self, plan: Plan) -> LoadProgress:
-        self._activity = ReadActivity()
+    def _progress(self, plan: Plan, activity: ReadActivity) -> LoadProgress:
         return LoadProgress(
             sum(plan.read_bytes.values()),
-            self._activity,
+            activity,
             on_terminal=self.config.pinned.on_terminal if self.config.pinned else sys.stderr.isatty(),
             is_shown=self._shows_progress and compat.get_current_vllm_config().parallel_config.rank == 0,
         )
-
-    def _dropped(self) -> dict[str, int]:
-        """What the model was given and took nothing of, by name: numbers of elements."""
-        planned = self._plan.tensors if self._plan else {}
-        return {name: planned[name].aligned.numel for name in self._given if name not in self._counts.kinds}
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
@@ -225,7 +225,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _report(self, model: torch.nn.Module, account: LoadAccount) -> LoadReport:
         """Say what has been done until now, and hang it on the model."""
         assert self._plan is not None
-        report = account.report(model, self._plan, self._counts, self.config.alpha)
+        report = account.report(model, self._plan, self.config.alpha)
         setattr(model, REPORT_ATTRIBUTE, report)
         return report
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from expo_serve.load.activity import ReadActivity
+from expo_serve.load.counts import ReadActivity
 from expo_serve.vllm_plugin import compat
 
 logger = compat.init_logger("vllm.expo_serve.progress")

@@ -11,10 +11,9 @@ import torch
 
 from expo_serve.checkpoint.source import INDEX_FILE
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_of
-from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
-from expo_serve.load.ordered import in_order
-from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.threads import in_order
 from expo_serve.plan.plan import PlannedTensor
 
 _THREADS = 2
@@ -37,10 +36,10 @@ def save(tensors: list[PlannedTensor], folder: Path, shard_bytes: int, advance: 
     """
     shards = _shards(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
-    reader, counts = Reader(), Counts()
+    session = LoadSession()
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(shard, folder / name, lambda tensor: _value(tensor, reader, counts), advance)
+        _write(shard, folder / name, lambda tensor: _value(tensor, session), advance)
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), name))
     if len(shards) > 1:
         total = sum(tensor.result.nbytes for tensor in tensors)
@@ -79,5 +78,5 @@ def _write(
         writer.finish(header)
 
 
-def _value(tensor: PlannedTensor, reader: Reader, counts: Counts) -> torch.Tensor:
-    return lazy_tensor(tensor, reader, counts).materialize().contiguous()
+def _value(tensor: PlannedTensor, session: LoadSession) -> torch.Tensor:
+    return lazy_tensor(tensor, session).materialize().contiguous()

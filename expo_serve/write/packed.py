@@ -14,9 +14,9 @@ from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes
 from expo_serve.load.blocks import TABLE, Coded, encode
 from expo_serve.load.dtypes import signed_bits
-from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
+from expo_serve.load.threads import in_order
 from expo_serve.plan.packed_format import BLOCK, PackedTensor, checksum, write_info
 from expo_serve.plan.plan import Plan
 

@@ -10,9 +10,9 @@ from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import PairError, ValuesError
 from expo_serve.load.fill import operands_of
-from expo_serve.load.ordered import in_order
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
+from expo_serve.load.threads import in_order
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 

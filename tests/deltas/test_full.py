@@ -13,6 +13,7 @@ from expo_serve.errors import PairError
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from expo_serve.plan.plan import Plan
 from tests.models.adapters import plan_delta
 from tests.models.raw import same_bits, tiny_tensors, write_raw
@@ -73,7 +74,9 @@ def without(tensors: Tensors, *names: str) -> Tensors:
 def materialized(plan: Plan, counts: Counts | None = None) -> Tensors:
     """Every tensor of the result."""
     reader, counts = Reader(), counts or Counts()
-    return {name: lazy_tensor(tensor, reader, counts).materialize() for name, tensor in plan.tensors.items()}
+    return {
+        name: lazy_tensor(tensor, LoadSession(reader, counts)).materialize() for name, tensor in plan.tensors.items()
+    }
 
 
 def added(base: torch.Tensor, delta: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -108,7 +111,7 @@ def test_numbers_are_those_of_the_rule(
 @pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
 def test_views_have_the_bits_of_the_whole(sums: Sums, delta_dtype: torch.dtype) -> None:
     plan = sums.plan(*odd_pair(torch.bfloat16, delta_dtype))
-    lazy, whole = lazy_tensor(plan.tensors[EMBED], Reader(), Counts()), materialized(plan)[EMBED]
+    lazy, whole = lazy_tensor(plan.tensors[EMBED], LoadSession(Reader(), Counts())), materialized(plan)[EMBED]
     assert same_bits(torch.empty(67, 301, dtype=torch.bfloat16).copy_(lazy.t()), whole.t())
     assert same_bits(torch.empty(9, 11, dtype=torch.bfloat16).copy_(lazy[100:109, 50:61]), whole[100:109, 50:61])
 
@@ -263,7 +266,7 @@ def test_output_of_an_untied_delta_over_a_tied_base_is_refused(sums: Sums) -> No
 
 def test_parts_without_elements_are_copied(sums: Sums) -> None:
     plan = sums.plan({**tiny_tensors(), "empty": torch.ones(0, 8)}, {**differences(), "empty": torch.ones(0, 8)})
-    lazy = lazy_tensor(plan.tensors["empty"], Reader(), Counts())
+    lazy = lazy_tensor(plan.tensors["empty"], LoadSession())
     assert torch.ones(0, 8).copy_(lazy).shape == (0, 8)
-    rows = lazy_tensor(plan.tensors[UP], Reader(), Counts())
+    rows = lazy_tensor(plan.tensors[UP], LoadSession(Reader(), Counts()))
     assert torch.ones(0, 8).bfloat16().copy_(rows[12:]).shape == (0, 8)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from expo_serve.plan.plan import Plan
 from tests.models.adapters import plan_delta, units_apart
 from tests.models.raw import same_bits
@@ -172,7 +173,9 @@ def _train(model: Any) -> None:
 def materialized(plan: Plan) -> Tensors:
     """Every tensor of the result."""
     reader = Reader()
-    return {name: lazy_tensor(tensor, reader, Counts()).materialize() for name, tensor in plan.tensors.items()}
+    return {
+        name: lazy_tensor(tensor, LoadSession(reader, Counts())).materialize() for name, tensor in plan.tensors.items()
+    }
 
 
 def as_loaded(found: Tensors, plan: Plan) -> Tensors:

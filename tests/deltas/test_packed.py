@@ -16,6 +16,7 @@ from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from expo_serve.plan.packed_format import BLOCK
 from expo_serve.write import packed as packing
 from tests.models.packs import (
@@ -217,7 +218,9 @@ def test_what_is_read_is_what_is_counted(packs: Packs) -> None:
     for alpha in (-1, 0, 0.5):
         plan, reader, counts = pack.by_delta(alpha), Reader(), Counts()
         for name, planned in plan.tensors.items():
-            torch.empty_like(meta_tensor(planned.result), device="cpu").copy_(lazy_tensor(planned, reader, counts))
+            torch.empty_like(meta_tensor(planned.result), device="cpu").copy_(
+                lazy_tensor(planned, LoadSession(reader, counts))
+            )
             assert counts.kinds[name] == "extrapolated"
         assert dict(counts.read_bytes) == plan.read_bytes
         assert reader.activity.read_bytes == sum(counts.read_bytes.values())

@@ -15,6 +15,7 @@ from expo_serve.load.blocks import TABLE
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from expo_serve.write import packed as packing
 from tests.load.lazies import numbers
 from tests.models.packs import (
@@ -87,7 +88,7 @@ def test_no_cut_file_loads(damaged: Pack) -> None:
 
 def test_file_that_shrinks_after_planning_is_an_error(damaged: Pack) -> None:
     plan, reader = damaged.by_delta(ALPHA), Reader()
-    lazies = [lazy_tensor(planned, reader, Counts()) for planned in plan.tensors.values()]
+    lazies = [lazy_tensor(planned, LoadSession(reader, Counts())) for planned in plan.tensors.values()]
     with damaged.file.open("r+b") as file:
         file.truncate(damaged.file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match="has become shorter"):

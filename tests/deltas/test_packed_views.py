@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.errors import ValuesError
-from expo_serve.load.background import Background
 from expo_serve.load.blocks import TABLE
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.threads import Background
 from tests.load.lazies import numbers
 from tests.load.test_pipeline import Parameters
 from tests.models.packs import EMBED, HEAD, SMALL_BLOCK, UP, Pack, Packs, blocks_of
@@ -102,12 +103,12 @@ def test_models_may_ask_for_values(pack: Pack, alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [-1, 0, 0.5])
 def test_threads_give_the_same(pack: Pack, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expo_serve.load.lazy.BLOCK_BYTES", 200)
+    monkeypatch.setattr("expo_serve.load.sizes.BLOCK_BYTES", 200)
     plan, reader = pack.by_delta(alpha), Reader()
     model = Parameters(plan)
     with Background(model, threads=3) as background:
         for name, parameter in model.filled.items():
-            parameter.copy_(lazy_tensor(plan.tensors[name], reader, Counts(), background.run))
+            parameter.copy_(lazy_tensor(plan.tensors[name], LoadSession(reader, Counts(), background.submit)))
         background.wait()
     for name, parameter in model.filled.items():
         assert same_bits(parameter, pack.expected(name, alpha))
@@ -123,7 +124,7 @@ def test_rank_reads_the_blocks_of_its_rows_alone(pack: Pack, ranks: int, dtype: 
     for rank in range(ranks):
         counts, reader = Counts(), Reader()
         dest = torch.empty(shard, COLUMNS, dtype=dtype)
-        dest.copy_(lazy_tensor(planned, reader, counts).narrow(0, rank * shard, shard))
+        dest.copy_(lazy_tensor(planned, LoadSession(reader, counts)).narrow(0, rank * shard, shard))
         first, last = rank * shard * COLUMNS // SMALL_BLOCK, ((rank + 1) * shard * COLUMNS - 1) // SMALL_BLOCK
         assert counts.read_bytes["base"] == (last + 1 - first) * SMALL_BLOCK * 2
         assert tables < counts.read_bytes["delta"] < planned.records[-1].nbytes
@@ -134,7 +135,7 @@ def test_ranks_together_read_all_once_where_blocks_are_whole(pack: Pack) -> None
     planned, counts = pack.by_delta(0.5).tensors[UP], Counts()
     for rank in range(5):
         torch.empty(8, COLUMNS, dtype=torch.bfloat16).copy_(
-            lazy_tensor(planned, Reader(), counts).narrow(0, 8 * rank, 8)
+            lazy_tensor(planned, LoadSession(Reader(), counts)).narrow(0, 8 * rank, 8)
         )
     tables = planned.read_bytes["delta"] - _packed_bytes(pack)
     assert counts.read_bytes == {"base": ROWS * COLUMNS * 2, "delta": _packed_bytes(pack) + 5 * tables}

@@ -134,7 +134,7 @@ def test_what_a_loop_that_stops_early_leaves_is_done_the_plain_way(
     dest = torch.full((6, 8), 7.0, dtype=torch.bfloat16)
     assert same_bits(dest.copy_(case.lazy), case.expected)
     assert given == [done]
-    assert case.lazy._pending._reader.activity.read_bytes == 2 * 96
+    assert case.lazy._pending.session.reader.activity.read_bytes == 2 * 96
 
 
 @pytest.fixture

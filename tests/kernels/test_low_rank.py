@@ -16,6 +16,7 @@ from expo_serve.load import lora as lora_sides
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from tests.load.lazies import numbers
 from tests.models.adapters import factors, plan_delta, units_apart, write_adapter
 from tests.models.raw import same_bits, write_raw
@@ -61,7 +62,7 @@ class Cases:
         scale = (1 + alpha) * config["lora_alpha"] / config["r"]
         step = (adapter[B].double().flatten(1) @ adapter[A].double().flatten(1)).reshape(base.shape)
         counts = Counts()
-        return Case(lazy_tensor(plan.tensors[NAME], Reader(), counts), base, scale * step, counts)
+        return Case(lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), counts)), base, scale * step, counts)
 
 
 @pytest.fixture

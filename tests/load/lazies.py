@@ -9,10 +9,11 @@ import torch
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.load.background import Executor, run_inline
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.threads import Executor, run_inline
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
 from tests.models.raw import write_raw
@@ -41,7 +42,7 @@ class Lazies:
         """A tensor of these two sides; more rows on the aligned side are a grown vocabulary."""
         plan = self.plan({NAME: base}, {NAME: aligned}, alpha)
         counts = Counts()
-        lazy = lazy_tensor(plan.tensors[NAME], Reader(), counts, run)
+        lazy = lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), counts, run))
         return Case(lazy, extrapolate(base, aligned, alpha), counts)
 
     def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:

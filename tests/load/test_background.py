@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo_serve.load import background as module
-from expo_serve.load.background import Background
+from expo_serve.load import sizes
 from expo_serve.load.coverage import WriteTracker
+from expo_serve.load.threads import Background
 from tests.load.lazies import Lazies
 
 
@@ -37,7 +37,7 @@ def add(dest: torch.Tensor, number: float, seconds: float = 0.0) -> None:
 def test_overlapping_writes_keep_their_order(model: torch.nn.Linear, background: Background) -> None:
     weight = model.weight.data.fill_(0)
     for number, seconds in ((1, 0.05), (2, 0.0), (3, 0.02), (4, 0.0)):
-        background.run(weight[10:20], lambda n=number, s=seconds: add(weight[10:20], n, s))  # type: ignore[misc]
+        background.submit(weight[10:20], lambda n=number, s=seconds: add(weight[10:20], n, s))  # type: ignore[misc]
     background.wait()
     assert torch.equal(weight[10:20], torch.full((10, 64), 26.0))  # (((0*2+1)*2+2)*2+3)*2+4
 
@@ -49,7 +49,7 @@ def test_writes_apart_run_side_by_side(model: torch.nn.Linear, background: Backg
         met.wait()
 
     for rows in (slice(0, 10), slice(10, 20)):
-        background.run(model.weight.data[rows], meet)
+        background.submit(model.weight.data[rows], meet)
     background.wait()
     assert not met.broken
 
@@ -58,7 +58,7 @@ def test_an_error_comes_out_of_wait(model: torch.nn.Linear, background: Backgrou
     def fail() -> None:
         raise ArithmeticError("not finite")
 
-    background.run(model.weight.data, fail)
+    background.submit(model.weight.data, fail)
     for _ in range(2):  # whoever swallows it the first time meets it again
         with pytest.raises(ArithmeticError, match="not finite"):
             background.wait()
@@ -69,9 +69,9 @@ def test_bytes_handed_over_are_bounded_and_all_done(
 ) -> None:
     done: list[int] = []
     row_bytes = model.weight.data[0].nbytes
-    monkeypatch.setattr(module, "PENDING_BYTES", 7 * row_bytes)
+    monkeypatch.setattr(sizes, "PENDING_BYTES", 7 * row_bytes)
     for row in range(128):
-        background.run(model.weight.data[row], lambda row=row: done.append(row))  # type: ignore[misc]
+        background.submit(model.weight.data[row], lambda row=row: done.append(row))  # type: ignore[misc]
         assert background._pending_bytes == len(background._pending) * row_bytes <= 7 * row_bytes
     background.wait()
     assert sorted(done) == list(range(128))
@@ -80,15 +80,15 @@ def test_bytes_handed_over_are_bounded_and_all_done(
 def test_other_tensors_and_other_times_run_at_once(model: torch.nn.Linear, background: Background) -> None:
     here = threading.get_ident()
     ran: list[int] = []
-    background.run(torch.empty(3), lambda: ran.append(threading.get_ident()))
-    Background(model).run(model.weight.data, lambda: ran.append(threading.get_ident()))
+    background.submit(torch.empty(3), lambda: ran.append(threading.get_ident()))
+    Background(model).submit(model.weight.data, lambda: ran.append(threading.get_ident()))
     assert ran == [here, here]
 
 
 def test_an_operation_that_looks_waits(model: torch.nn.Linear, background: Background) -> None:
     weight = model.weight.data.fill_(0)
     with WriteTracker(model, background.wait):
-        background.run(weight, lambda: add(weight, 7, 0.1))
+        background.submit(weight, lambda: add(weight, 7, 0.1))
         assert weight.view(-1)[5].item() == 7
 
 
@@ -97,7 +97,7 @@ def test_a_model_loaded_in_the_background_has_the_same_bits(
 ) -> None:
     torch.manual_seed(3)
     base, aligned = torch.randn(128, 64), torch.randn(128, 64)
-    case = Lazies(tmp_path).make(base, aligned, 0.7, background.run)
+    case = Lazies(tmp_path).make(base, aligned, 0.7, background.submit)
     with WriteTracker(model, background.wait) as tracker:
         for start in range(0, 128, 32):
             model.weight.data[start : start + 32].copy_(case.lazy[start : start + 32])

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.load.counts import Counts
-from expo_serve.load.device import MAX_SHARE, TURNS, Mark, Stage, Stages
+from expo_serve.load.device import Mark, Stage, Stages
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
+from expo_serve.load.sizes import MAX_DEVICE_SHARE as MAX_SHARE
+from expo_serve.load.sizes import STAGE_TURNS as TURNS
 from tests.load.lazies import NAME, Lazies, numbers
 from tests.models.raw import same_bits
 from tests.models.reference import extrapolate
@@ -91,6 +94,22 @@ class OneStage(Stages):
         self.stage.wait()
 
 
+@pytest.fixture(autouse=True)
+def closed_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the threads of every stage end with its test."""
+    made: list[Stage] = []
+    initialise = Stage.__init__
+
+    def remember(stage: Stage, *arguments: Any, **options: Any) -> None:
+        initialise(stage, *arguments, **options)
+        made.append(stage)
+
+    monkeypatch.setattr(Stage, "__init__", remember)
+    yield
+    for stage in made:
+        stage.close()
+
+
 @pytest.fixture(scope="module")
 def lazies(tmp_path_factory: pytest.TempPathFactory) -> Lazies:
     return Lazies(tmp_path_factory.mktemp("staging"))
@@ -98,7 +117,7 @@ def lazies(tmp_path_factory: pytest.TempPathFactory) -> Lazies:
 
 def staged(lazies: Lazies, base: torch.Tensor, aligned: torch.Tensor, alpha: float, stage: Stage) -> LazyTensor:
     plan = lazies.plan({NAME: base}, {NAME: aligned}, alpha)
-    return lazy_tensor(plan.tensors[NAME], Reader(), Counts(), stages=OneStage(stage))
+    return lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), Counts(), stages=OneStage(stage)))
 
 
 def copied(lazy: torch.Tensor, stage: Stage, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -209,7 +228,7 @@ def test_a_mask_may_be_infinite_and_integers_are_copied(lazies: Lazies) -> None:
     tensors = {"h.attn.masked_bias": torch.tensor([-torch.inf]), "ids": torch.arange(40)}
     plan, stage = lazies.plan(tensors, tensors), Stage(LaggingQueue(), 64)
     for name, expected in tensors.items():
-        lazy = lazy_tensor(plan.tensors[name], Reader(), Counts(), stages=OneStage(stage))
+        lazy = lazy_tensor(plan.tensors[name], LoadSession(Reader(), Counts(), stages=OneStage(stage)))
         assert same_bits(copied(lazy, stage), expected)
 
 
@@ -232,7 +251,7 @@ def test_devices_without_a_queue_of_their_own_are_copied_to(tmp_path: Path) -> N
     with Stages() as stages:
         assert stages.onto(torch.device("cpu")) is None
         case = Lazies(tmp_path).make(numbers(6, 8), numbers(6, 8, seed=1))
-        lazy = lazy_tensor(case.lazy._pending.planned, Reader(), Counts(), stages=stages)
+        lazy = lazy_tensor(case.lazy._pending.planned, LoadSession(Reader(), Counts(), stages=stages))
         assert same_bits(torch.empty(6, 8, dtype=torch.bfloat16).copy_(lazy), case.expected)
         stages.wait()
 

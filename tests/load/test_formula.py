@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.load.formula import NotFiniteError
-from expo_serve.load.reader import PIECE_BYTES
 from expo_serve.load.selection import Selection, cut
+from expo_serve.load.sizes import PIECE_BYTES
 from tests.load.combining import extrapolate_into
 from tests.models.raw import same_bits
 

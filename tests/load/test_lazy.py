@@ -17,6 +17,7 @@ from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from tests.load.lazies import NAME, Case, Lazies, numbers
 from tests.models.raw import same_bits
 
@@ -228,7 +229,7 @@ def test_kinds_are_counted_once(lazies: Lazies) -> None:
     tensors = {NAME: numbers(4, 2), "b.weight": numbers(3), "ids": torch.arange(4)}
     plan = lazies.plan(tensors, tensors)
     counts = Counts()
-    loaded = {name: lazy_tensor(tensor, Reader(), counts) for name, tensor in plan.tensors.items()}
+    loaded = {name: lazy_tensor(tensor, LoadSession(Reader(), counts)) for name, tensor in plan.tensors.items()}
     for row in loaded[NAME]:
         copied(row)
     copied(loaded["b.weight"] + 1)
@@ -259,4 +260,4 @@ def test_file_that_is_gone_is_a_checkpoint_error(lazies: Lazies) -> None:
     plan = lazies.plan({NAME: numbers(2, 2)}, {NAME: numbers(2, 2)})
     Path(plan.base.source.path, "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"'{NAME}' cannot be read"):
-        lazy_tensor(plan.tensors[NAME], Reader(), Counts())
+        lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), Counts()))

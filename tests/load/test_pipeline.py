@@ -18,16 +18,15 @@ from hypothesis import strategies as st
 
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
 from expo_serve.kernels import bf16 as fused
-from expo_serve.load import background as background_module
-from expo_serve.load import fill as job
-from expo_serve.load import lazy
 from expo_serve.load import operands as sides
-from expo_serve.load.background import Background
+from expo_serve.load import sizes
+from expo_serve.load import threads as threads_module
 from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
-from expo_serve.load.read_ahead import FileSpan
 from expo_serve.load.reader import Reader
+from expo_serve.load.selection import FileSpan
+from expo_serve.load.session import LoadSession, ModelSession, load_into
 from expo_serve.plan.plan import Plan
 from tests.load.lazies import Lazies, numbers
 from tests.models.raw import same_bits
@@ -100,21 +99,21 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     base = {f"{index}.weight": numbers(*shape, seed=index, dtype=dtypes[0]) for index, shape in enumerate(shapes)}
     aligned = {name: (tensor.float() * 1.03).to(dtypes[1]) for name, tensor in base.items()}
     plan = lazies.plan(base, aligned, alpha)
-    model, counts, reader = Parameters(plan), Counts(), Reader()
+    model = Parameters(plan)
     tied = torch.nn.Parameter(torch.full_like(aligned["0.weight"], 7), requires_grad=False)
     model.register_parameter("tied", tied)
-    with pytest.MonkeyPatch.context() as patch, Background(model, threads) as background:
-        patch.setattr(job, "PIECE_BYTES", piece_bytes)
-        patch.setattr(lazy, "BLOCK_BYTES", block_bytes)
+    with pytest.MonkeyPatch.context() as patch, load_into(model, threads) as session:
+        patch.setattr(sizes, "PIECE_BYTES", piece_bytes)
+        patch.setattr(sizes, "BLOCK_BYTES", block_bytes)
         patch.setattr(fused, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
         patch.setattr(FileSpan, "is_cached", lambda part: part.offset % 3 > cold)
-        patch.setattr(background_module, "PENDING_BYTES", pending_bytes)
-        loaded = {name: lazy_tensor(tensor, reader, counts, background.run) for name, tensor in plan.tensors.items()}
+        patch.setattr(sizes, "PENDING_BYTES", pending_bytes)
+        loaded = {name: lazy_tensor(tensor, session) for name, tensor in plan.tensors.items()}
         for name, dest in model.filled.items():
             for part, chunk in zip(_shards(dest, shards), _shards(loaded[name], shards), strict=True):
                 part.copy_(chunk)
         tied.data.copy_(loaded["0.weight"])
-        background.wait()
+        session.settle()
     for name, dest in model.filled.items():
         assert same_bits(dest, extrapolate(base[name], aligned[name], alpha)), name
     assert same_bits(tied.data, model.filled["0.weight"])
@@ -134,11 +133,11 @@ def many(lazies: Lazies) -> Plan:
 
 def load(plan: Plan, threads: int = 4) -> None:
     """Copy every tensor of a plan as a loader does."""
-    model, reader, counts = Parameters(plan), Reader(), Counts()
-    with Background(model, threads) as background:
+    model = Parameters(plan)
+    with load_into(model, threads) as session:
         for name, dest in model.filled.items():
-            dest.copy_(lazy_tensor(plan.tensors[name], reader, counts, background.run))
-        background.wait()
+            dest.copy_(lazy_tensor(plan.tensors[name], session))
+        session.settle()
 
 
 def threads_left() -> list[str]:
@@ -168,20 +167,20 @@ def test_a_read_error_ends_the_load_with_its_cause(many: Plan, monkeypatch: pyte
 def test_a_file_that_shrinks_under_it_ends_the_load(lazies: Lazies) -> None:
     tensors = {f"{index}.weight": numbers(8, 8, seed=index) for index in range(60)}
     plan = lazies.plan(tensors, tensors)
-    model, reader, counts = Parameters(plan), Reader(), Counts()
+    model = Parameters(plan)
     file = next(iter(plan.tensors.values())).aligned.file
-    with Background(model, 4) as background:
-        loaded = [lazy_tensor(tensor, reader, counts, background.run) for tensor in plan.tensors.values()]
+    with load_into(model, 4) as session:
+        loaded = [lazy_tensor(tensor, session) for tensor in plan.tensors.values()]
         os.truncate(file, file.stat().st_size // 2)
         with pytest.raises(CheckpointError, match="is cut: the file has become shorter"):
-            _copy_all(loaded, model, background)
+            _copy_all(loaded, model, session)
     assert threads_left() == []
 
 
-def _copy_all(loaded: list[LazyTensor], model: Parameters, background: Background) -> None:
+def _copy_all(loaded: list[LazyTensor], model: Parameters, session: ModelSession) -> None:
     for dest, tensor in zip(model.filled.values(), loaded, strict=True):
         dest.copy_(tensor)
-    background.wait()
+    session.settle()
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), MemoryError("no"), RuntimeError("dead")])
@@ -194,15 +193,15 @@ def test_a_thread_that_dies_ends_the_load(many: Plan, monkeypatch: pytest.Monkey
 
 def test_a_failure_stays_for_whoever_swallows_it(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
-    model, reader, counts = Parameters(many), Reader(), Counts()
-    with Background(model, 2) as background:
+    model = Parameters(many)
+    with load_into(model, 2) as session:
         for name, dest in model.filled.items():
             try:
-                dest.copy_(lazy_tensor(many.tensors[name], reader, counts, background.run))
+                dest.copy_(lazy_tensor(many.tensors[name], session))
             except CheckpointError:
                 continue
         with pytest.raises(CheckpointError, match="Input/output error"):
-            background.wait()
+            session.settle()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -215,11 +214,11 @@ def test_a_failure_at_once_stays_too(many: Plan, threads: int) -> None:
     def fail() -> None:
         raise CheckpointError("Input/output error")
 
-    with Background(model, threads) as background:
+    with load_into(model, threads) as session:
         with pytest.raises(CheckpointError):
-            background.run(dest, fail)
+            session.submit(dest, fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            background.wait()
+            session.settle()
 
 
 def test_a_value_that_is_not_finite_ends_the_load(lazies: Lazies) -> None:
@@ -235,9 +234,9 @@ def test_memory_that_is_refused_is_named(many: Plan, monkeypatch: pytest.MonkeyP
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     case, counts = next(iter(many.tensors.values())), Counts()
-    tensor, dest = lazy_tensor(case, Reader(), counts), torch.empty(8, 8, dtype=torch.bfloat16)
+    tensor, dest = lazy_tensor(case, LoadSession(Reader(), counts)), torch.empty(8, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(LoadError, match=r"no memory to read base: .* bytes were refused"):
+    with pytest.raises(LoadError, match=r"out of memory: cannot allocate a 2 MiB read buffer for base"):
         dest.copy_(tensor)
 
 
@@ -273,7 +272,7 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatc
 
     monkeypatch.setattr(os, "preadv", hang)
     monkeypatch.setattr(sides, "fused", lambda: None)
-    monkeypatch.setattr(background_module, "_JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(threads_module, "_JOIN_SECONDS", 0.2)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from expo_serve.load.activity import ReadActivity
-from expo_serve.load.read_ahead import CHUNK_BYTES, FileSpan, ReadAhead
+from expo_serve.load import sizes
+from expo_serve.load.counts import ReadActivity
+from expo_serve.load.read_ahead import ReadAhead
+from expo_serve.load.selection import FileSpan
 
 MEGABYTE = 1 << 20
+CHUNK_BYTES = sizes.READ_AHEAD_BYTES
 PATH = Path("model.safetensors")
 
 
@@ -53,10 +56,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
-def waited(ahead: ReadAhead, *ranges: FileSpan) -> None:
+def waited(ahead: ReadAhead, *spans: FileSpan) -> None:
     done = threading.Event()
-    ahead.bring(ranges, done.set)
-    assert done.wait(10)
+    if ahead.defer(spans, done.set):  # looking at the last page may already have made the kernel read it
+        assert done.wait(10)
 
 
 def test_a_cold_file_is_known_by_its_last_page_and_becomes_warm(file: int, ahead: ReadAhead) -> None:
@@ -69,9 +72,9 @@ def test_a_cold_file_is_known_by_its_last_page_and_becomes_warm(file: int, ahead
 
 
 def test_what_is_cached_is_not_read_again_and_needs_no_thread(file: int, ahead: ReadAhead) -> None:
-    here: list[int] = []
-    ahead.bring([FileSpan("base", PATH, file, 3, MEGABYTE)], lambda: here.append(threading.get_ident()))
-    assert here == [threading.get_ident()]
+    called: list[int] = []
+    assert not ahead.defer([FileSpan("base", PATH, file, 3, MEGABYTE)], lambda: called.append(1))
+    assert called == []
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo-ahead")] == []
 
 
@@ -112,9 +115,9 @@ def test_both_sides_go_at_once_and_the_later_one_tells(
 
     monkeypatch.setattr(os, "preadv", meet)
     done = threading.Event()
-    ahead.bring([FileSpan("base", PATH, file, 0, 9), FileSpan("aligned", PATH, file, 9, 9)], done.set)
+    ahead.defer([FileSpan("base", PATH, file, 0, 9), FileSpan("aligned", PATH, file, 9, 9)], done.set)
     assert done.wait(10)
-    assert told == ["expo-ahead-base", "expo-ahead-aligned"]
+    assert told == ["expo-ahead-base-0", "expo-ahead-aligned-0"]
 
 
 def failing_with(error: Exception) -> Callable[..., int]:
@@ -159,7 +162,7 @@ def test_a_read_that_hangs_can_be_seen(file: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "preadv", hang)
     ahead, done = ReadAhead(activity), threading.Event()
-    ahead.bring([FileSpan("base", PATH, file, 0, 9)], done.set)
+    ahead.defer([FileSpan("base", PATH, file, 0, 9)], done.set)
     while not (slowest := activity.slowest()):
         time.sleep(0.01)
     assert slowest[0] == (PATH,)

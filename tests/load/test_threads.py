@@ -7,38 +7,38 @@ from collections.abc import Iterator
 
 import pytest
 
-from expo_serve.load.threads import Workers, default_threads
+from expo_serve.load.threads import DaemonPool, default_threads
 
 
 @pytest.fixture
-def workers() -> Iterator[Workers]:
-    made = Workers(3, "expo-test")
+def workers() -> Iterator[DaemonPool]:
+    made = DaemonPool(3, "expo-test")
     yield made
     made.close()
 
 
-def test_all_tasks_are_done_side_by_side(workers: Workers) -> None:
+def test_all_tasks_are_done_side_by_side(workers: DaemonPool) -> None:
     met = threading.Barrier(3, timeout=10)
-    workers.do_all([met.wait] * 3)
+    workers.run_all([met.wait] * 3)
     done: list[int] = []
-    workers.do_all([lambda number=number: done.append(number) for number in range(50)])  # type: ignore[misc]
+    workers.run_all([lambda number=number: done.append(number) for number in range(50)])  # type: ignore[misc]
     assert sorted(done) == list(range(50))
 
 
-def test_a_failure_comes_when_no_task_is_at_work_any_more(workers: Workers) -> None:
+def test_a_failure_comes_when_no_task_is_at_work_any_more(workers: DaemonPool) -> None:
     done: list[int] = []
 
     def fail() -> None:
         raise SystemExit(3)
 
     with pytest.raises(SystemExit):
-        workers.do_all([fail, *(lambda number=number: done.append(number) for number in range(20))])
+        workers.run_all([fail, *(lambda number=number: done.append(number) for number in range(20))])
     assert len(done) == 20
-    workers.do_all([lambda: done.append(99)])
+    workers.run_all([lambda: done.append(99)])
     assert done[-1] == 99
 
 
-def test_threads_are_daemons_and_end(workers: Workers) -> None:
+def test_threads_are_daemons_and_end(workers: DaemonPool) -> None:
     mine = [thread for thread in threading.enumerate() if thread.name.startswith("expo-test")]
     assert len(mine) == 3
     assert all(thread.daemon for thread in mine)
@@ -54,7 +54,7 @@ def test_without_threads_the_caller_does_it(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done: list[int] = []
-    Workers(3, "expo-refused").do_all([lambda: done.append(threading.get_ident())])
+    DaemonPool(3, "expo-refused").run_all([lambda: done.append(threading.get_ident())])
     assert done == [threading.get_ident()]
 
 

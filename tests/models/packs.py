@@ -20,6 +20,7 @@ from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
+from expo_serve.load.session import LoadSession
 from expo_serve.plan import packed_format as packed_format_module
 from expo_serve.plan.delta import open_delta
 from expo_serve.plan.pair import plan_pair
@@ -65,11 +66,11 @@ class Pack:
 
     def lazy(self, name: str, alpha: float = 0.5, counts: Counts | None = None) -> LazyTensor:
         """One tensor of the delta's."""
-        return lazy_tensor(self.by_delta(alpha).tensors[name], Reader(), counts or Counts())
+        return lazy_tensor(self.by_delta(alpha).tensors[name], LoadSession(Reader(), counts or Counts()))
 
     def expected(self, name: str, alpha: float = 0.5) -> torch.Tensor:
         """The same one of the pair's, with its values."""
-        return lazy_tensor(self.by_pair(alpha).tensors[name], Reader(), Counts()).materialize()
+        return lazy_tensor(self.by_pair(alpha).tensors[name], LoadSession(Reader(), Counts())).materialize()
 
 
 class Packs:
@@ -125,7 +126,7 @@ def outcomes(plan: Plan) -> dict[str, torch.Tensor | str]:
     for name, planned in plan.tensors.items():
         parameter = torch.empty(planned.result.shape, dtype=meta_tensor(planned.result).dtype)
         try:
-            found[name] = parameter.copy_(lazy_tensor(planned, reader, counts))
+            found[name] = parameter.copy_(lazy_tensor(planned, LoadSession(reader, counts)))
         except ValuesError:
             found[name] = "not finite"
     return found

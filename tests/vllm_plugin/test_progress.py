@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expo_serve.load.activity import ReadActivity
+from expo_serve.load.counts import ReadActivity
 from expo_serve.vllm_plugin import progress as module
 from expo_serve.vllm_plugin.progress import LoadProgress
 

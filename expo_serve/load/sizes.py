@@ -1,0 +1,45 @@
+"""Every size by which a load cuts its work, with the reason for it. Measurements: docs/performance.md#sizes.
+
+A copy into a parameter is cut three times: into blocks that are handed to threads, into pieces that are combined while
+they are in the processor's cache, and, below that, into whatever a compiled loop keeps in registers.
+
+==========================  =========  ================================================================================
+size                        value      reason
+==========================  =========  ================================================================================
+``BLOCK_BYTES``             8 MiB      Handed to a thread at a time: handing over costs nothing beside it, and the
+                                       threads go through both files side by side and finish together.
+``PENDING_BYTES``           256 MiB    Handed over and not done. Costs no memory; keeps an error near its cause.
+``PIECE_BYTES``             2 MiB      Of each operand, combined at a time by torch: operands and result stay in the
+                                       cache, and Python's share stays small. Also the smallest read buffer.
+``STREAM_PIECE_BYTES``      1 MiB      Of each operand, read and combined at a time by the compiled loop. A cold disk is
+                                       fastest with requests no larger than the kernel's read-ahead window.
+``LOW_RANK_PIECE_BYTES``    256 KiB    Of base, read before a low-rank product is added: stays in the L2 cache.
+``REQUEST_BYTES``           1 MiB      Asked of the kernel by one read call.
+``READ_AHEAD_BYTES``        1 MiB      The same for the threads that bring cold files into the page cache.
+``STAGE_BYTES``             8 MiB      Of each operand in each turn of device staging: copying it takes the link far
+                                       longer than starting the copy.
+``STAGE_TURNS``             2          One turn is filled while the device works on the other.
+``MAX_DEVICE_SHARE``        1/64       Of a device's memory for all staging buffers together.
+``PACKED_SPAN_BYTES``       8 MiB      Decoded at a time where elements are scattered over the blocks of a packed delta.
+``LOW_RANK_BOX_VALUES``     2 Mi       Of a low-rank product, computed at a time where elements are scattered.
+``MAX_SPREAD``              3          Bytes read for each byte wanted, at most, where single elements are scattered.
+==========================  =========  ================================================================================
+
+Read these as attributes of the module (``sizes.BLOCK_BYTES``), so that a test can set one.
+"""
+
+from __future__ import annotations
+
+BLOCK_BYTES = 8 << 20
+PENDING_BYTES = 256 << 20
+PIECE_BYTES = 2 << 20
+STREAM_PIECE_BYTES = 1 << 20
+LOW_RANK_PIECE_BYTES = 256 << 10
+REQUEST_BYTES = 1 << 20
+READ_AHEAD_BYTES = 1 << 20
+STAGE_BYTES = 8 << 20
+STAGE_TURNS = 2
+MAX_DEVICE_SHARE = 64
+PACKED_SPAN_BYTES = 8 << 20
+LOW_RANK_BOX_VALUES = 2 << 20
+MAX_SPREAD = 3
