@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expo_serve.load.lazy import LazyTensor
 from expo_serve.load.selection import Selection
-from expo_serve.load.torch_internals import storage_identity, without_modes
+from expo_serve.load.torch_internals import Operation, storage_identity, without_modes
 
 
-def unwatched() -> AbstractContextManager[Any]:
+def unwatched() -> AbstractContextManager[object]:
     """Return a context for our own reading, which writes to no parameter and need not be watched."""
     return without_modes()
 
@@ -48,8 +47,12 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written: defaultdict[int, set[Selection]] = defaultdict(set)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Operation,
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if self._settle and not func.is_view and not _is_lazy_copy(func, args):
             self._settle()
@@ -59,10 +62,11 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._note(args[index] if index < len(args) else kwargs.get(argument.name))
         return func(*args, **kwargs)
 
-    def _note(self, dest: Any) -> None:
+    def _note(self, dest: object) -> None:
         for tensor in dest if isinstance(dest, (list, tuple)) else [dest]:
-            is_plain = type(tensor) is torch.Tensor or isinstance(tensor, torch.nn.Parameter)
-            if is_plain and (key := _storage(tensor)) in self._wanted and tensor.numel():
+            if not (type(tensor) is torch.Tensor or isinstance(tensor, torch.nn.Parameter)):
+                continue
+            if (key := _storage(tensor)) in self._wanted and tensor.numel():
                 self._written[key].add(_bytes_of(tensor))
 
     def unwritten(self) -> dict[str, tuple[int, int]]:
@@ -94,7 +98,7 @@ def still_lazy(model: torch.nn.Module) -> list[str]:
     return [name for name, tensor in tensors.items() if isinstance(tensor, LazyTensor)]
 
 
-def _is_lazy_copy(func: Any, args: tuple[Any, ...]) -> bool:
+def _is_lazy_copy(func: Operation, args: Sequence[object]) -> bool:
     return func is torch.ops.aten.copy_.default and isinstance(args[1], LazyTensor) and type(args[0]) is not LazyTensor
 
 

@@ -14,6 +14,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if dtype.kind != "quantised"
 }
 """By the format's own names; quantised tensors are refused before anything is read."""
+Bits = npt.NDArray[Any]
+"""Values as signed integers of their own width, which is 8, 16, 32 or 64 bits (Any: NumPy has no name for that)."""
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -22,9 +24,9 @@ def meta_tensor(record: TensorRecord) -> torch.Tensor:
     return torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
 
 
-def signed_bits(values: torch.Tensor) -> npt.NDArray[Any]:
+def signed_bits(values: torch.Tensor) -> Bits:
     """View a CPU tensor's values as signed integers of the same width; the memory is shared."""
-    bits: npt.NDArray[Any] = values.view(_SIGNED[values.element_size()]).numpy()
+    bits: Bits = values.view(_SIGNED[values.element_size()]).numpy()
     return bits
 
 
