@@ -1,7 +1,7 @@
 """The load format ``expo``: vLLM's default loader, fed with lazy tensors.
 
-Which files and tensors are read stays vLLM's decision (index, patterns, expert and encoder filters):
-its iterator names them, and each name that the plan has is answered with a lazy tensor instead of the aligned one.
+Which files and tensors are read stays vLLM's decision (index, patterns, expert and encoder filters): its iterator names
+the tensors, and the loader yields a lazy tensor for each name.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class ModelLoad:
 
 
 class ExpoModelLoader(compat.DefaultModelLoader):
-    """Loads ``aligned + alpha * (aligned - base)``, or base and what a delta makes of it, while vLLM loads a model.
+    """Computes ``aligned + alpha * (aligned - base)``, or the same from base and a delta, while vLLM loads a model.
 
     Args:
-        load_config: vLLM's; its ``model_loader_extra_config`` is an :class:`ExpoConfig`.
+        load_config: vLLM's LoadConfig; its ``model_loader_extra_config`` is an :class:`ExpoConfig`.
 
     Raises:
         ConfigError: the extra config is wrong.
@@ -88,7 +88,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._unfinished: LoadAccount | None = None
         """A load that waits for layers that vLLM quantises late."""
         self._shows_progress = bool(load_config.use_tqdm_on_load)
-        # vLLM's iterator only names the tensors here: nothing may be read ahead, nothing shown.
+        # vLLM's iterator only lists names here: it must neither read ahead nor show progress.
         super().__init__(
             replace(
                 load_config,
@@ -103,11 +103,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             start_thread("expo-compile", partial(_compile, self.config))
 
     def download_model(self, model_config: Any) -> None:
-        """Find both sides, downloading them where they come from the hub."""
+        """Find base and the other source, downloading them where they come from the hub."""
         self._prepare(model_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
-        """Build and load a model. Layers that vLLM quantises after all weights have come belong to the report too."""
+        """Build and load a model; the report includes layers that vLLM quantises after all weights have arrived."""
         self._take_unfinished()  # of a load that failed
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         if unfinished := self._take_unfinished():
@@ -184,7 +184,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         )
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
-        """What vLLM's own iterator names, in its order; the tensors that it opens are let go unread."""
+        """List the names that vLLM's own iterator yields, in its order; the tensors that it opens are not read."""
         chosen = getattr(model, "allow_patterns_overrides", None)
         unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
         primary = self.Source(
@@ -203,7 +203,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         return names
 
     def _is_deployed_model(self, model_config: Any) -> bool:
-        """Drafts of speculative decoding get our load config too; only the model itself is a pair."""
+        """Tell the model itself, which is a pair, from drafts of speculative decoding, which get our load config too."""
         if self.config.pinned:
             return _same_path(model_config.model, self.config.pinned.deployed.path)
         deployed = compat.get_current_vllm_config()
@@ -223,7 +223,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         return self._plan
 
     def _report(self, model: torch.nn.Module, account: LoadAccount) -> LoadReport:
-        """Say what has been done until now, and hang it on the model."""
+        """Report what has been done so far, and attach the report to the model."""
         assert self._plan is not None
         report = account.report(model, self._plan, self.config.alpha)
         setattr(model, REPORT_ATTRIBUTE, report)
@@ -237,13 +237,13 @@ def register_loader() -> None:
 
 
 def _compile(config: ExpoConfig) -> None:
-    """Compile the loops that this load uses."""
+    """Compile the loops that this load needs."""
     delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
     compile_kernels(kind_of(Path(delta)).kind if delta and Path(delta).is_dir() else None)
 
 
 def _threads(plan: Plan) -> int:
-    """How many threads read and combine."""
+    """Return how many threads read and combine."""
     return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.other)))
 
 
@@ -252,7 +252,7 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def _refuse_pickles(source: Any) -> None:
-    """A model may take weights from further files, some of them pickles: those are never opened."""
+    """Refuse further weight files of a model that are pickles: those are never opened."""
     patterns = source.allow_patterns_overrides or ()
     if pickles := [pattern for pattern in patterns if not pattern.endswith(".safetensors")]:
         raise CheckpointError(
