@@ -203,7 +203,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         return names
 
     def _is_deployed_model(self, model_config: Any) -> bool:
-        """Tell the model itself, which is a pair, from drafts of speculative decoding, which get our load config too."""
+        """Return True for the model itself; drafts of speculative decoding get our load config too."""
         if self.config.pinned:
             return _same_path(model_config.model, self.config.pinned.deployed.path)
         deployed = compat.get_current_vllm_config()
