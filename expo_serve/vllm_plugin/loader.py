@@ -31,9 +31,9 @@ from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.account import LoadAccount
 from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
 from expo_serve.vllm_plugin.progress import LoadProgress
+from expo_serve.vllm_plugin.reporting import LoadAccount
 from expo_serve.vllm_plugin.unwritten import check_written
 
 LOAD_FORMAT = "expo"
