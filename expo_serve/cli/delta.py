@@ -32,7 +32,7 @@ _FLAGS = {"create": ("base", "aligned", "out"), "verify": ("base", "delta"), "ap
 """What each action needs."""
 
 
-def run(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Create, verify or apply; returns 0."""
     action = arguments[0] if arguments else ""
     parser = _parser()

@@ -35,7 +35,7 @@ _TOKENIZERS = (
 )
 
 
-def run(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Inspect; returns 0, or 2 when the pair would be refused."""
     options, tensor_parallel_size, as_json = _read(arguments)
     inspection = inspect(options, tensor_parallel_size)

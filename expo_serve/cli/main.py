@@ -46,22 +46,22 @@ def _run(arguments: list[str], started: float) -> int:
     if command == "inspect":
         from expo_serve.cli import inspect
 
-        return inspect.run(arguments[1:])
+        return inspect.main(arguments[1:])
     if command == "merge":
         from expo_serve.cli import merge
 
-        return merge.run(arguments[1:])
+        return merge.main(arguments[1:])
     if command == "delta":
         from expo_serve.cli import delta
 
-        return delta.run(arguments[1:])
+        return delta.main(arguments[1:])
     if command == "probe":
         from expo_serve.cli import probe
 
-        return probe.run(arguments[1:])
+        return probe.main(arguments[1:])
     from expo_serve.cli import serve
 
-    return serve.run(arguments, started)
+    return serve.main(arguments, started)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

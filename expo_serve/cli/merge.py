@@ -13,7 +13,7 @@ from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 
 
-def run(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Merge; returns 0."""
     options, out, shard_bytes = _read(arguments)
     plan = prepare(options.config, options.hub)

@@ -38,7 +38,7 @@ serving failed; 128+n ended by signal n before serving.
 _REFUSED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
-def run(arguments: list[str], started: float) -> int:
+def main(arguments: list[str], started: float) -> int:
     """Serve; returns the exit code.
 
     Args:

@@ -39,7 +39,7 @@ def packed(pair: Pair, tmp_path: Path) -> Path:
 def run(action: str, *more: str, **flags: Path) -> None:
     """Run the command in this process."""
     given = [text for name, path in flags.items() for text in (f"--{name}", str(path))]
-    assert delta.run([action, *given, *more]) == 0
+    assert delta.main([action, *given, *more]) == 0
 
 
 def well(*arguments: str) -> str:
@@ -104,7 +104,7 @@ def test_what_only_aligned_has_is_stored_when_asked_for(pair: Pair, tmp_path: Pa
 def test_merge_takes_a_delta_in_place_of_aligned(pair: Pair, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     flags = ["--base", str(pair[0]), "--delta", str(packed), "--alpha", "0.5", "--out", str(out)]
-    assert merge.run(flags) == 0
+    assert merge.main(flags) == 0
     assert_same_tensors(read_tensors(out), reference_tensors(*pair, 0.5))
 
 

@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG)
 def test_wrong_call_is_refused(arguments: list[str], words: tuple[str, ...]) -> None:
     with pytest.raises(UsageError) as caught:
-        delta.run(arguments)
+        delta.main(arguments)
     assert [word for word in words if word not in caught.value.message] == []
     assert "\n" not in str(caught.value)
 
@@ -84,7 +84,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.fixture
 def packed(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     out = tmp_path / "delta"
-    assert delta.run(["create", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", str(out)]) == 0
+    assert delta.main(["create", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", str(out)]) == 0
     return out
 
 
@@ -116,7 +116,7 @@ def test_out_that_exists_is_left_as_it_is(
         Path.mkdir(out) if kind == "folder" else Path.touch(out)
     source = ["--aligned", str(pair[1])] if action == "create" else ["--delta", str(packed)]
     with pytest.raises(UsageError, match=f"--out: {out} exists"):
-        delta.run([action, "--base", str(pair[0]), *source, "--out", str(out)])
+        delta.main([action, "--base", str(pair[0]), *source, "--out", str(out)])
     assert left_in(tmp_path) == ["aligned", "base", "delta", "out"]
 
 
@@ -183,9 +183,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(small_disk: Path, large: list[
 
 def test_full_disk_leaves_nothing_of_what_is_applied(small_disk: Path, large: list[str], tmp_path: Path) -> None:
     packed, out = tmp_path / "delta", small_disk / "out"
-    assert delta.run(["create", *large, "--out", str(packed)]) == 0
+    assert delta.main(["create", *large, "--out", str(packed)]) == 0
     with pytest.raises(
         ExpoError, match=f"^delta apply: {small_disk}/.out.*No space left on device; nothing was written"
     ):
-        delta.run(["apply", *large[:2], "--delta", str(packed), "--out", str(out)])
+        delta.main(["apply", *large[:2], "--delta", str(packed), "--out", str(out)])
     assert left_in(small_disk) == []

@@ -28,7 +28,7 @@ class Inspector:
 
     def run(self, *flags: str, alpha: str = "0.5") -> int:
         self._capsys.readouterr()
-        code = inspect.run(["--base", str(self.base), "--aligned", str(self.aligned), "--alpha", alpha, *flags])
+        code = inspect.main(["--base", str(self.base), "--aligned", str(self.aligned), "--alpha", alpha, *flags])
         self.output, self.errors = self._capsys.readouterr()
         return code
 

@@ -27,7 +27,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def merged(pair: tuple[Path, Path], out: Path, *flags: str, alpha: float = 0.5) -> Path:
     """Run the command in this process."""
     sources = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--alpha", str(alpha)]
-    assert merge.run([*sources, "--out", str(out), *flags]) == 0
+    assert merge.main([*sources, "--out", str(out), *flags]) == 0
     return out
 
 
@@ -132,7 +132,7 @@ def test_out_that_cannot_be_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="--out"):
-        merge.run(["--base", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "1", "--out", out])
+        merge.main(["--base", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "1", "--out", out])
     assert left_in(tmp_path) == ["aligned", "base"]
 
 

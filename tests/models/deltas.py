@@ -18,7 +18,7 @@ def write_delta(kind: str, base: Path, aligned: Path, folder: Path) -> Path:
     """Write ``folder/KIND``; a LoRA adapter goes where it will, the others lead to aligned."""
     out = folder / kind
     if kind == "packed":
-        assert delta.run(["create", "--base", str(base), "--aligned", str(aligned), "--out", str(out)]) == 0
+        assert delta.main(["create", "--base", str(base), "--aligned", str(aligned), "--out", str(out)]) == 0
     elif kind == "lora":
         write_lora(base, out)
     else:

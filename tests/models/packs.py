@@ -94,7 +94,7 @@ class Packs:
 def create(pack: Pack) -> None:
     """Run the command in this process."""
     sources = ["--base", str(pack.base), "--aligned", str(pack.aligned)]
-    assert delta.run(["create", *sources, "--unmatched", pack.unmatched, "--out", str(pack.delta)]) == 0
+    assert delta.main(["create", *sources, "--unmatched", pack.unmatched, "--out", str(pack.delta)]) == 0
 
 
 def tensors_of_each_coding() -> tuple[Tensors, Tensors]:

@@ -36,7 +36,7 @@ class Case:
         if self.kind == "packed":
             return reference_checkpoint(self.base, self.aligned, alpha, out)
         sources = ["--base", str(self.base), "--delta", str(self.delta)]
-        assert merge.run([*sources, "--alpha", str(alpha), "--out", str(out)]) == 0
+        assert merge.main([*sources, "--alpha", str(alpha), "--out", str(out)]) == 0
         return out
 
     def pinned(self, alpha: float) -> tuple[Path, dict[str, Any]]:
