@@ -1,30 +1,31 @@
-"""What a deployment is: its sources, its alpha, its rules. Pure: no torch, no vLLM, no environment.
+"""The configuration of a deployment: its sources, its alpha, its rules. Imports neither torch nor vLLM.
 
-:class:`ExpoConfig` is what ``--model-loader-extra-config`` carries to every vLLM process.
+:class:`ExpoConfig` is the content of ``--model-loader-extra-config``, which reaches every vLLM process.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from expo_serve.errors import ConfigError, UsageError
+from expo_serve.errors import ConfigError
 
 MAX_ALPHA = 100.0
 ALPHA_RANGE = f"a decimal number from -{MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}, such as 0.5"
+SOURCE_EXPECTED = "a folder or hub id"
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def parse_alpha(value: object) -> float:
-    """Read alpha from a decimal text or a number.
+    """Read alpha from a decimal string or a number.
 
     Raises:
-        ValueError: it is not a finite decimal, or its size is over 100.
+        ValueError: the value is not a finite decimal, or its size is over 100.
     """
     if isinstance(value, str):
         number = float(value) if _DECIMAL.fullmatch(value.strip()) else math.nan
@@ -38,7 +39,7 @@ def parse_alpha(value: object) -> float:
 
 
 def format_alpha(alpha: float) -> str:
-    """Alpha's one text: the shortest decimal that gives the number, without exponent (``0.5``, ``1``, ``0``)."""
+    """Return alpha's canonical form: the shortest decimal that reads back the same, without exponent (``0.5``)."""
     text = format(Decimal(repr(float(alpha))), "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
@@ -46,7 +47,7 @@ def format_alpha(alpha: float) -> str:
 
 
 class AlphaRule(BaseModel):
-    """Tensors whose checkpoint name matches ``pattern`` (``re.search``) get ``alpha``."""
+    """Sets ``alpha`` for the tensors whose checkpoint name matches ``pattern`` (``re.search``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,19 +56,19 @@ class AlphaRule(BaseModel):
 
     @property
     def text(self) -> str:
-        """The rule as it is written on the command line."""
+        """The rule as the command line takes it: ``REGEX=VALUE``."""
         return f"{self.pattern}={format_alpha(self.alpha)}"
 
     def matches(self, name: str) -> bool:
-        """Whether the rule applies to the tensor of this name."""
+        """Return whether the rule applies to the tensor of this name."""
         return re.search(self.pattern, name) is not None
 
 
 def parse_alpha_rule(value: object) -> AlphaRule:
-    """Read ``REGEX=VALUE``; the last ``=`` divides.
+    """Read ``REGEX=VALUE``, split at the last ``=``, or a mapping with the keys ``pattern`` and ``alpha``.
 
     Raises:
-        ValueError: no ``=``, an empty or broken pattern, or a value that is no alpha.
+        ValueError: there is no ``=``, the pattern is empty or invalid, or the value is not an alpha.
     """
     if isinstance(value, AlphaRule):
         return value
@@ -87,63 +88,80 @@ def parse_alpha_rule(value: object) -> AlphaRule:
 
 
 def alpha_for(name: str, alpha: float, rules: tuple[AlphaRule, ...]) -> float:
-    """The alpha of one tensor: that of the first rule that matches its name, else the deployment's."""
+    """Return the alpha of one tensor: that of the first rule that matches its name, else ``alpha``."""
     return next((rule.alpha for rule in rules if rule.matches(name)), alpha)
 
 
 class Source(BaseModel):
-    """One checkpoint, found: where it lies and which version it is."""
+    """A checkpoint or delta that was found: its folder and its version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    """The hub id, or the last part of the folder's path. Never a path: it is shown to clients."""
+    """Hub id, or last part of the folder's path. Never a path, because clients see it."""
     path: str
-    """The real folder, links followed."""
+    """Real path of the folder, with links resolved."""
     revision: str | None = None
-    """The commit on the hub; None for a plain folder."""
+    """Commit on the hub; None for a plain folder."""
     fingerprint: str = ""
-    """Hash of the file sizes and safetensors headers; it tells layouts apart, not values."""
+    """Hash of the file sizes and safetensors headers; it distinguishes layouts, not values."""
 
     @property
     def short_name(self) -> str:
-        """The last part of the name."""
+        """Last part of the name."""
         return self.name.rsplit("/", 1)[-1]
 
 
 class Pinned(BaseModel):
-    """What the command resolved once, so that no worker reads another version."""
+    """The sources as the command resolved them once, so that no worker reads another version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: Source
     aligned: Source | None = None
     delta: Source | None = None
-    """In place of ``aligned``."""
+    """Takes the place of ``aligned``."""
     model: Literal["base", "aligned", "delta"] = "aligned"
-    """The side whose folder vLLM takes for the model."""
+    """The source whose folder vLLM gets as the model."""
     tokenizer: str | None = None
-    """The folder of the tokenizer and the generation config, where it is not the model's."""
+    """Folder of the tokenizer and the generation config; None if it is the model's."""
     overrides: dict[str, Any] = {}
-    """What the result's config says otherwise than the model's."""
+    """Keys of the model's config that the result changes, with their new values."""
     started: float | None = None
-    """CLOCK_MONOTONIC when the command was called, in seconds."""
+    """CLOCK_MONOTONIC at the start of the command, in seconds."""
     on_terminal: bool = False
-    """Whether the command's standard error, to which the workers' goes, is a terminal."""
+    """True if the command's standard error, which the workers share, is a terminal."""
 
     @property
     def deployed(self) -> Source:
-        """The folder that vLLM takes for the model."""
+        """The source whose folder vLLM gets as the model."""
         source = {"base": self.base, "aligned": self.aligned, "delta": self.delta}[self.model]
         assert source is not None
         return source
 
     @property
     def named_after(self) -> Source:
-        """What the served model is named after: the aligned side, or the delta where there is none."""
+        """The source that the served model is named after: aligned, or the delta in its place."""
         source = self.aligned or self.delta
         assert source is not None
         return source
+
+
+class KeysError(ValueError):
+    """A rule over several keys is broken. The message can name each key in the caller's way, for example as a flag.
+
+    Args:
+        template: message with one ``{}`` for each key.
+        keys: fields of :class:`ExpoConfig`.
+    """
+
+    def __init__(self, template: str, *keys: str) -> None:
+        super().__init__(template.format(*keys))
+        self._template, self._keys = template, keys
+
+    def message(self, name: Callable[[str], str]) -> str:
+        """Return the message with every key named by ``name``."""
+        return self._template.format(*map(name, self._keys))
 
 
 class ExpoConfig(BaseModel):
@@ -152,12 +170,12 @@ class ExpoConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str | None = None
-    """None under plain vLLM with a delta: there the model itself is base."""
+    """Folder or hub id; None under plain vLLM with a delta, where vLLM's model is base."""
     alpha: Annotated[float, BeforeValidator(parse_alpha)]
     aligned: str | None = None
-    """None under plain vLLM: there the model itself is the aligned side."""
+    """Folder or hub id; None under plain vLLM, where vLLM's model is aligned."""
     delta: str | None = None
-    """What takes base to aligned, in place of ``aligned``."""
+    """Folder or hub id of a delta; takes the place of ``aligned``."""
     base_revision: str | None = None
     aligned_revision: str | None = None
     delta_revision: str | None = None
@@ -168,72 +186,57 @@ class ExpoConfig(BaseModel):
     @model_validator(mode="after")
     def _check_sources(self) -> ExpoConfig:
         if self.aligned is not None and self.delta is not None:
-            raise ValueError("aligned and delta are both given: give the one or the other")
+            raise KeysError("{} and {} are both given: leave one out", "aligned", "delta")
         if self.base is None and self.delta is None:
-            raise ValueError("key 'base' is missing")
+            raise KeysError("{} is missing: expected " + SOURCE_EXPECTED, "base")
         if self.delta_revision is not None and self.delta is None:
-            raise ValueError("delta_revision is given, but no delta")
+            raise KeysError("{} is given, but {} is not", "delta_revision", "delta")
         if self.aligned_revision is not None and self.delta is not None:
-            raise ValueError("aligned_revision is given, but the sources are base and delta")
+            raise KeysError("{} is given, but {} is not", "aligned_revision", "aligned")
         return self
 
     @property
     def alpha_text(self) -> str:
-        """Alpha's one text."""
+        """Alpha in its canonical form."""
         return format_alpha(self.alpha)
 
     def alpha_for(self, name: str) -> float:
-        """The alpha of the tensor with this checkpoint name."""
+        """Return the alpha of the tensor with this checkpoint name."""
         return alpha_for(name, self.alpha, self.alpha_rules)
 
 
-def parse_config(values: Mapping[str, Any], where: str) -> ExpoConfig:
+def parse_config(values: Mapping[str, Any], where: str = "", name: Callable[[str], str] = str) -> ExpoConfig:
     """Validate a mapping into an :class:`ExpoConfig`.
 
     Args:
-        values: keys as the fields are named.
-        where: what the mapping is, for the message: ``--model-loader-extra-config``.
+        values: keys are the names of the fields.
+        where: origin of the mapping, with which the message begins, for example ``--model-loader-extra-config``.
+        name: returns how the message names a key, for example as a flag.
 
     Raises:
-        ConfigError: the first thing that is wrong, in one line.
+        ConfigError: names the first problem, in one line.
     """
     try:
         return ExpoConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(error)}") from None
+        problem = _first_problem(error, name)
+        raise ConfigError(f"{where}: {problem}" if where else problem) from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, name: Callable[[str], str]) -> str:
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(name for name in ExpoConfig.model_fields if name != "pinned")
-        return f"unknown key {key!r}; known keys: {known}"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
-
-
-def alpha_from_flag(text: str) -> float:
-    """Read ``--alpha``.
-
-    Raises:
-        UsageError: it is not an alpha.
-    """
-    try:
-        return parse_alpha(text)
-    except ValueError as error:
-        raise UsageError(f"--alpha: {error}") from None
-
-
-def rules_from_flags(given: object) -> tuple[AlphaRule, ...]:
-    """Read every ``--alpha-rule``; a configuration file may give one text or a list.
-
-    Raises:
-        UsageError: one is not ``REGEX=VALUE``.
-    """
-    try:
-        return tuple(parse_alpha_rule(text) for text in (given if isinstance(given, list) else [given]))
-    except ValueError as error:
-        raise UsageError(f"--alpha-rule: {error}") from None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, KeysError):
+        return cause.message(name)
+    key, found = ".".join(str(part) for part in first["loc"]), f"{first['input']!r:.100}"
+    match first["type"]:
+        case "extra_forbidden":
+            known = ", ".join(field for field in ExpoConfig.model_fields if field != "pinned")
+            return f"unknown key {key!r}; known keys: {known}"
+        case "missing":
+            return f"{name(key)} is missing" + (f": expected {ALPHA_RANGE}" if key == "alpha" else "")
+        case "string_type":
+            return f"{name(key)}: expected a string, found {found}"
+        case "literal_error":
+            return f"{name(key)}: expected {first['ctx']['expected']}, found {found}"
+    return f"{name(key)}: {first['msg'].removeprefix('Value error, ')}"

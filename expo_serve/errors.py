@@ -1,34 +1,39 @@
-"""Every error that expo-serve raises on purpose.
+"""The exceptions that expo-serve raises on purpose, and how an error and a warning are printed.
 
 ::
 
-    ExpoError                  exit 1   anything below
-    ├── UsageError             exit 2   the call: a flag, its value, a refused environment variable
+    ExpoError                  exit 1   base of all of them
+    ├── UsageError             exit 2   the command line: a flag, its value, a refused environment variable
     │   └── ConfigError        exit 2   the configuration: --config file, model_loader_extra_config
     ├── SourceError            exit 2   a source cannot be found: path, hub id, revision
-    ├── CheckpointError        exit 2   a file is not what safetensors or its index promise
-    ├── PairError              exit 2   the two checkpoints do not make a pair
-    ├── ValuesError            exit 1   a weight is not finite
-    ├── LoadError              exit 1   the model and the checkpoint did not fit together while loading
+    ├── CheckpointError        exit 2   a file breaks what the safetensors format or its index promises
+    ├── PairError              exit 2   the two checkpoints cannot be combined
+    ├── ValuesError            exit 1   a weight is not finite, or not the expected one
+    ├── LoadError              exit 1   the model and the checkpoint did not match while loading
     ├── ServeError             exit 1   the server, an engine or a worker ended
-    └── CompatError            exit 1   the installed vLLM lacks a name that we build on
+    └── CompatError            exit 1   the installed vLLM lacks a name that expo-serve depends on
 
 A message is one line: what, where, expected, found, what to do. Longer lists are ``details``.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 from collections.abc import Sequence
 
 MAX_DETAILS = 10
+ERROR_PREFIX = "expo-serve: error: "
+"""Begins the summary line of every error; the keeper recognises a line that is already printed by it."""
 
 
 class ExpoError(Exception):
-    """Base of all errors of expo-serve.
+    """Base class of all errors of expo-serve.
 
     Args:
         message: one line that says what is wrong and what to do.
-        details: lines shown before it, at most ten of them; the rest is counted.
+        details: lines printed before the message; at most ten are shown, the rest is counted.
     """
 
     exit_code = 1
@@ -39,7 +44,7 @@ class ExpoError(Exception):
         self.details = tuple(details)
 
     def detail_lines(self) -> list[str]:
-        """The details to show: at most ten, then a line that counts the rest."""
+        """Return the details to print: at most ten, then a line that counts the rest."""
         shown = list(self.details[:MAX_DETAILS])
         hidden = len(self.details) - len(shown)
         return [*shown, f"... and {hidden} more"] if hidden else shown
@@ -49,7 +54,7 @@ class ExpoError(Exception):
 
 
 class UsageError(ExpoError):
-    """The call itself is wrong."""
+    """The command line is wrong."""
 
     exit_code = 2
 
@@ -65,7 +70,7 @@ class SourceError(ExpoError):
 
 
 class CheckpointError(ExpoError):
-    """A checkpoint's files are not what the safetensors format or the index promise."""
+    """A file of a checkpoint breaks what the safetensors format or the index promises."""
 
     exit_code = 2
 
@@ -77,7 +82,7 @@ class PairError(ExpoError):
 
 
 class ValuesError(ExpoError):
-    """A weight, or the result of extrapolating it, is NaN or infinite."""
+    """A weight or a result is NaN or infinite, or a weight is not the one that a delta expects."""
 
 
 class LoadError(ExpoError):
@@ -89,4 +94,21 @@ class ServeError(ExpoError):
 
 
 class CompatError(ExpoError):
-    """The installed vLLM lacks a name that expo-serve builds on."""
+    """The installed vLLM lacks a name that expo-serve depends on."""
+
+
+def show(error: ExpoError) -> None:
+    """Print an error on standard error: details first, one summary line last.
+
+    The traceback comes before both when the environment variable ``EXPO_DEBUG`` is 1.
+    """
+    if os.environ.get("EXPO_DEBUG") == "1":
+        traceback.print_exception(error)
+    for line in error.detail_lines():
+        print(f"  {line}", file=sys.stderr)
+    print(f"{ERROR_PREFIX}{error.message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one warning line on standard error."""
+    print(f"expo-serve: warning: {message}", file=sys.stderr, flush=True)

@@ -27,14 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "memory": set(),
+    "progress": {"errors", "__init__"},
     "report": {"__init__", "config"},
     "metrics": {"__init__", "config", "report"},
     "checkpoint": {"checkpoint", "config", "errors"},
     "plan": {"plan", "checkpoint", "config", "errors"},
     "kernels": {"kernels"},
     "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
-    "write": {"write", "load", "plan", "checkpoint", "config", "errors"},
-    "cli": {"cli", "__init__", "config", "errors", "memory", "report", "write", "plan", "checkpoint"},
+    "write": {"write", "load", "plan", "checkpoint", "config", "errors", "progress"},
+    "cli": {"cli", "__init__", "config", "errors", "memory", "progress", "report", "write", "plan", "checkpoint"},
     "vllm_plugin": {
         "vllm_plugin",
         "__init__",
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "memory",
         "metrics",
+        "progress",
         "report",
         "load",
         "plan",
@@ -52,11 +54,12 @@ ALLOWED: dict[str, set[str]] = {
 
 NOT_FOR_WEIGHTS = {"vllm", "logging", "prometheus_client", "transformers", "argparse"}
 FORBIDDEN: dict[str, set[str]] = {
-    "errors": {"torch", "vllm", "os"},
+    "errors": {"torch", "vllm"},
     "config": {"torch", "vllm", "os", "huggingface_hub"},
     "report": {"torch", "vllm", "os"},
     "metrics": {"torch", "vllm", "os"},
     "memory": {"torch", "vllm"},
+    "progress": {"torch", "vllm", "os", "logging", "rich"},
     "checkpoint": {"torch", *NOT_FOR_WEIGHTS},
     "plan": NOT_FOR_WEIGHTS,
     "kernels": NOT_FOR_WEIGHTS,
@@ -142,6 +145,20 @@ def test_weights_read_no_environment(file: Path) -> None:
     assert not names & {"environ", "getenv", "environb", "putenv"}
 
 
+def test_our_environment_variable_is_read_where_errors_are_shown() -> None:
+    """Kubernetes sets variables like EXPO_SERVE_PORT beside a Service of that name, so there is no other of ours."""
+    ours = {(named(file), name) for file in FILES for name in re.findall(r"[\"'](EXPO_\w+)[\"']", file.read_text())}
+    assert ours == {("errors.py", "EXPO_DEBUG")}
+    nodes = ast.walk(ast.parse((PACKAGE / "errors.py").read_text()))
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "os"}
+    assert used == {"environ"}
+
+
+def test_prefixes_of_our_lines_stand_in_one_place() -> None:
+    for text in ("expo-serve: error: ", "expo-serve: warning: "):
+        assert [named(file) for file in FILES if text in file.read_text()] == ["errors.py"]
+
+
 def test_no_model_family_is_named() -> None:
     """Every architecture goes the same way: what only one of them needs has no place in the package."""
     families = {re.split(r"For[A-Z]|Model|LMHead|\d|_", family.architecture)[0] for family in FAMILIES}
@@ -200,7 +217,7 @@ def test_command_line_loads_neither_torch_nor_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "errors", "report", "metrics", "memory", "checkpoint.source", "plan.prepare"]
+    "module", ["config", "errors", "report", "metrics", "memory", "progress", "checkpoint.source", "plan.prepare"]
 )
 def test_light_module_loads_neither_torch_nor_vllm(module: str) -> None:
     assert not _loaded_by(f"expo_serve.{module}") & {"torch", "vllm"}

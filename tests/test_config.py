@@ -1,4 +1,4 @@
-"""Alpha's texts, the rules, and what a configuration may hold."""
+"""Alpha's canonical form, the rules, and what a configuration may hold."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from expo_serve.config import (
     ExpoConfig,
     Source,
     alpha_for,
-    alpha_from_flag,
     format_alpha,
     parse_alpha,
     parse_alpha_rule,
     parse_config,
-    rules_from_flags,
 )
-from expo_serve.errors import ConfigError, UsageError
+from expo_serve.errors import ConfigError
 
 ALPHAS = st.floats(-100, 100)
 
@@ -85,11 +83,6 @@ def test_parse_never_gives_another_error_nor_a_number_out_of_range(given: object
     assert abs(found) <= 100
 
 
-def test_flag_of_alpha_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--alpha: .* found 'x'"):
-        alpha_from_flag("x")
-
-
 @pytest.mark.parametrize(
     ("given", "pattern", "alpha"),
     [
@@ -118,33 +111,35 @@ def test_anything_else_is_no_rule(given: object) -> None:
         parse_alpha_rule(given)
 
 
-@pytest.mark.parametrize("given", [5, ["x"], [["x=1"]], {"a": 1}, [None]])
-def test_rules_of_a_file_that_are_none_are_named(given: object) -> None:
-    with pytest.raises(UsageError, match=r"--alpha-rule: (an )?alpha rule"):
-        rules_from_flags(given)
-
-
 def test_first_rule_that_matches_decides() -> None:
-    rules = rules_from_flags(["b=1", "ab=2"])
+    rules = (parse_alpha_rule("b=1"), parse_alpha_rule("ab=2"))
     assert [alpha_for(name, 0.5, rules) for name in ("ab", "b", "a", "xbx")] == [1, 1, 0.5, 1]
-    assert rules_from_flags("b=1") == rules[:1]
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"alpha": 0.5}, ["'base'", "missing"]),
-        ({"base": "b"}, ["'alpha'", "missing"]),
+        ({"alpha": 0.5}, ["base is missing: expected a folder or hub id"]),
+        ({"base": "b"}, ["alpha is missing: expected a decimal number from -100 to 100"]),
         ({"base": "b", "alpha": 0.5, "alhpa": 1}, ["unknown key 'alhpa'", "known keys: base, alpha, aligned"]),
         ({"base": "b", "alpha": "0,5"}, ["alpha", "from -100 to 100"]),
-        ({"base": 5, "alpha": 0.5}, ["base", "string"]),
-        ({"base": "b", "alpha": 0.5, "unmatched": "ignore"}, ["unmatched", "'refuse' or 'copy'"]),
+        ({"base": 5, "alpha": 0.5}, ["base: expected a string, found 5"]),
+        (
+            {"base": "b", "alpha": 0.5, "unmatched": "ignore"},
+            ["unmatched: expected 'refuse' or 'copy', found 'ignore'"],
+        ),
         ({"base": "b", "alpha": 0.5, "alpha_rules": ["x"]}, ["alpha_rules.0", "REGEX=VALUE"]),
         ({"base": "b", "alpha": 0.5, "alpha_rules": [{"x": 1}]}, ["alpha_rules.0", "REGEX=VALUE"]),
         ({"base": "b", "alpha": 0.5, "alpha_rules": "x=1"}, ["alpha_rules"]),
-        ({"base": "b", "alpha": 0.5, "aligned": "a", "delta": "d"}, ["aligned and delta are both given"]),
-        ({"base": "b", "alpha": 0.5, "delta_revision": "r"}, ["delta_revision", "no delta"]),
-        ({"base": "b", "alpha": 0.5, "delta": "d", "aligned_revision": "r"}, ["aligned_revision", "base and delta"]),
+        (
+            {"base": "b", "alpha": 0.5, "aligned": "a", "delta": "d"},
+            ["aligned and delta are both given: leave one out"],
+        ),
+        ({"base": "b", "alpha": 0.5, "delta_revision": "r"}, ["delta_revision is given, but delta is not"]),
+        (
+            {"base": "b", "alpha": 0.5, "delta": "d", "aligned_revision": "r"},
+            ["aligned_revision is given, but aligned is not"],
+        ),
         ({"base": "b", "alpha": 0.5, "pinned": {}}, ["pinned"]),
     ],
 )

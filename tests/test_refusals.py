@@ -37,7 +37,7 @@ def test_alpha_that_is_no_number_in_range_is_refused(pair: Pair, alpha: str) -> 
 def test_missing_flag_is_named(pair: Pair, missing: str) -> None:
     given = {"base": pair[0], "aligned": pair[1], "alpha": "0.5"}
     flags = [part for name, value in given.items() if name != missing for part in (f"--{name}", value)]
-    refused(*flags, words=(f"--{missing} is missing", RANGE if missing == "alpha" else "folder or hub id"))
+    refused(*flags, words=(f"--{missing} is missing", RANGE if missing == "alpha" else "a folder or hub id"))
 
 
 FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -89,7 +89,7 @@ YAML: dict[str, tuple[str, tuple[str, ...]]] = {
     "unmatched unknown": ("unmatched: maybe", ("unmatched", "refuse", "copy")),
     "rule a mapping": ("alpha-rule: {embed: 0}", ("alpha-rule", "REGEX=VALUE")),
     "no mapping": ("- alpha", ("--config", "map")),
-    "no YAML": ("{", ("--config", "not YAML")),
+    "no YAML": ("{", ("--config", "not valid YAML")),
 }
 
 
@@ -101,10 +101,11 @@ def test_wrong_config_file_is_refused(pair: Pair, tmp_path: Path, text: str, wor
     refused("--base", pair[0], "--aligned", pair[1], *alpha, "--config", str(file), words=words)
 
 
-def test_source_of_the_config_file_must_be_a_text(pair: Pair, tmp_path: Path) -> None:
+def test_source_of_the_config_file_must_be_a_string(pair: Pair, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("base: [a]")
-    refused("--aligned", pair[1], "--alpha", "0.5", "--config", str(file), words=("--base", "expected a text"))
+    words = ("--base: expected a string, found ['a']",)
+    refused("--aligned", pair[1], "--alpha", "0.5", "--config", str(file), words=words)
 
 
 @pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])

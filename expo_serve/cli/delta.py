@@ -1,14 +1,16 @@
-"""``expo-serve delta create|verify|apply``: pack the difference of two checkpoints, check it, and undo it."""
+"""``expo-serve delta create|verify|apply``: pack the difference of two checkpoints, verify it, and apply it."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess, find_source
-from expo_serve.cli.options import normalise
-from expo_serve.cli.output import copy_side_files, new_folder, new_path, parse_size, progress
+from expo_serve.cli.options import REVISION_HELP, add_hub_flags, flag_of, normalise
+from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError
@@ -19,69 +21,84 @@ from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
 
 _EPILOG = """\
-  expo-serve delta create --base B --aligned A --out D      pack what takes B to A
-  expo-serve delta verify --base B --delta D [--aligned A]  check every block; with A, that it decodes to A
-  expo-serve delta apply  --base B --delta D --out A        write A back (also from a LoRA adapter or a full delta)
+A packed delta holds only what differs, without loss, in a few percent of the checkpoint's size. Serve it with
+  expo-serve --base B --delta D --alpha X
 
-Then: expo-serve --base B --delta D --alpha X
-
-Exit codes: 0 well; 2 the call or the sources are wrong, or a file is damaged; 1 values are not what they must be,
-or writing failed.
+Exit codes: 0 success; 2 the command line or the sources are wrong, or a file is damaged; 1 values are not the
+expected ones, or writing failed.
 """
-_FLAGS = {"create": ("base", "aligned", "out"), "verify": ("base", "delta"), "apply": ("base", "delta", "out")}
-"""What each action needs."""
 
 
 def main(arguments: list[str]) -> int:
-    """Create, verify or apply; returns 0."""
+    """Create, verify or apply a delta; returns 0."""
+    parser, actions = _parsers()
     action = arguments[0] if arguments else ""
-    parser = _parser()
     if action in ("-h", "--help"):
         parser.parse_args(["--help"])
-    if action not in _FLAGS:
+    if action not in actions:
         found = f"found {action!r}" if action else "found nothing"
         raise UsageError(f"delta: expected create, verify or apply, {found}; see expo-serve delta --help")
-    given = parser.parse_args(normalise(arguments[1:], parser.known_flags()))
-    _check(action, given)
-    {"create": _create, "verify": _verify, "apply": _apply}[action](given)
+    given, unknown = parser.parse_known_args([action, *normalise(arguments[1:], actions[action].known_flags())])
+    _check(given, unknown)
+    given.run(given)
     return 0
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the parser of the command, with one subparser for each action."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="expo-serve delta",
-        usage="expo-serve delta create|verify|apply --base B ...",
-        description="A packed delta is a lossless difference of two checkpoints, a few percent of their size.",
+        description="Pack the difference of two checkpoints, verify a packed delta, or apply a delta to its base.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--base", metavar="B", help="the model before alignment: folder or hub id")
-    parser.add_argument("--aligned", metavar="A", help="the model after alignment: folder or hub id")
-    parser.add_argument("--delta", metavar="D", help="the delta: folder or hub id")
-    for side in ("base", "aligned", "delta"):
-        parser.add_argument(f"--{side}-revision", metavar="R", help="branch, tag or commit of a hub id")
-    parser.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument(
+    adder = parser.add_subparsers(title="actions", metavar="ACTION", dest="action")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, *required: str) -> Parser:
+        action: Parser = adder.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        action.set_defaults(run=run, required=required)
+        _add_source(action, "base", "the model before alignment")
+        return action
+
+    create = add("create", _create, "pack the difference of two checkpoints", "base", "aligned", "out")
+    _add_source(create, "aligned", "the model after alignment")
+    create.add_argument(
         "--unmatched", choices=("refuse", "copy"), default="refuse",
-        help="create: with copy, tensors that only aligned has are stored whole, those that only base has left out",
+        help="tensors that only one checkpoint has: refuse the pair (default), or store aligned's and leave out base's",
     )  # fmt: skip
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="apply: largest file (default 5GB)")
-    parser.add_argument("--hf-token", nargs="?", const=True, metavar="TOKEN", help="token for the hub (or HF_TOKEN)")
-    parser.add_argument("--download-dir", metavar="DIR", help="where downloads go instead of the hub cache")
-    return parser
+    verify = add("verify", _verify, "check every block of a packed delta against its base", "base", "delta")
+    _add_source(verify, "delta", "the packed delta")
+    _add_source(verify, "aligned", "the checkpoint that the delta must decode to, if it is to be compared too")
+    apply = add("apply", _apply, "write the checkpoint that base and any kind of delta give", "base", "delta", "out")
+    _add_source(apply, "delta", "a packed delta, a LoRA adapter or a full delta")
+    apply.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default %(default)s)")
+    for action in (create, apply):
+        action.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
+    for action in (create, verify, apply):
+        add_hub_flags(action)
+    return parser, {"create": create, "verify": verify, "apply": apply}
 
 
-def _check(action: str, given: argparse.Namespace) -> None:
-    needed = _FLAGS[action]
-    for name in needed:
+def _add_source(parser: Parser, name: str, text: str) -> None:
+    parser.add_argument(f"--{name}", metavar=name[0].upper(), help=f"{text}: folder or hub id")
+    parser.add_argument(f"--{name}-revision", metavar="R", help=REVISION_HELP)
+
+
+def _check(given: argparse.Namespace, unknown: list[str]) -> None:
+    """Refuse a command line that cannot succeed before any source is looked for."""
+    hint = f"see expo-serve delta {given.action} --help"
+    if unknown:
+        raise UsageError(f"delta {given.action} takes no {unknown[0]}; {hint}")
+    for name in given.required:
         if not getattr(given, name):
-            raise UsageError(f"delta {action}: --{name} is missing; see expo-serve delta --help")
-    allowed = {*needed, *(("aligned",) if action == "verify" else ())}
-    for name in ("aligned", "delta", "out"):
-        if getattr(given, name) is not None and name not in allowed:
-            raise UsageError(f"delta {action} takes no --{name}; see expo-serve delta --help")
-    if "out" in needed:
+            raise UsageError(f"delta {given.action}: --{name} is missing; {hint}")
+    if "out" in given:
         new_path(given.out)
-    parse_size(given.max_shard_size)
+    if "max_shard_size" in given:
+        parse_size(given.max_shard_size)
 
 
 def _create(given: argparse.Namespace) -> None:
@@ -90,13 +107,15 @@ def _create(given: argparse.Namespace) -> None:
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
     plan = plan_pair(base, aligned, config)
-    for name in plan.left_out:  # no model loads them; the checkpoint has them all the same
-        plan.tensors[name] = PlannedTensor(aligned.tensors[name], None, 0.0)
-    with new_folder(out, "delta create") as folder, progress("delta create", plan.weight_bytes) as advance:
-        from expo_serve.write.packed import pack
+    # Tensors that no model loads are left out of a load, but the delta has to restore the whole checkpoint.
+    left_out = {name: PlannedTensor(aligned.tensors[name], None, 0.0) for name in plan.left_out}
+    plan = replace(plan, tensors={**plan.tensors, **left_out})
+    with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
+        from expo_serve.write.companions import copy_companion_files
+        from expo_serve.write.packed import write_packed_delta
 
-        copy_side_files(Path(aligned.source.path), folder)
-        pack(plan, folder, advance)
+        copy_companion_files(Path(aligned.source.path), folder)
+        write_packed_delta(plan, folder, progress)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"wrote {out}: {size / 1e6:,.1f} MB, {size / max(1, plan.weight_bytes):.1%} of {aligned.source.name}")
 
@@ -107,31 +126,31 @@ def _verify(given: argparse.Namespace) -> None:
     if not isinstance(delta, PackedDelta):
         raise UsageError(
             f"delta verify: {given.delta} is a {delta.kind} delta, which carries no checksums; it can be applied "
-            f"or served"
+            "or served"
         )
     aligned = None
     if given.aligned:
         aligned = open_checkpoint("aligned", find_source("aligned", given.aligned, given.aligned_revision, hub))
-    with progress("delta verify", plan.weight_bytes) as advance:
-        from expo_serve.write.verify import check
+    with command_progress("delta verify", plan.weight_bytes) as progress:
+        from expo_serve.write.verify import verify_packed_delta
 
-        check(plan, aligned, advance)
+        verify_packed_delta(plan, aligned, progress)
     same = f", and decodes to {aligned.source.name}" if aligned else ""
-    print(f"{given.delta} is whole, fits {plan.base.source.name}{same}")
+    print(f"{given.delta} is intact, matches {plan.base.source.name}{same}")
 
 
 def _apply(given: argparse.Namespace) -> None:
-    from expo_serve.cli.merge import write_checkpoint
-
     out = new_path(given.out)
     _, plan = _open(given, _hub(given))
-    with new_folder(out, "delta apply") as folder, progress("delta apply", plan.weight_bytes) as advance:
-        write_checkpoint(plan, folder, parse_size(given.max_shard_size), advance)
+    with new_folder(out, "delta apply") as folder, command_progress("delta apply", plan.weight_bytes) as progress:
+        from expo_serve.write.merged import write_checkpoint
+
+        write_checkpoint(plan, folder, parse_size(given.max_shard_size), progress)
     print(f"wrote {out}")
 
 
 def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan]:
-    """The delta, and a plan at alpha 0 with every tensor."""
+    """Open the delta, and plan every tensor at alpha 0."""
     config = _config(given, delta=given.delta, delta_revision=given.delta_revision)
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
@@ -139,7 +158,7 @@ def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan]:
 
 
 def _config(given: argparse.Namespace, **values: str | None) -> ExpoConfig:
-    return parse_config({"base": given.base, "base_revision": given.base_revision, "alpha": 0, **values}, "flags")
+    return parse_config({"base": given.base, "base_revision": given.base_revision, "alpha": 0, **values}, name=flag_of)
 
 
 def _hub(given: argparse.Namespace) -> HubAccess:

@@ -1,4 +1,4 @@
-"""``expo-serve inspect``: what a load would do, from the files' headers alone."""
+"""``expo-serve inspect``: show what a load would do; only headers are read."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from expo_serve import memory
+from expo_serve import errors, memory
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
 from expo_serve.checkpoint.source import read_config
+from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection, Refusal
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import ExpoError, UsageError
+from expo_serve.errors import ExpoError, PairError, UsageError
 from expo_serve.plan.delta import Delta, open_delta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
-from expo_serve.report import (
-    InspectedMemory,
-    InspectedSource,
-    InspectedTensor,
-    Inspection,
-    Refusal,
-)
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -36,7 +30,7 @@ _TOKENIZERS = (
 
 
 def main(arguments: list[str]) -> int:
-    """Inspect; returns 0, or 2 when the pair would be refused."""
+    """Inspect; returns 0, or 2 if the sources would be refused."""
     options, tensor_parallel_size, as_json = _read(arguments)
     inspection = inspect(options, tensor_parallel_size)
     if as_json:
@@ -47,28 +41,32 @@ def main(arguments: list[str]) -> int:
         show(inspection)
     if inspection.refusals:
         sys.stdout.flush()
-        _say_refused([refusal.message for refusal in inspection.refusals])
+        errors.show(_summary([refusal.message for refusal in inspection.refusals]))
     return 2 if inspection.refusals else 0
 
 
-def _say_refused(messages: list[str]) -> None:
-    """One summary line, last; where there is more than one refusal, each before it."""
-    for message in messages if len(messages) > 1 else []:
-        print(f"  {message}", file=sys.stderr)
-    summary = messages[0] if len(messages) == 1 else f"the pair is refused for {len(messages)} reasons"
-    print(f"expo-serve: error: {summary}", file=sys.stderr)
+def _summary(refusals: list[str]) -> ExpoError:
+    """Return one error for all refusals; each is a detail if there are several."""
+    if len(refusals) == 1:
+        return PairError(refusals[0])
+    return PairError(f"the pair is refused for {len(refusals)} reasons", refusals)
 
 
-def _read(arguments: list[str]) -> tuple[Options, int, bool]:
+def parser() -> Parser:
+    """Return the parser of the command."""
     parser = Parser(
         prog="expo-serve inspect",
         description="Show what a load would do: sources, plan, bytes and memory. Reads headers only.",
-        epilog="Exit codes: 0 the pair would be served; 2 it would be refused, or the call is wrong.",
+        epilog="Exit codes: 0 the sources would be served; 2 they would be refused, or the command line is wrong.",
     )
     add_source_flags(parser)
     parser.add_argument("--tensor-parallel-size", "-tp", default="1", metavar="N", help="ranks that share the weights")
-    parser.add_argument("--json", action="store_true", help="for programs; the README documents the schema")
-    options = read_options(parser, arguments)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser
+
+
+def _read(arguments: list[str]) -> tuple[Options, int, bool]:
+    options = read_options(parser(), arguments)
     if options.unknown:
         raise UsageError(f"inspect does not know {options.unknown[0]!r}; see expo-serve inspect --help")
     size = options.namespace.tensor_parallel_size
@@ -78,7 +76,7 @@ def _read(arguments: list[str]) -> tuple[Options, int, bool]:
 
 
 def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
-    """Find, check and pair the sources; whatever would be refused is listed, not raised."""
+    """Find, check and pair the sources; refusals are listed instead of raised."""
     refusals: list[ExpoError] = []
     sources: dict[str, Source] = {}
     opened: dict[str, Checkpoint | Delta] = {}
@@ -104,7 +102,7 @@ def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
 
 
 def plan_opened(opened: dict[str, Checkpoint | Delta], config: ExpoConfig) -> Plan:
-    """Plan both sides, whatever stands beside base."""
+    """Plan base with the other source, an aligned checkpoint or a delta."""
     base, other = opened.values()
     assert isinstance(base, Checkpoint)
     return plan_pair(base, other, config) if isinstance(other, Checkpoint) else other.plan(base, config)
@@ -131,7 +129,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
         for side in plan.sources
     }
     available = memory.available_bytes()
-    side, files = _side_files(plan)
+    side, files = _companion_source(plan)
     return {
         "served_model_name": f"{plan.other.source.short_name}-expo-{options.config.alpha_text}",
         "tokenizer": _first_there(side, files, _TOKENIZERS),
@@ -155,7 +153,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
 
 
 def _share(tensor: PlannedTensor, size: int, ranks: int) -> int:
-    """A rank's share: vLLM cuts matrices among the ranks and repeats vectors on each."""
+    """Estimate one rank's share: vLLM splits matrices among the ranks and replicates vectors."""
     return -(-size // ranks) if len(tensor.aligned.shape) > 1 else size
 
 
@@ -172,8 +170,8 @@ def _tensor(tensor: PlannedTensor) -> InspectedTensor:
     )
 
 
-def _side_files(plan: Plan) -> tuple[str, Source]:
-    """The side that tokenizer, chat template and generation config come from."""
+def _companion_source(plan: Plan) -> tuple[str, Source]:
+    """Return the source of tokenizer, chat template and generation config, and which one it is."""
     source = plan.tokenizer or plan.model
     return next(side for side, there in plan.sources.items() if there == source), source
 

@@ -1,4 +1,4 @@
-"""An inspection as tables for people."""
+"""Prints an inspection as tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from expo_serve.cli.inspection import Inspection
 from expo_serve.config import format_alpha
 from expo_serve.errors import MAX_DETAILS
-from expo_serve.report import Inspection
 
 
 def show(inspection: Inspection) -> None:
-    """Print an inspection on standard output."""
+    """Print an inspection on standard output; the width of the terminal never cuts a path or a name."""
     console = Console(highlight=False)
     if inspection.sources:
         console.print(_sources(inspection))
@@ -26,7 +26,7 @@ def show(inspection: Inspection) -> None:
 
 
 def _remarks(inspection: Inspection) -> Iterator[str]:
-    """Warnings and refusals, whose paths and names must not be cut."""
+    """Yield warnings and refusals as lines, outside the tables, so that nothing is cut."""
     for warning in inspection.warnings:
         yield f"warning: {warning}"
     for refusal in inspection.refusals:
@@ -38,7 +38,7 @@ def _remarks(inspection: Inspection) -> Iterator[str]:
 
 
 def _sources(inspection: Inspection) -> Table:
-    """A column for each side: names, commits and fingerprints are too long to stand side by side."""
+    """Return a table with one column per source: a row per source would be too wide for its name and commit."""
     table = Table("source", *(Column(side, overflow="fold") for side in inspection.sources))
     sides = inspection.sources.values()
     rows = {
@@ -58,7 +58,7 @@ def _sources(inspection: Inspection) -> Table:
 
 def _plan(inspection: Inspection) -> Table:
     assert inspection.memory is not None
-    room = inspection.memory
+    sizes = inspection.memory
     reads = inspection.read_bytes_per_rank
     table = Table("plan", Column("", overflow="fold"))
     rows = {
@@ -68,15 +68,15 @@ def _plan(inspection: Inspection) -> Table:
         "tensors": ", ".join(f"{count} {kind}" for kind, count in inspection.counts.items()),
         "by alpha": ", ".join(f"{count} at {alpha}" for alpha, count in inspection.alphas.items()) or "-",
         "unmatched": f"{len(inspection.copied_unmatched)} copied, {len(inspection.ignored_base)} of base ignored",
-        **({"unchanged": f"{len(inspection.unchanged)} that the delta does not name"} if inspection.unchanged else {}),
+        **({"unchanged": f"{len(inspection.unchanged)} not named by the delta"} if inspection.unchanged else {}),
         "tokenizer": inspection.tokenizer or "none",
         "chat template": inspection.chat_template or "none",
-        f"to read, each of {inspection.tensor_parallel_size} ranks": " + ".join(
+        f"read per rank (of {inspection.tensor_parallel_size})": " + ".join(
             f"{decimal(size)} of {side}" for side, size in reads.items()
         ),
-        "weights": f"{decimal(room.weight_bytes_per_rank)} a rank, {decimal(room.weight_bytes)} in all",
-        "host memory there": decimal(room.available_host_bytes)
-        + ("" if room.fits_host else " (too little for a CPU server)"),
+        "weights": f"{decimal(sizes.weight_bytes_per_rank)} per rank, {decimal(sizes.weight_bytes)} in total",
+        "host memory available": decimal(sizes.available_host_bytes)
+        + ("" if sizes.fits_host else " (too little for a CPU server)"),
     }
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))

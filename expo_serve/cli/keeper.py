@@ -1,11 +1,12 @@
-"""The keeper: starts vLLM's server, watches all its processes, and answers for how they end.
+"""The keeper: starts vLLM's server, watches all of its processes, and makes sure that all of them end.
 
-vLLM's front end was seen alive and silent minutes after its engine had failed, and deaf to a first
-SIGTERM; orphans were seen to keep memory. The keeper is the adopting parent of all of vLLM's
-processes, so it finds each of them, whoever dies first. It reads the request on one line of its
-standard input; after it, each byte is a signal that the command got, and the end of the input means that the
-command itself is gone. Signals sent to the keeper do nothing: whoever signals a whole group of processes would be
-heard twice.
+vLLM alone does not guarantee that: its front end can stay alive for minutes after its engine has failed, can ignore a
+first SIGTERM, and can leave orphans that hold memory. The keeper adopts all orphans of vLLM's processes, so it finds
+every one of them, in whatever order they die.
+
+Protocol on standard input: the first line is the request as JSON; every byte after it is the number of a signal that
+the command received; the end of the input means that the command itself is gone. The keeper ignores signals that are
+sent to it directly: a signal to the whole process group also reaches the command, and would count twice.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from expo_serve import errors
 from expo_serve.cli import processes
-from expo_serve.cli.log_tail import PREFIX_OF_OURS, LogTail
+from expo_serve.cli.log_tail import LogTail
+from expo_serve.cli.vllm_log import PROCESS_NAME_PREFIX
+from expo_serve.errors import ServeError
 
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 2.0
 _END_BY_ITSELF_SECONDS = 10.0
-"""How long vLLM may take to end by itself after one of its processes died or said it failed."""
+"""Time for vLLM to end by itself after one of its processes has died or reported a failure."""
 _STOP_SECONDS = 4.0
-"""How long vLLM may take to end after SIGTERM, besides its own --shutdown-timeout; then it is asked again."""
+"""Time for vLLM to end after SIGTERM, in addition to its own --shutdown-timeout; then SIGTERM is sent again."""
 _STOP_AGAIN_SECONDS = 3.0
+"""Time for vLLM to end after the second SIGTERM; then all of its processes are killed."""
 
 
 class Keeper:
@@ -51,14 +56,14 @@ class Keeper:
         self._cause: str | None = None
 
     def run(self) -> int:
-        """Start vLLM and stay until nothing of it is left; returns the command's exit code."""
+        """Start vLLM and wait until none of its processes is left; returns the command's exit code."""
         self._start()
         while (code := self._step()) is None:
             time.sleep(_POLL_SECONDS)
         processes.end_descendants(os.getpid(), self._segments)
         self._log.finish()
-        if self._cause and not self._log.says_error():
-            print(f"{PREFIX_OF_OURS}{self._cause}", file=sys.stderr, flush=True)
+        if self._cause and not self._log.ends_with_error():
+            errors.show(ServeError(self._cause))
         return code
 
     def _start(self) -> None:
@@ -81,7 +86,7 @@ class Keeper:
             pipe.write(json.dumps({**self._request, "status_fd": write_end}).encode())
 
     def _step(self) -> int | None:
-        """One look at everything; the exit code once it is known."""
+        """Check everything once; returns the exit code once it is known."""
         processes.reap_orphans(keep=self._server.pid)
         if not self._listen():
             return 1
@@ -93,7 +98,7 @@ class Keeper:
         return self._watch()
 
     def _listen(self) -> bool:
-        """Take the signals that the command passed on; False when it is gone."""
+        """Read the signals that the command passed on; returns False if the command is gone."""
         if not select.select([0], [], [], 0)[0]:
             return True
         numbers = os.read(0, 1 << 16)
@@ -101,12 +106,12 @@ class Keeper:
         return bool(numbers)
 
     def _verdict(self) -> int:
-        """The server's first process has ended; what does that mean?"""
+        """Return the exit code after the server's first process has ended."""
         if self.signals:
             return self._stopped_code()
         code = self._server.returncode
         if code == 2 and self._status is None:
-            return 2  # vLLM refused a flag and said so
+            return 2  # vLLM has refused a flag and printed why
         self._log.finish()
         ended = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
         known = self._log.root_cause() or self._cause or self._log.last_exception()
@@ -114,7 +119,7 @@ class Keeper:
         return 1
 
     def _stop(self) -> int | None:
-        """Pass a signal on, once politely and once more, then end it all. A second signal ends at once."""
+        """Send SIGTERM, after a while once more, then give up waiting. A second signal ends everything at once."""
         now = time.monotonic()
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
@@ -147,14 +152,14 @@ class Keeper:
             self._serving = _answers(self._status)
 
     def _watch(self) -> int | None:
-        """Notice an engine or worker that died or failed while the front end goes on as if nothing were."""
+        """Notice an engine or worker that died or failed while the front end stays alive."""
         now = time.monotonic()
         if self._give_up_at is not None:
             if now < self._give_up_at:
                 return None
             self._cause = self._log.root_cause() or self._cause or "vLLM's engine failed"
             return 1
-        if self._log.failed.is_set() and not self._serving:  # later a dead process says it, and no log line
+        if self._log.failed.is_set() and not self._serving:  # while serving only the death of a process counts
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
         if now >= self._next_watch:
             self._next_watch = now + _WATCH_SECONDS
@@ -173,12 +178,12 @@ class Keeper:
 
 
 def _title_prefix() -> str:
-    """How the titles of vLLM's processes begin (``VLLM::EngineCore``, ``VLLM::Worker_TP0``)."""
-    return os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
+    """Return the prefix of the titles of vLLM's processes (``VLLM::EngineCore``, ``VLLM::Worker_TP0``)."""
+    return os.environ.get(*PROCESS_NAME_PREFIX) + "::"
 
 
 def _answers(status: dict[str, Any]) -> bool:
-    """Whether somebody listens where vLLM serves."""
+    """Return whether vLLM accepts connections at its address."""
     host = {None: "127.0.0.1", "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
     try:
         if status["uds"]:
@@ -194,9 +199,9 @@ def _answers(status: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Read the request and keep the server."""
+    """Read the request and run the server; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which vLLM's processes would inherit
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: vLLM's processes would inherit it
     processes.adopt_orphans()
     received = b""
     while b"\n" not in received:

@@ -1,49 +1,36 @@
-"""Passes a child's output on as it comes, and remembers enough of it to name the root cause of a failure."""
+"""Copies a child's output, and keeps its last lines to find the root cause of a failure in them."""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from expo_serve.cli.vllm_log import is_exception, is_fatal, without_prefix
+from expo_serve.errors import ERROR_PREFIX
+
 _KEPT_LINES = 2000
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# vLLM's prefixes: "(EngineCore pid=12) ", "[rank0]: ", "ERROR 11-23 10:00:00 [core.py:12] "
-_PREFIX = re.compile(r"^(\([\w-]+( pid=\d+)?\) |\[rank\d+\]: ?|[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )*")
-_EXCEPTION = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Dead|Exit|Interrupt)): (?P<message>\S.*)")
-_OURS = re.compile(r"^expo_serve\.errors\.")
-# What vLLM says in the front end, or further up, about an error that another process had.
-_ECHO = re.compile(
-    r"Engine core initialization failed|EngineDeadError|EngineCore encountered an issue|"
-    r"WorkerProc initialization failed|Executor failed|CancelledError|Engine process failed"
-)
-# Only where a line begins: requests can put a text into the middle of one.
-_FATAL = re.compile(
-    r"EngineCore failed to start|WorkerProc failed to start|EngineCore encountered a fatal error|"
-    r"RuntimeError: Engine core initialization failed"
-)
-PREFIX_OF_OURS = "expo-serve: error: "
+_OURS = "expo_serve.errors."
 
 
 class LogTail:
-    """The last lines of a child's output streams, each copied on by a thread of its own."""
+    """The last lines of a child's output streams; one thread per stream copies it."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._threads: list[threading.Thread] = []
         self.failed = threading.Event()
-        """Set once a line says that an engine or worker failed for good."""
+        """Set when a line reports that an engine or worker has failed."""
 
     def follow(self, source: int, target: int) -> None:
-        """Copy a file descriptor's bytes to another until its end."""
+        """Copy from one file descriptor to another until the end of the source."""
         thread = threading.Thread(target=self._copy, args=(source, target), daemon=True)
         thread.start()
         self._threads.append(thread)
 
     def finish(self, timeout: float = 2.0) -> None:
-        """Wait until all that was written has been passed on."""
+        """Wait until all output has been copied, at most ``timeout`` seconds for each stream."""
         for thread in self._threads:
             thread.join(timeout)
 
@@ -58,31 +45,34 @@ class LogTail:
             self._remember(rest)
 
     def _remember(self, raw: bytes) -> None:
-        line = _PREFIX.sub("", _ANSI.sub("", raw.decode(errors="replace")).strip("\r"))
+        line = without_prefix(raw.decode(errors="replace"))
         self._lines.append(line)
-        if _FATAL.match(line):
+        if is_fatal(line):
             self.failed.set()
 
-    def says_error(self) -> bool:
-        """Whether the child ended with an error line of ours, so that nothing need be added."""
-        return any(line.startswith(PREFIX_OF_OURS) for line in list(self._lines)[-5:])
+    def ends_with_error(self) -> bool:
+        """Return whether one of the last lines is an error line of expo-serve, so that no other is needed."""
+        return any(line.startswith(ERROR_PREFIX) for line in list(self._lines)[-5:])
 
     def root_cause(self) -> str | None:
-        """The exception that began the failure: one of ours, without its class, else the first after vLLM
-        called it fatal."""
+        """Return the exception that started the failure.
+
+        An exception of expo-serve comes first and is returned without its class; otherwise it is the first exception
+        after a line that reports a failed engine or worker.
+        """
         lines = list(self._lines)
-        if own := next((line for line in lines if _OURS.match(line)), None):
+        if own := next((line for line in lines if line.startswith(_OURS)), None):
             return own.partition(": ")[2]
-        start = next((index for index, line in enumerate(lines) if _FATAL.match(line)), len(lines))
+        start = next((index for index, line in enumerate(lines) if is_fatal(line)), len(lines))
         return next(_exceptions(lines[start:]), None)
 
     def last_exception(self) -> str | None:
-        """The exception that was printed last, which need not have ended anything."""
+        """Return the exception that was printed last; it need not have ended the child."""
         return next(_exceptions(reversed(self._lines)), None)
 
 
 def _exceptions(lines: Iterable[str]) -> Iterator[str]:
-    return (line.strip() for line in lines if _EXCEPTION.match(line) and not _ECHO.search(line))
+    return (line.strip() for line in lines if is_exception(line))
 
 
 def _write_all(target: int, data: bytes) -> None:
@@ -90,4 +80,4 @@ def _write_all(target: int, data: bytes) -> None:
         try:
             data = data[os.write(target, data) :]
         except OSError:
-            return  # whoever read our output is gone; the server goes on
+            return  # the reader of our output is gone; the server continues

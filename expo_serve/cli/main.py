@@ -1,4 +1,4 @@
-"""The command: picks the subcommand, turns every error into one line and an exit code."""
+"""The command ``expo-serve``: dispatches to a subcommand, and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
-from expo_serve import __version__
+from expo_serve import __version__, errors
 from expo_serve.errors import ExpoError
 
 
 class _Stopped(BaseException):
-    """SIGTERM or SIGINT came."""
+    """SIGTERM or SIGINT arrived; the argument is the signal's number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,39 +25,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments), started)
     except ExpoError as error:
-        _show(error)
+        errors.show(error)
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output is gone; nothing more can be said, also not by Python's own exit.
+        # The reader of standard output is gone. Without this, Python's own flush at exit would fail in the same way.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _Stopped as stopped:
         sys.stderr.flush()
-        # Threads of a download may still run, and a normal exit would wait for them.
+        # A normal exit would wait for the threads of a download or of a merge.
         os._exit(128 + int(stopped.args[0]))
 
 
+def _inspect(arguments: list[str]) -> int:
+    from expo_serve.cli import inspect
+
+    return inspect.main(arguments)
+
+
+def _merge(arguments: list[str]) -> int:
+    from expo_serve.cli import merge
+
+    return merge.main(arguments)
+
+
+def _delta(arguments: list[str]) -> int:
+    from expo_serve.cli import delta
+
+    return delta.main(arguments)
+
+
+def _probe(arguments: list[str]) -> int:
+    from expo_serve.cli import probe
+
+    return probe.main(arguments)
+
+
+# Each imports its command only when it is called: `probe` runs every few seconds and needs next to nothing.
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "inspect": _inspect,
+    "merge": _merge,
+    "delta": _delta,
+    "probe": _probe,
+}
+
+
 def _run(arguments: list[str], started: float) -> int:
+    """Run the command that the first argument names; without one it is to serve."""
     if arguments[:1] == ["--version"]:
         print(f"expo-serve {__version__}")
         return 0
-    command = arguments[0] if arguments else ""
-    if command == "inspect":
-        from expo_serve.cli import inspect
-
-        return inspect.main(arguments[1:])
-    if command == "merge":
-        from expo_serve.cli import merge
-
-        return merge.main(arguments[1:])
-    if command == "delta":
-        from expo_serve.cli import delta
-
-        return delta.main(arguments[1:])
-    if command == "probe":
-        from expo_serve.cli import probe
-
-        return probe.main(arguments[1:])
+    if command := _COMMANDS.get(arguments[0] if arguments else ""):
+        return command(arguments[1:])
     from expo_serve.cli import serve
 
     return serve.main(arguments, started)
@@ -66,12 +84,3 @@ def _run(arguments: list[str], started: float) -> int:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise _Stopped(number)
-
-
-def _show(error: ExpoError) -> None:
-    """Details first, one summary line last."""
-    if os.environ.get("EXPO_DEBUG") == "1":
-        traceback.print_exception(error)
-    for line in error.detail_lines():
-        print(f"  {line}", file=sys.stderr)
-    print(f"expo-serve: error: {error.message}", file=sys.stderr, flush=True)

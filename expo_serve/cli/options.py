@@ -1,4 +1,4 @@
-"""Our flags: read from the command line and from a ``--config`` file; all others are vLLM's.
+"""Flags of expo-serve, read from the command line and a ``--config`` file; all other flags belong to vLLM.
 
 Precedence: command line, then ``--config`` file, then default.
 """
@@ -15,89 +15,96 @@ import yaml
 
 from expo_serve.checkpoint.source import HubAccess
 from expo_serve.cli.parser import Parser
-from expo_serve.config import ALPHA_RANGE, ExpoConfig, alpha_from_flag, parse_config, rules_from_flags
+from expo_serve.config import ALPHA_RANGE, SOURCE_EXPECTED, ExpoConfig, parse_config
 from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
     "unmatched",
 )  # fmt: skip
+REVISION_HELP = "branch, tag or commit on the hub"
 _SHARED_FLAGS = ("hf-token", "download-dir")
-_OURS_TO_SET = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
+_SET_BY_US = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
+"""Flags of vLLM that expo-serve sets itself."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: the deployment, how the hub is reached, and what goes on to vLLM.
-
-    ``unknown`` are the flags that are not ours; ``arguments`` holds them and those that vLLM shares.
-    """
+    """The parsed command line: the deployment, the access to the hub, and what is passed on to vLLM."""
 
     config: ExpoConfig
     hub: HubAccess
     namespace: argparse.Namespace
+    """All flags of expo-serve, as argparse parsed them."""
     unknown: list[str]
+    """Arguments that are not flags of expo-serve, in their order."""
     arguments: list[str]
+    """``unknown``, and the flags that both expo-serve and vLLM use."""
     file_options: dict[str, Any]
+    """Keys of the ``--config`` file that are passed on to vLLM."""
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is extrapolated."""
-    group = parser.add_argument_group("what is extrapolated")
+    """Add the flags that name the sources and alpha."""
+    group = parser.add_argument_group("extrapolation")
     group.add_argument("--base", metavar="B", help="the model before alignment: folder or hub id")
     group.add_argument("--aligned", metavar="A", help="the model after alignment: folder or hub id")
     group.add_argument(
         "--delta", metavar="D",
-        help="in place of --aligned, what takes base to it: a packed delta, a LoRA adapter or a full delta",
+        help="instead of --aligned, its difference from base: a packed delta, a LoRA adapter or a full delta",
     )  # fmt: skip
-    group.add_argument("--alpha", metavar="X", help="how far to go on from base through aligned: 0 is aligned itself, "
-                       f"-1 is base; {ALPHA_RANGE}")  # fmt: skip
-    group.add_argument("--base-revision", metavar="R", help="branch, tag or commit of a hub id")
+    group.add_argument("--alpha", metavar="X", help="how far to extrapolate from base through aligned: 0 gives "
+                       f"aligned itself, -1 gives base; {ALPHA_RANGE}")  # fmt: skip
+    group.add_argument("--base-revision", metavar="R", help=REVISION_HELP)
     group.add_argument(
-        "--aligned-revision", "--revision", metavar="R", dest="aligned_revision",
-        help="branch, tag or commit of a hub id",
+        "--aligned-revision", "--revision", metavar="R", dest="aligned_revision", help=REVISION_HELP,
     )  # fmt: skip
-    group.add_argument("--delta-revision", metavar="R", help="branch, tag or commit of a hub id")
+    group.add_argument("--delta-revision", metavar="R", help=REVISION_HELP)
     group.add_argument(
         "--alpha-rule", metavar="REGEX=VALUE", action="append", default=[],
-        help="another alpha for the tensors whose name matches (first match decides); may be repeated",
+        help="use another alpha for the tensors whose name matches; the first matching rule wins; can be repeated",
     )  # fmt: skip
     group.add_argument(
         "--unmatched", choices=("refuse", "copy"),
-        help="tensors on one side only: refuse the pair (default), or take aligned's over and ignore base's",
+        help="tensors that only one checkpoint has: refuse the pair (default), or copy aligned's and ignore base's",
     )  # fmt: skip
-    shared = parser.add_argument_group("where it comes from")
-    shared.add_argument("--hf-token", nargs="?", const=True, metavar="TOKEN", help="token for the hub (or HF_TOKEN)")
-    shared.add_argument("--download-dir", metavar="DIR", help="where downloads go instead of the hub cache")
+    shared = parser.add_argument_group("access to the sources")
+    add_hub_flags(shared)
     shared.add_argument("--config", metavar="FILE.yaml", help="flags as keys of a YAML file; the command line wins")
 
 
+def add_hub_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say how the hub is reached; vLLM has them too."""
+    group.add_argument("--hf-token", nargs="?", const=True, metavar="TOKEN", help="token for the hub (or HF_TOKEN)")
+    group.add_argument("--download-dir", metavar="DIR", help="download folder, instead of the hub's cache")
+
+
 def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
-    """Parse and validate everything that is ours; the rest is kept as it is, for vLLM.
+    """Parse and validate the flags of expo-serve; all other arguments are kept unchanged, for vLLM.
 
     Raises:
-        UsageError: a flag of ours is wrong, missing, or one of vLLM's that is ours to set.
+        UsageError: a flag is wrong or missing, or is a flag of vLLM that expo-serve sets itself.
         ConfigError: the ``--config`` file is wrong.
     """
     namespace, rest = parser.parse_known_args(normalise(arguments, parser.known_flags()))
     if rest and not rest[0].startswith("-"):
-        raise UsageError(f"unexpected {rest[0]!r}: the models are named by --base and --aligned or --delta")
+        raise UsageError(f"unexpected {rest[0]!r}: name the models with --base and --aligned or --delta")
     for argument in rest:
-        _refuse_ours_to_set(argument.split("=", 1)[0])
+        _refuse_set_by_us(argument.split("=", 1)[0])
     from_file = {} if namespace.config is None else _read_file(namespace.config)
     for key in from_file:
-        _refuse_ours_to_set(f"--{key}")
+        _refuse_set_by_us(f"--{key}")
     values = {key: _pick(namespace, from_file, key) for key in (*_SOURCE_FLAGS, *_SHARED_FLAGS)}
     hub = _hub_access(values.pop("hf-token"), values.pop("download-dir"))
     return Options(_validate(values), hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
 
 
 def normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
-    """Underscores in our flags as vLLM allows them, and values that begin with ``-`` (``--alpha -1e-3``).
+    """Rewrite flags with underscores, as vLLM accepts them, and values that begin with ``-`` (``--alpha -1e-3``).
 
     Args:
         arguments: the command line.
-        known: the flags that are ours, with their hyphens.
+        known: the flags of expo-serve, with hyphens; all others are kept unchanged.
     """
     result: list[str] = []
     pending = list(arguments)
@@ -114,11 +121,11 @@ def normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
     return result
 
 
-def _refuse_ours_to_set(flag: str) -> None:
+def _refuse_set_by_us(flag: str) -> None:
     name = flag.replace("_", "-").removeprefix("--").split(".")[0]
-    if flag.startswith("--") and name in _OURS_TO_SET:
+    if flag.startswith("--") and name in _SET_BY_US:
         raise UsageError(
-            f"--{name} is set by expo-serve; leave it out (--base and --aligned or --delta name the models)"
+            f"--{name} is set by expo-serve; leave it out (the models are named by --base and --aligned or --delta)"
         )
 
 
@@ -129,21 +136,21 @@ def _read_file(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or an impossible date
-        raise ConfigError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise ConfigError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config: {path} must map flag names to values")
     options = {key.replace("_", "-"): value for key, value in content.items()}
     if len(options) < len(content) or {"revision", "aligned-revision"} <= options.keys():
         raise ConfigError(
-            f"--config: {path} gives one flag under two names (hyphens and underscores, or revision "
-            "and aligned-revision); leave one out"
+            f"--config: {path} gives a flag under two names (hyphens and underscores, or revision and "
+            "aligned-revision); leave one out"
         )
     return options
 
 
 def _pick(namespace: argparse.Namespace, from_file: dict[str, Any], key: str) -> Any:
-    """One of our values; what vLLM does not share is taken out of the file's, which go on to vLLM."""
+    """Return the value of one flag; a key that vLLM does not share is removed from ``from_file``."""
     in_file = from_file.get(key)
     if key not in _SHARED_FLAGS:
         name = "revision" if key == "aligned-revision" and "revision" in from_file else key
@@ -152,38 +159,35 @@ def _pick(namespace: argparse.Namespace, from_file: dict[str, Any], key: str) ->
     return in_file if given in (None, []) else given
 
 
+def flag_of(key: str) -> str:
+    """Return the flag that sets a key of :class:`ExpoConfig`; ``alpha_rules.0`` gives ``--alpha-rule``."""
+    name = key.split(".")[0]
+    return "--alpha-rule" if name == "alpha_rules" else "--" + name.replace("_", "-")
+
+
 def _validate(values: dict[str, Any]) -> ExpoConfig:
-    if values["aligned"] is not None and values["delta"] is not None:
-        raise UsageError("--aligned and --delta are both given: leave one out")
+    """Require the flags that the command cannot do without; the model holds all other rules."""
     other = "aligned" if values["delta"] is None else "delta"
-    for side, revision in (("aligned", "aligned-revision"), ("delta", "delta-revision")):
-        if side != other and values[revision] is not None:
-            raise UsageError(f"--{revision} is given, but --{side} is not")
-    for key, hint in (("base", "folder or hub id"), (other, "folder or hub id"), ("alpha", ALPHA_RANGE)):
-        if values[key] is None:
-            raise UsageError(f"--{key} is missing: expected {hint}")
-        if values[key] == "":
-            raise UsageError(f"--{key} is empty: expected {hint}")
+    for key, expected in (("base", SOURCE_EXPECTED), (other, SOURCE_EXPECTED), ("alpha", ALPHA_RANGE)):
+        if values[key] in (None, ""):
+            raise UsageError(f"--{key} is {'missing' if values[key] is None else 'empty'}: expected {expected}")
     rules = values.pop("alpha-rule")
-    for key, value in values.items():
-        if key != "alpha" and not isinstance(value, str | None):
-            raise UsageError(f"--{key}: expected a text, found {value!r:.100}")
     config = {key.replace("-", "_"): value for key, value in values.items() if value is not None}
-    config["alpha"] = alpha_from_flag(values["alpha"])
-    config["alpha_rules"] = rules_from_flags([] if rules is None else rules)
-    return parse_config(config, "flags")
+    if rules is not None:
+        config["alpha_rules"] = rules if isinstance(rules, list) else [rules]
+    return parse_config(config, name=flag_of)
 
 
 def _hub_access(token: Any, download_dir: Any) -> HubAccess:
     if not isinstance(token, str | bool | None):
-        raise UsageError("--hf-token: expected a text, or nothing for the stored token")
+        raise UsageError("--hf-token: expected a string, or no value to use the stored token")
     if not isinstance(download_dir, str | None):
         raise UsageError(f"--download-dir: expected a folder, found {download_dir!r:.100}")
     return HubAccess(token, download_dir)
 
 
 def _forward(namespace: argparse.Namespace) -> list[str]:
-    """Flags that hold for our sources and for vLLM alike."""
+    """Return the flags that both expo-serve and vLLM use."""
     flags: list[str] = []
     if namespace.hf_token:
         flags += ["--hf-token"] if namespace.hf_token is True else ["--hf-token", namespace.hf_token]

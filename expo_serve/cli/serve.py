@@ -1,7 +1,7 @@
-"""``expo-serve``: check everything, then run vLLM's server under a watch.
+"""``expo-serve``: check everything, then run vLLM's server and watch it.
 
-Three processes: this one (light; it has the process id that the user knows), the keeper (a small
-process that starts vLLM, watches it, and ends all of it if this one dies), and vLLM with its own.
+Three processes take part: this one, which has the process id that the user knows; the keeper, which starts vLLM,
+watches it, and ends all of it if this process dies; and vLLM's server with its own children.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+from expo_serve import errors
 from expo_serve.cli import processes
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
@@ -22,17 +23,17 @@ from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, ServeError, UsageError
 
 _EPILOG = """\
-Every flag of `vllm serve` is accepted too, and means what it means there.
+All flags of `vllm serve` are accepted too, with the same meaning.
   expo-serve --help=all        all of vLLM's flags
-  expo-serve --help=port       those with "port" in their name (also --help=ModelConfig, ...)
+  expo-serve --help=port       flags with "port" in their name (also --help=ModelConfig, ...)
 
-Other commands, with the same flags for the sources:
-  expo-serve inspect           what a load would do, from the files' headers alone
+Other commands (see expo-serve COMMAND --help):
+  expo-serve inspect           show what a load would do; reads headers only
   expo-serve merge --out DIR   write the extrapolated checkpoint
   expo-serve delta create      pack the difference of two checkpoints (also: verify, apply)
-  expo-serve probe --alpha X   does a running server serve this alpha? For readiness probes
+  expo-serve probe --alpha X   check that a running server serves this alpha, for readiness probes
 
-Exit codes: 0 well, also after SIGTERM while serving; 2 the call or the pair is wrong; 1 loading or
+Exit codes: 0 success, also after SIGTERM while serving; 2 the command line or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.
 """
 _REFUSED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
@@ -43,7 +44,7 @@ def main(arguments: list[str], started: float) -> int:
 
     Args:
         arguments: the command line without the program's name.
-        started: CLOCK_MONOTONIC when the command was called, in seconds.
+        started: CLOCK_MONOTONIC at the start of the command, in seconds.
     """
     if topic := next((item for item in arguments if item.startswith("--help=")), None):
         return _vllm_help(topic.removeprefix("--help="))
@@ -53,22 +54,27 @@ def main(arguments: list[str], started: float) -> int:
     return _serve(_request(config, options))
 
 
-def _read(arguments: list[str]) -> Options:
+def parser() -> Parser:
+    """Return the parser of the command; vLLM's flags are not in it."""
     parser = Parser(
         prog="expo-serve",
-        description="Serve aligned + alpha * (aligned - base) with vLLM; the weights are computed while they load.",
+        description="Serve aligned + alpha * (aligned - base) with vLLM; the weights are computed during the load.",
         epilog=_EPILOG,
     )
     add_source_flags(parser)
+    return parser
+
+
+def _read(arguments: list[str]) -> Options:
     if arguments and not arguments[0].startswith("-"):
-        raise UsageError(f"unexpected {arguments[0]!r}: the model is named by --base and --aligned or --delta")
-    return read_options(parser, arguments)
+        raise UsageError(f"unexpected {arguments[0]!r}: name the models with --base and --aligned or --delta")
+    return read_options(parser(), arguments)
 
 
 def _refuse_variables() -> None:
     for name in _REFUSED_VARIABLES:
         if os.environ.get(name, "").strip().lower() not in ("", "0", "false"):
-            raise UsageError(f"{name} opens routes that change weights, but alpha is pinned here; unset it")
+            raise UsageError(f"{name} opens routes that change weights, but alpha is fixed for a server; unset it")
 
 
 def _resolve(options: Options, started: float) -> ExpoConfig:
@@ -77,7 +83,7 @@ def _resolve(options: Options, started: float) -> ExpoConfig:
     _check_vllm()
     plan = prepare(options.config, options.hub)
     for warning in plan.warnings:
-        print(f"expo-serve: warning: {warning}", file=sys.stderr, flush=True)
+        errors.warn(warning)
     return pin(options.config, plan, started, on_terminal=sys.stderr.isatty())
 
 
@@ -87,7 +93,7 @@ def _check_vllm() -> None:
 
 
 def _request(config: ExpoConfig, options: Options) -> dict[str, Any]:
-    """What ``expo_serve.vllm_plugin.server`` reads; it describes the keys."""
+    """Return the request for ``expo_serve.vllm_plugin.server``, which documents the keys."""
     assert config.pinned is not None
     given = any(item.split("=")[0].replace("_", "-") == "--served-model-name" for item in options.arguments)
     given = given or "served-model-name" in options.file_options
@@ -104,7 +110,7 @@ def _serve(request: dict[str, Any]) -> int:
     keeper = subprocess.Popen(
         [sys.executable, "-m", "expo_serve.cli.keeper"],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C at a terminal reaches this process alone, which passes it on
+        start_new_session=True,  # Ctrl-C at a terminal reaches only this process, which passes it on
         env={**os.environ, "PYTHONSAFEPATH": "1"},  # a folder named like the package must not shadow it
     )
     assert keeper.stdin is not None
@@ -118,7 +124,7 @@ def _serve(request: dict[str, Any]) -> int:
 
     with suppress(BrokenPipeError):
         keeper.stdin.write(json.dumps(request).encode() + b"\n")
-        keeper.stdin.flush()  # and left open: its end tells the keeper that this process is gone
+        keeper.stdin.flush()  # left open: its end tells the keeper that this process is gone
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     return _code(keeper.wait(), signals)

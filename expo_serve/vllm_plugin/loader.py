@@ -6,7 +6,6 @@ the tensors, and the loader yields a lazy tensor for each name.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,11 +28,11 @@ from expo_serve.load.threads import default_threads, start_thread
 from expo_serve.plan.delta import kind_of
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
+from expo_serve.progress import Progress
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
-from expo_serve.vllm_plugin.progress import LoadProgress
-from expo_serve.vllm_plugin.reporting import LoadAccount
+from expo_serve.vllm_plugin.reporting import LoadAccount, load_progress
 from expo_serve.vllm_plugin.unwritten import check_written
 
 LOAD_FORMAT = "expo"
@@ -47,7 +46,7 @@ class ModelLoad:
 
     plan: Plan
     session: LoadSession
-    progress: LoadProgress | None = None
+    progress: Progress | None = None
     given: list[str] = field(default_factory=list)
     """The tensors that the model is given, in vLLM's order."""
 
@@ -175,13 +174,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         for source in further:
             yield from self._get_weights_iterator(source)
 
-    def _progress(self, plan: Plan, activity: ReadActivity) -> LoadProgress:
-        return LoadProgress(
-            sum(plan.read_bytes.values()),
-            activity,
-            on_terminal=self.config.pinned.on_terminal if self.config.pinned else sys.stderr.isatty(),
-            is_shown=self._shows_progress and compat.get_current_vllm_config().parallel_config.rank == 0,
-        )
+    def _progress(self, plan: Plan, activity: ReadActivity) -> Progress:
+        is_shown = self._shows_progress and compat.get_current_vllm_config().parallel_config.rank == 0
+        return load_progress(plan, activity, self.config, is_shown=is_shown)
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """List the names that vLLM's own iterator yields, in its order; the tensors that it opens are not read."""

@@ -1,7 +1,8 @@
-"""What one load takes and does, measured from its start to its report."""
+"""Reporting of one load: its progress while it runs, and the :class:`LoadReport` when it is done."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,46 +10,76 @@ from dataclasses import dataclass, field
 import torch
 
 from expo_serve import memory
+from expo_serve.config import ExpoConfig
 from expo_serve.load.counts import Counts
 from expo_serve.plan.plan import Plan
+from expo_serve.progress import Progress, Reads
 from expo_serve.report import LoadReport, public_source
 from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.unwritten import made_late
+from expo_serve.vllm_plugin.unwritten import is_quantised_late
+
+logger = compat.init_logger("vllm.expo_serve.reporting")
+
+
+def load_progress(plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: bool) -> Progress:
+    """Return the progress of one load; its lines and warnings go to vLLM's logger.
+
+    Args:
+        plan: its total counts the bytes of both operands that a single rank would read.
+        reads: the load's reads.
+        config: whether a bar can be drawn is pinned there by the command, whose standard error the workers share.
+        is_shown: False on all ranks but the first.
+    """
+    progress = Progress(
+        "expo: loading weights",
+        sum(plan.read_bytes.values()),
+        on_terminal=config.pinned.on_terminal if config.pinned else sys.stderr.isatty(),
+        is_shown=is_shown,
+        say=lambda line: logger.info("%s", line),
+        warn=lambda line: logger.warning("expo: %s", line),
+    )
+    progress.watch(reads)
+    return progress
 
 
 @dataclass
 class LoadAccount:
-    """One load, from its start to its report."""
+    """Measures one load, from its start to its report."""
 
     anonymous_before: int
+    """Anonymous memory at the start, in bytes."""
     started: float = field(default_factory=time.perf_counter)
     resolved: float = 0.0
+    """When the plan was ready (:func:`time.perf_counter`)."""
     done_bytes: int = 0
+    """Size of the parameters that ``load_weights`` has filled."""
     unfilled: list[str] = field(default_factory=list)
+    """Parameters that vLLM's code fills from no tensor."""
     counts: Counts = field(default_factory=Counts)
+    """Tensors and bytes of the load; set once the weights are loaded."""
     late: list[torch.nn.Module] = field(default_factory=list)
-    """Layers whose parameters are not there yet when ``load_weights`` is done."""
+    """Layers whose parameters do not exist yet when ``load_weights`` returns."""
 
     @staticmethod
     def open(model: torch.nn.Module) -> LoadAccount:
-        """Begin, with the marks of peak memory set back."""
+        """Start measuring, with the peaks of host and device memory reset."""
         memory.reset_peak()
         if device := _cuda_device(model):
             torch.cuda.reset_peak_memory_stats(device)
         return LoadAccount(memory.anonymous_bytes())
 
     def sort(self, model: torch.nn.Module) -> None:
-        """Tell the layers that are loaded from those that vLLM quantises later."""
+        """Separate the layers that are loaded now from those that vLLM quantises later."""
         modules = list(model.modules())
         self.late = [
             module
             for module in modules
-            if made_late(module) and any(part.is_meta for part in module.parameters(recurse=False))
+            if is_quantised_late(module) and any(part.is_meta for part in module.parameters(recurse=False))
         ]
         self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
     def report(self, model: torch.nn.Module, plan: Plan, alpha: float) -> LoadReport:
-        """What has been done until now."""
+        """Return the report of what has been done so far."""
         ended = time.perf_counter()
         device = _cuda_device(model)
         return LoadReport(
@@ -73,7 +104,7 @@ class LoadAccount:
 
 
 def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
-    """Size of the parameters that the modules themselves hold in memory, shared ones counted once."""
+    """Return the size of the modules' own parameters that are in memory; a shared parameter counts once."""
     own = {id(parameter): parameter for module in modules for parameter in module.parameters(recurse=False)}
     return sum(parameter.nbytes for parameter in own.values() if not parameter.is_meta)
 

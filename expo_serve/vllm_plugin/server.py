@@ -1,14 +1,12 @@
-"""The process that becomes vLLM's server: vLLM's own serve command, with our flags set.
+"""The process that becomes vLLM's server: runs vLLM's own serve command with the flags that expo-serve sets.
 
-It is started by ``expo_serve.cli.keeper``, which writes one JSON object on its standard input::
+``expo_serve.cli.keeper`` starts it and writes one JSON object on its standard input::
 
     {"config": ExpoConfig, "arguments": [flag, ...], "file_options": {key: value},
-     "served_model_name": str or null when a flag gives it, "status_fd": int}
+     "served_model_name": str, or null if a flag gives it, "status_fd": int}
 
-or ``{"help": topic}`` for a page of vLLM's own help;
-
-and reads one line from ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``, written when
-vLLM's flags were understood and the engine is about to start.
+or ``{"help": topic}`` for a page of vLLM's own help. Once vLLM has accepted the flags and before the engine starts,
+this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import traceback
 from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 from shutil import which
 from typing import Any
 
+from expo_serve import errors
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.vllm_plugin import compat
@@ -41,25 +39,21 @@ _PLUGIN = "expo"
 
 
 def main() -> int:
-    """Read the request, parse vLLM's flags, serve. Returns the exit code."""
+    """Read the request, parse vLLM's flags and serve; returns the exit code."""
     request = json.load(sys.stdin)
     allow_plugins()
     try:
         serve(request)
     except ExpoError as error:
-        if os.environ.get("EXPO_DEBUG") == "1":
-            traceback.print_exception(error)
-        for line in error.detail_lines():
-            print(f"  {line}", file=sys.stderr)
-        print(f"expo-serve: error: {error.message}", file=sys.stderr, flush=True)
+        errors.show(error)
         return error.exit_code
     return 0
 
 
 def allow_plugins() -> None:
-    """Name the plugins that vLLM may load: all that it loads by itself, and our endpoint plugin.
+    """Set ``VLLM_PLUGINS`` to the plugins that vLLM would load anyway, and our endpoint plugin.
 
-    ``VLLM_PLUGINS`` opens endpoint plugins and filters all the other groups at once.
+    The variable is what enables an endpoint plugin, but it also filters all other groups of plugins.
     """
     given = os.environ.get("VLLM_PLUGINS")
     if given is None:
@@ -70,29 +64,29 @@ def allow_plugins() -> None:
 
 
 def serve(request: dict[str, Any]) -> None:
-    """Executor vLLM's server until it ends.
+    """Run vLLM's server until it ends.
 
     Raises:
-        CompatError: the installed vLLM lacks a name that we build on.
-        UsageError: a flag of vLLM that is ours to set was given under another spelling.
+        CompatError: the installed vLLM lacks a name that expo-serve depends on.
+        UsageError: a flag that expo-serve sets itself was given in another spelling.
     """
     from expo_serve.vllm_plugin.loader import register_loader
 
     if warning := compat.version_warning():
-        warn(warning)
+        errors.warn(warning)
     compat.cli_env_setup()
-    # vLLM only logs a plugin that fails to load; here it is an error.
+    # vLLM only logs that a plugin cannot be loaded; here it raises.
     register_loader()
     command, args = parse(request)
     _use_eager_without_compiler(args)
     compat.configure_logging_from_args(args)
     command.validate(args)
-    _tell(request["status_fd"], args)
+    _write_status(request["status_fd"], args)
     command.cmd(args)
 
 
 def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
-    """vLLM's serve command and its arguments; a mistake in vLLM's flags ends the process as vLLM does."""
+    """Return vLLM's serve command and its arguments; a wrong flag of vLLM ends the process, as in vLLM itself."""
     command = compat.ServeSubcommand()
     parser = compat.FlexibleArgumentParser(prog="expo-serve")
     subparser = command.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -109,11 +103,11 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
 
 
 def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str]:
-    """The flags of vLLM that are ours to set; the model comes first."""
+    """Return the arguments of vLLM that expo-serve sets itself; the model comes first."""
     assert config.pinned is not None
     return [
         config.pinned.deployed.path,
-        *_side_files(config.pinned.tokenizer),
+        *_companion_flags(config.pinned.tokenizer),
         *(["--served-model-name", served_model_name] if served_model_name else []),
         "--model-loader-extra-config", config.model_dump_json(exclude_defaults=True),
         "--worker-extension-cls", EXTENSION,
@@ -121,8 +115,8 @@ def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str
     ]  # fmt: skip
 
 
-def _side_files(folder: str | None) -> list[str]:
-    """The tokenizer of a delta, and its generation config if it has one. A flag of the user's comes later and wins."""
+def _companion_flags(folder: str | None) -> list[str]:
+    """Return flags for the tokenizer and the generation config of a delta; the user's own flags follow and win."""
     if folder is None:
         return []
     has_config = Path(folder, "generation_config.json").is_file()
@@ -130,11 +124,11 @@ def _side_files(folder: str | None) -> list[str]:
 
 
 def flatten(options: dict[str, Any], known: set[str]) -> list[str]:
-    """The keys of a ``--config`` file as flags, by vLLM's own rules (``load_config_file``).
+    """Turn the keys of a ``--config`` file into flags, by vLLM's own rules (``load_config_file``).
 
     Args:
-        options: what the file says, our keys taken out.
-        known: vLLM's flags, to find the ``--no-`` form of a key that is false.
+        options: content of the file, without the keys of expo-serve.
+        known: vLLM's flags, to find the ``--no-`` form for a value of false.
     """
     flags: list[str] = []
     for key, value in options.items():
@@ -151,15 +145,17 @@ def flatten(options: dict[str, Any], known: set[str]) -> list[str]:
 
 
 def with_overrides(given: Any, config: ExpoConfig) -> Any:
-    """``--hf-overrides``, with what a delta needs the config to say (a vocabulary that has grown) under the user's
-    own."""
+    """Return the value of ``--hf-overrides``: the user's own, and the keys that a delta changes (a larger vocabulary).
+
+    The user's keys win.
+    """
     overrides = config.pinned.overrides if config.pinned else {}
     given = json.loads(given) if isinstance(given, str) else given
     return {**overrides, **(given or {})} if overrides else given
 
 
 def _check_ours(args: Namespace, config: ExpoConfig) -> None:
-    """vLLM's parser knows abbreviations and dotted keys; none of them may change what is ours."""
+    """Refuse values of the flags that expo-serve sets: vLLM's parser accepts abbreviations and dotted keys too."""
     assert config.pinned is not None
     extra = args.model_loader_extra_config
     extra = json.loads(extra) if isinstance(extra, str) else extra
@@ -179,11 +175,11 @@ def _use_eager_without_compiler(args: Namespace) -> None:
         return
     if problem := compiler_problem():
         args.enforce_eager = True
-        warn(f"{problem}: vLLM cannot compile the model on CPU, running with --enforce-eager (slower)")
+        errors.warn(f"{problem}: vLLM cannot compile the model on CPU, running with --enforce-eager (slower)")
 
 
 def compiler_problem() -> str | None:
-    """What keeps vLLM's CPU compilation from working, in a few words; None when nothing does."""
+    """Return the reason why vLLM's compilation on CPU cannot work, in a few words; None if it can."""
     compiler = os.environ.get("CXX") or "g++"
     if which(compiler) is None:
         return f"no C++ compiler ({compiler})"
@@ -205,12 +201,7 @@ def compiler_problem() -> str | None:
     return None
 
 
-def warn(message: str) -> None:
-    """One warning line, before vLLM's logging is set up."""
-    print(f"expo-serve: warning: {message}", file=sys.stderr, flush=True)
-
-
-def _tell(status_fd: int, args: Namespace) -> None:
+def _write_status(status_fd: int, args: Namespace) -> None:
     status = {key: getattr(args, key, None) for key in ("host", "port", "uds", "shutdown_timeout")}
     with os.fdopen(status_fd, "w") as status_file:
         status_file.write(json.dumps(status) + "\n")

@@ -1,8 +1,8 @@
-"""After a load: was every parameter of the model filled from the checkpoint, and where not, may that be?"""
+"""Check after a load: every parameter must be filled from the checkpoint, with a few justified exceptions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,43 +13,45 @@ from expo_serve.load.coverage import WriteTracker, still_lazy
 from expo_serve.vllm_plugin import compat
 
 Hole = tuple[int, int]
-"""Selection of a parameter that were written, and that are there."""
+"""Numbers of elements of a parameter: written ones, and all."""
 _COMMON_LEAVES = ("weight", "bias")
 
 
 def check_written(model: torch.nn.Module, tracker: WriteTracker, runner: str, dropped: Mapping[str, int]) -> list[str]:
-    """Every parameter must come from the checkpoint, but for what no checkpoint can carry.
+    """Check that every parameter came from the checkpoint, except those that no checkpoint contains.
 
     Args:
-        model: just loaded.
-        tracker: has seen the writes.
+        model: the model after ``load_weights``.
+        tracker: has recorded the writes.
         runner: vLLM's ``runner_type`` of the model: ``generate``, ``pooling`` or ``draft``.
-        dropped: tensors that the model was given and took nothing of, and their numbers of elements.
+        dropped: tensors that the model was given but did not use, and their numbers of elements.
 
     Returns:
-        The parameters that stay as vLLM made them because its code leaves them so, with or without us.
+        Parameters that vLLM's code never fills, with or without expo-serve.
 
     Raises:
-        LoadError: a parameter, or a part of it, was left out.
+        LoadError: a parameter, or a part of it, was not written.
     """
     if kept := still_lazy(model):
-        raise LoadError(f"{len(kept)} parameters were kept lazily instead of being copied; please report it", kept)
+        raise LoadError(f"{_parameters(kept)} kept as lazy tensors instead of being copied; please report this", kept)
     holes = {name: hole for name, hole in tracker.unwritten().items() if not _may_lack(model, name, hole, runner)}
     unfilled = [name for name, hole in holes.items() if _is_left_by_vllm(model, name, hole, runner, dropped)]
     untouched = {name: (0, there) for name, there in tracker.untouched_on_meta().items()}
-    quantised = {name: hole for name, hole in untouched.items() if made_late(_owner(model, name))}
+    quantised = {name: hole for name, hole in untouched.items() if is_quantised_late(_owner(model, name))}
     missing = {name: hole for name, hole in {**holes, **quantised}.items() if name not in unfilled}
     if missing:
         raise LoadError(
-            f"{len(missing)} parameters were not loaded from the checkpoint; it is not a checkpoint of this model",
+            f"{_parameters(missing)} not loaded from the checkpoint; expected a checkpoint of this model",
             [f"{name}: {written} of {there} elements" for name, (written, there) in missing.items()],
         )
     return unfilled
 
 
 def _may_lack(model: torch.nn.Module, name: str, hole: Hole, runner: str) -> bool:
-    """KV-cache scales have defaults, padding holds nothing, a draft gets the target's embedding and head where it has
-    none of its own."""
+    """Return whether no checkpoint has these elements.
+
+    KV-cache scales have defaults, padding has no values, and a draft without an embedding or head uses the target's.
+    """
     module = _owner(model, name)
     if hole[0]:
         return hole[0] in _unpadded_sizes(module, hole[1])
@@ -58,8 +60,11 @@ def _may_lack(model: torch.nn.Module, name: str, hole: Hole, runner: str) -> boo
 
 
 def _is_left_by_vllm(model: torch.nn.Module, name: str, hole: Hole, runner: str, dropped: Mapping[str, int]) -> bool:
-    """An output projection that a pooling model does not use, or a parameter whose tensor vLLM's code does not find:
-    it was given one of this very name and size."""
+    """Return whether vLLM's code leaves this parameter unfilled.
+
+    That is the output projection of a pooling model, which is not used, or a parameter whose tensor vLLM does not
+    recognise although the checkpoint has one with the same last name and size.
+    """
     if hole[0]:
         return False
     leaf = name.rpartition(".")[2]
@@ -69,9 +74,13 @@ def _is_left_by_vllm(model: torch.nn.Module, name: str, hole: Hole, runner: str,
     return is_lost or (runner == "pooling" and isinstance(_owner(model, name), compat.ParallelLMHead))
 
 
-def made_late(module: torch.nn.Module) -> bool:
-    """Whether online quantisation makes a layer, beginning on meta; what else is on meta was left out on purpose."""
+def is_quantised_late(module: torch.nn.Module) -> bool:
+    """Return whether online quantisation creates the layer's parameters after the load, starting on the meta device."""
     return bool(getattr(getattr(module, "quant_method", None), "uses_meta_device", False))
+
+
+def _parameters(names: Collection[str]) -> str:
+    return "1 parameter was" if len(names) == 1 else f"{len(names)} parameters were"
 
 
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -79,7 +88,7 @@ def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def _unpadded_sizes(module: Any, elements: int) -> set[int]:
-    """How many elements a checkpoint has for a parameter of experts that vLLM made larger, for its kernels."""
+    """Return the possible numbers of elements, without padding, of an expert parameter that vLLM's kernels pad."""
     moe = getattr(module, "moe_config", None)
     if moe is None:
         return set()

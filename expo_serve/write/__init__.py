@@ -1,1 +1,1 @@
-"""Checkpoints and packed deltas written to disk, and packed deltas verified."""
+"""Writes merged checkpoints and packed deltas, and verifies packed deltas."""

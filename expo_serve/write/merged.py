@@ -1,4 +1,4 @@
-"""A plan's result as a plain checkpoint on disk: tensor by tensor, so that memory holds a few of them."""
+"""Writes a plan's result as a plain checkpoint, tensor by tensor, so that only a few results are in memory."""
 
 from __future__ import annotations
 
@@ -14,32 +14,54 @@ from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import LoadSession
 from expo_serve.load.threads import in_order
-from expo_serve.plan.plan import PlannedTensor
+from expo_serve.plan.plan import Plan, PlannedTensor
+from expo_serve.progress import Progress
+from expo_serve.write.companions import copy_companion_files
 
 _THREADS = 2
-"""Each result is a whole tensor, so that few are under way; a disk is filled by two."""
-_METADATA = {"format": "pt"}  # transformers asks for it
+"""Two threads saturate a disk; more would hold more whole tensors in memory."""
+_METADATA = {"format": "pt"}  # required by transformers
+_OF_ADAPTERS = ("adapter_config.json", "config.json", "README.md")
+"""Files of an adapter's folder that describe the adapter, not the merged model."""
 
 
-def save(tensors: list[PlannedTensor], folder: Path, shard_bytes: int, advance: Callable[[int], None]) -> None:
-    """Write the weights: one file, or several and their index.
+def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> None:
+    """Write a plan's result into a folder, with its config and tokenizer.
 
     Args:
-        tensors: what the result has.
-        folder: where to.
-        shard_bytes: the largest file, unless one tensor is larger.
-        advance: told of bytes of the result that are done.
+        plan: every tensor of it is written.
+        folder: existing, empty folder.
+        shard_bytes: size limit of one file; a single larger tensor exceeds it.
+        progress: counts bytes of the result.
 
     Raises:
         ExpoError: a source cannot be read, or a value is not finite.
         OSError: the folder cannot be written to.
     """
+    copy_companion_files(Path(plan.model.path), folder)
+    if plan.tokenizer:
+        copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)
+    if plan.overrides:
+        _override(folder / "config.json", plan.overrides)
+    _write_weights(list(plan.tensors.values()), folder, shard_bytes, progress)
+
+
+def _override(file: Path, overrides: dict[str, Any]) -> None:
+    config = json.loads(file.read_bytes())
+    for key, value in overrides.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_weights(tensors: list[PlannedTensor], folder: Path, shard_bytes: int, progress: Progress) -> None:
+    """Write one file, or several and their index."""
     shards = _shards(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
     session = LoadSession()
+    progress.watch(session.reader.activity)
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(shard, folder / name, lambda tensor: _value(tensor, session), advance)
+        _write_shard(shard, folder / name, lambda tensor: _value(tensor, session), progress)
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), name))
     if len(shards) > 1:
         total = sum(tensor.result.nbytes for tensor in tensors)
@@ -48,7 +70,7 @@ def save(tensors: list[PlannedTensor], folder: Path, shard_bytes: int, advance: 
 
 
 def _shards(tensors: list[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
-    """Tensors in their order, cut so that no file is larger than ``limit`` unless one tensor is."""
+    """Split the tensors, in their order, into files of at most ``limit`` bytes or one tensor."""
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -60,13 +82,10 @@ def _shards(tensors: list[PlannedTensor], limit: int) -> list[list[PlannedTensor
     return shards
 
 
-def _write(
-    shard: list[PlannedTensor],
-    file: Path,
-    value: Callable[[PlannedTensor], torch.Tensor],
-    advance: Callable[[int], None],
+def _write_shard(
+    shard: list[PlannedTensor], file: Path, value: Callable[[PlannedTensor], torch.Tensor], progress: Progress
 ) -> None:
-    # The widest first, as the format's own library orders them, so that every tensor is aligned to its dtype.
+    # Widest dtype first, as the safetensors library orders them, so that every tensor is aligned to its dtype.
     ordered = sorted(shard, key=lambda tensor: -tensor.result.nbytes // max(1, tensor.result.numel))
     header = header_bytes(sizes_of({tensor.name: tensor.result for tensor in ordered}), _METADATA)
     offset = 0
@@ -74,7 +93,7 @@ def _write(
         for tensor, values in in_order(value, ordered, _THREADS):
             writer.write(offset, memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             offset += tensor.result.nbytes
-            advance(tensor.result.nbytes)
+            progress.advance(tensor.result.nbytes)
         writer.finish(header)
 
 

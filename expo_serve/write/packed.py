@@ -1,8 +1,8 @@
-"""Making a packed delta out of a pair: block by block, in all cores' threads, with a few blocks in memory."""
+"""Packs the difference of a pair: block by block, with one thread per core and a few blocks in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from expo_serve.load.selection import Selection
 from expo_serve.load.threads import in_order
 from expo_serve.plan.packed_format import BLOCK, PackedTensor, checksum, write_info
 from expo_serve.plan.plan import Plan
+from expo_serve.progress import Progress
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Of the aligned checkpoint, for each file: one takes some percent of it."""
+"""Bytes of the aligned checkpoint that one file of the delta stands for; the file itself is a few percent of them."""
 _NO_CHECKSUM = "0" * 16
+"""Placeholder of a table's checksum until the table is written."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A unit of work, and what comes of it."""
+    """One block of values: the unit of work of a thread."""
 
     tensor: PackedTensor
     number: int
@@ -36,19 +38,22 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Done:
+class _Encoded:
+    """An encoded block."""
+
     coded: Coded
     base: int
-    """The checksum of base's bytes."""
+    """Checksum of the block's bytes in base; 0 without base."""
 
 
 @dataclass
 class _Written:
-    """What has been written of one tensor."""
+    """The part of one tensor that has been written: its table, then blocks up to ``end``."""
 
     tensor: PackedTensor
     offset: int
     table: Any
+    """Array of :data:`~expo_serve.load.blocks.TABLE`, one entry per block."""
     end: int = 0
 
     def __post_init__(self) -> None:
@@ -57,34 +62,36 @@ class _Written:
 
 @dataclass
 class _Layout:
-    """What lies in one file."""
+    """The tensors of one file."""
 
     tensors: list[PackedTensor] = field(default_factory=list)
     nbytes: int = 0
+    """Size of the tensors in the aligned checkpoint."""
 
 
-def pack(plan: Plan, folder: Path, advance: Callable[[int], None]) -> None:
-    """Write the packed delta of a pair.
+def write_packed_delta(plan: Plan, folder: Path, progress: Progress) -> None:
+    """Write the files of a packed delta; companion files are left to the caller.
 
     Args:
-        plan: of the pair, with every tensor that the aligned side is to have.
-        folder: where to; what else belongs there is the caller's.
-        advance: told of bytes of the aligned side that are done.
+        plan: plan of the pair, with every tensor that the delta is to decode to.
+        folder: existing folder.
+        progress: counts bytes of the aligned checkpoint.
 
     Raises:
-        CheckpointError: a side cannot be read.
+        CheckpointError: a source cannot be read.
         OSError: the folder cannot be written to.
     """
     layouts = _layouts(plan)
     base = {"name": plan.base.source.name, "revision": plan.base.source.revision}
     reader = Reader()
+    progress.watch(reader.activity)
     for number, layout in enumerate(layouts, 1):
         name = "delta" if len(layouts) == 1 else f"delta-{number:05}-of-{len(layouts):05}"
         tensors = {tensor.name: tensor for tensor in layout.tensors}
         sizes = {tensor.name: ("U8", (0,), 0) for tensor in layout.tensors}
         room = len(header_bytes(sizes, write_info(len(layouts), base, tensors), longest=True))
         with SafetensorsWriter(folder / f"{name}.safetensors", room) as writer:
-            written = _write_tensors(plan, layout, reader, writer, advance)
+            written = _write_tensors(plan, layout, reader, writer, progress)
             final = {one.tensor.name: one.tensor for one in written}
             sizes = {one.tensor.name: ("U8", (size := one.end - one.offset,), size) for one in written}
             writer.finish(header_bytes(sizes, write_info(len(layouts), base, final)))
@@ -105,13 +112,13 @@ def _layouts(plan: Plan) -> list[_Layout]:
 
 
 def _same_in_base(aligned: TensorRecord, plan: Plan) -> TensorRecord | None:
-    """Base's tensor of the same name and form, for what is taken over: most often it is the same."""
+    """Find base's tensor of the same name, dtype and shape: a tensor that is copied from aligned often equals it."""
     base = plan.base.tensors.get(aligned.name)
     return base if base and (base.dtype, base.shape) == (aligned.dtype, aligned.shape) else None
 
 
 def _write_tensors(
-    plan: Plan, layout: _Layout, reader: Reader, writer: SafetensorsWriter, advance: Callable[[int], None]
+    plan: Plan, layout: _Layout, reader: Reader, writer: SafetensorsWriter, progress: Progress
 ) -> list[_Written]:
     written: dict[str, _Written] = {}
     end = 0
@@ -119,24 +126,24 @@ def _write_tensors(
         if not tensor.count(BLOCK):
             written[tensor.name] = _Written(replace(tensor, table=f"{checksum(b''):016x}"), 0, np.zeros(0, TABLE))
 
-    def work(block: _Block) -> _Done:
+    def work(block: _Block) -> _Encoded:
         return _encode(block, plan, reader)
 
-    for block, done in in_order(work, _blocks(layout)):
+    for block, encoded in in_order(work, _blocks(layout)):
         if block.number == 0:
             table = np.zeros(block.tensor.count(BLOCK), TABLE)
             written[block.tensor.name] = _Written(block.tensor, end, table)
         one = written[block.tensor.name]
-        _write_block(one, block, done, writer)
+        _write_block(one, block, encoded, writer)
         end = one.end
-        advance((block.end - block.start) * _itemsize(plan.tensors[block.tensor.name].aligned))
-    # Empty tensors lie where they come in the order, so that there are no holes.
-    place = 0
+        progress.advance((block.end - block.start) * _itemsize(plan.tensors[block.tensor.name].aligned))
+    # An empty tensor gets the offset that its place in the order implies: the format allows no holes.
+    offset = 0
     for tensor in layout.tensors:
         one = written[tensor.name]
         if not one.table.nbytes:
-            one.offset = one.end = place
-        place = one.end
+            one.offset = one.end = offset
+        offset = one.end
     return [written[tensor.name] for tensor in layout.tensors]
 
 
@@ -146,11 +153,11 @@ def _blocks(layout: _Layout) -> Iterator[_Block]:
             yield _Block(tensor, number, start, end)
 
 
-def _write_block(one: _Written, block: _Block, done: _Done, writer: SafetensorsWriter) -> None:
-    parts = done.coded.parts
+def _write_block(one: _Written, block: _Block, encoded: _Encoded, writer: SafetensorsWriter) -> None:
+    parts = encoded.coded.parts
     data = b"".join(parts)
     sizes = [len(part) for part in parts]
-    one.table[block.number] = (done.base, checksum(data) if data else 0, done.coded.coding, sizes)
+    one.table[block.number] = (encoded.base, checksum(data) if data else 0, encoded.coded.coding, sizes)
     writer.write(one.end, data)
     one.end += len(data)
     if block.number == len(one.table) - 1:
@@ -159,15 +166,15 @@ def _write_block(one: _Written, block: _Block, done: _Done, writer: SafetensorsW
         writer.write(one.offset, raw)
 
 
-def _encode(block: _Block, plan: Plan, reader: Reader) -> _Done:
+def _encode(block: _Block, plan: Plan, reader: Reader) -> _Encoded:
     aligned = plan.tensors[block.tensor.name].aligned
     elements = Selection.flat(block.start, block.end - block.start)
     values = reader.read(aligned, elements, "aligned")
     if block.tensor.base is None or block.start >= block.tensor.shared:
-        return _Done(encode(signed_bits(values), None), 0)
+        return _Encoded(encode(signed_bits(values), None), 0)
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
     digest = checksum(base.view(torch.uint8).numpy())
-    return _Done(encode(signed_bits(values), signed_bits(base.to(values.dtype))), digest)
+    return _Encoded(encode(signed_bits(values), signed_bits(base.to(values.dtype))), digest)
 
 
 def _itemsize(record: TensorRecord) -> int:

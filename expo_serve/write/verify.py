@@ -1,8 +1,8 @@
-"""Every block of a packed delta against its checksums, its base and, if given, the checkpoint that it stands for."""
+"""Verifies every block of a packed delta: its checksums, its base and, if given, the checkpoint that it decodes to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -15,26 +15,28 @@ from expo_serve.load.selection import Selection
 from expo_serve.load.threads import in_order
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
+from expo_serve.progress import Progress
 
 _Block = tuple[PlannedTensor, Selection]
 
 
-def check(plan: Plan, aligned: Checkpoint | None, advance: Callable[[int], None]) -> None:
-    """Decode everything once.
+def verify_packed_delta(plan: Plan, aligned: Checkpoint | None, progress: Progress) -> None:
+    """Decode every block once and compare.
 
     Args:
-        plan: of base and the packed delta, with every tensor.
-        aligned: what it must decode to.
-        advance: told of bytes of the aligned side that are done.
+        plan: plan of base and the packed delta at alpha 0, with every tensor.
+        aligned: the checkpoint that the delta must decode to, bit by bit; None skips this comparison.
+        progress: counts bytes of the aligned checkpoint.
 
     Raises:
         CheckpointError: a block is damaged.
-        ValuesError: base has other values than the delta was made against, or aligned has.
-        PairError: aligned has other tensors.
+        ValuesError: the values of base or of ``aligned`` are not those that the delta was made from.
+        PairError: ``aligned`` has other tensors.
     """
     if aligned:
         _refuse_other_tensors(plan, aligned)
     reader = Reader()
+    progress.watch(reader.activity)
 
     def work(block: _Block) -> None:
         tensor, elements = block
@@ -46,7 +48,7 @@ def check(plan: Plan, aligned: Checkpoint | None, advance: Callable[[int], None]
             )
 
     for (tensor, elements), _ in in_order(work, _blocks(plan)):
-        advance(elements.numel * tensor.result.nbytes // max(1, tensor.result.numel))
+        progress.advance(elements.numel * tensor.result.nbytes // max(1, tensor.result.numel))
 
 
 def _blocks(plan: Plan) -> Iterator[_Block]:
@@ -64,10 +66,10 @@ def _refuse_other_tensors(plan: Plan, aligned: Checkpoint) -> None:
         if _describe(ours.get(name)) != _describe(aligned.tensors.get(name))
     ]
     if wrong:
+        count = "1 tensor differs" if len(wrong) == 1 else f"{len(wrong)} tensors differ"
         raise PairError(
-            f"the delta was made from another checkpoint than {aligned.source.name}: {len(wrong)} tensors differ "
-            f"in name, "
-            f"dtype or shape, the first {wrong[0].split(':')[0]}",
+            f"the delta was made from another checkpoint than {aligned.source.name}: {count} in name, dtype or shape, "
+            f"the first {wrong[0].split(':')[0]}",
             wrong,
         )
 

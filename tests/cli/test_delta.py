@@ -6,14 +6,17 @@ import json
 import os
 import pty
 import subprocess
+import termios
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expo_serve.cli import delta, merge, output
+from expo_serve.cli import delta, merge
 from expo_serve.errors import CheckpointError, PairError, UsageError, ValuesError
+from expo_serve.progress import Progress
 from tests.cli.test_merge import assert_same_tensors, left_in
 from tests.command import refused
 from tests.models import read_tensors, reference_tensors
@@ -52,7 +55,7 @@ def well(*arguments: str) -> str:
 def test_the_command_takes_a_checkpoint_there_and_back(
     tmp_path: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Integers, a value head, grown rows and side files: all of it comes back."""
+    """Integers, a value head, grown rows and companion files: all of it comes back."""
     aligned = {**tiny_tensors(2, vocabulary=18), "ids": torch.arange(5), "v_head.summary.weight": torch.ones(1, 8)}
     write_raw(pair[1], aligned, vocab_size=18)
     (pair[1] / "tokenizer.json").write_text('{"of": "aligned"}')
@@ -62,9 +65,9 @@ def test_the_command_takes_a_checkpoint_there_and_back(
     assert said.startswith(f"wrote {out}: 0.0 MB, ")
     assert left_in(Path(out)) == ["config.json", "delta.safetensors", "tokenizer.json"]
     run("verify", base=pair[0], delta=Path(out))
-    assert capsys.readouterr().out == f"{out} is whole, fits base\n"
+    assert capsys.readouterr().out == f"{out} is intact, matches base\n"
     run("verify", base=pair[0], delta=Path(out), aligned=pair[1])
-    assert capsys.readouterr().out == f"{out} is whole, fits base, and decodes to aligned\n"
+    assert capsys.readouterr().out == f"{out} is intact, matches base, and decodes to aligned\n"
     assert well("apply", "--base", base, "--delta", out, "--out", str(back)) == f"wrote {back}\n"
     assert_same_tensors(read_tensors(back), aligned)
     for name in ("config.json", "tokenizer.json"):
@@ -126,7 +129,7 @@ def test_verify_notices_another_aligned(pair: Pair, packed: Path, tmp_path: Path
 def _other_tensor(pair: Pair, packed: Path, other: Path) -> str:
     """The one detail of the refusal."""
     with pytest.raises(
-        PairError, match="from another checkpoint than other: 1 tensors differ in name, dtype"
+        PairError, match="from another checkpoint than other: 1 tensor differs in name, dtype or shape, the first "
     ) as caught:
         run("verify", base=pair[0], delta=packed, aligned=other)
     (detail,) = caught.value.details
@@ -204,50 +207,50 @@ def test_lines_say_how_far_it_is_without_a_terminal(
     capsys: pytest.CaptureFixture[str],
     action: str,
 ) -> None:
-    monkeypatch.setattr(output, "LINE_SECONDS", 0.0)
+    """After each step the work waits for the next line, so that none is missed."""
+    monkeypatch.setattr(Progress, "tick_seconds", 0.001)
+    monkeypatch.setattr(Progress, "line_seconds", 0.0)
+    printed: list[str] = []
+
+    def advance(progress: Progress, size: int) -> None:
+        capsys.readouterr()
+        original(progress, size)
+        seen, deadline = "", time.monotonic() + 10
+        while seen.count("\n") < 2:  # one that was under way, one that is not
+            assert time.monotonic() < deadline
+            seen += capsys.readouterr().err
+            time.sleep(0.001)
+        printed.append(seen.splitlines()[-1])
+
+    original = Progress.advance
+    monkeypatch.setattr(Progress, "advance", advance)
     sides = {"aligned": pair[1]} if action == "create" else {"delta": packed}
     out = {} if action == "verify" else {"out": tmp_path / "out"}
     run(action, base=pair[0], **sides, **out)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(tiny_tensors())
-    assert all(line.startswith(f"expo-serve: delta {action}: ") and line.endswith(" s left") for line in lines)
-    assert lines[-1].startswith(f"expo-serve: delta {action}: 100%, 0.0 of 0.0 GB after ")
-
-
-def test_a_line_comes_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    now = [100.0]
-    monkeypatch.setattr("expo_serve.cli.output.time.monotonic", lambda: now[0])
-    lines = output.Lines("delta create", 4_000_000_000)
-    for _ in range(40):
-        now[0] += 1
-        lines.advance(100_000_000)
-    assert capsys.readouterr().err.splitlines() == [
-        "expo-serve: delta create: 25%, 1.0 of 4.0 GB after 10 s, about 30 s left",
-        "expo-serve: delta create: 50%, 2.0 of 4.0 GB after 20 s, about 20 s left",
-        "expo-serve: delta create: 75%, 3.0 of 4.0 GB after 30 s, about 10 s left",
-        "expo-serve: delta create: 100%, 4.0 of 4.0 GB after 40 s, about 0 s left",
-    ]
+    assert len(printed) == len(tiny_tensors())
+    assert all(line.startswith(f"expo-serve: delta {action}: ") and line.endswith(" s left") for line in printed)
+    assert printed[-1].startswith(f"expo-serve: delta {action}: 100% after 0 s, 0.0 GB read at ")
 
 
 def test_a_terminal_gets_a_bar(pair: Pair, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
     flags = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--out", str(tmp_path / "delta")]
-    environment = {**ENGINE_ENV, "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**ENGINE_ENV, "TERM": "xterm"}
     with subprocess.Popen(
         [*EXPO_SERVE, "delta", "create", *flags], stdout=subprocess.PIPE, stderr=theirs, env=environment
     ) as process:
         os.close(theirs)
         drawn = _read_all(ours)
         assert process.wait(60) == 0
-    assert "delta create" in drawn
-    assert "━" in drawn
+    assert "expo-serve: delta create: 100%|█" in drawn
     size = sum(tensor.nbytes for tensor in tiny_tensors().values())
-    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in drawn
-    assert "expo-serve:" not in drawn
+    assert f"{size / 1000:.2f}k/{size / 1000:.2f}k" in drawn
+    assert " after " not in drawn, "a line"
 
 
 def _read_all(descriptor: int) -> str:
-    """Until whoever writes is gone, which is an error of the device."""
+    """Until the writer is gone, which is an error of the device."""
     parts = []
     try:
         while part := os.read(descriptor, 4096):

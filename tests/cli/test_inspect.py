@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from expo_serve.cli import inspect
+from expo_serve.cli.inspection import Inspection
 from expo_serve.errors import UsageError
-from expo_serve.report import Inspection
 from tests.models.raw import tiny_tensors, write_pair, write_raw
 
 ALL_BYTES = sum(tensor.nbytes for tensor in tiny_tensors().values())

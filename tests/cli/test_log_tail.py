@@ -60,5 +60,5 @@ def test_nothing_to_say() -> None:
     assert tail.root_cause() is None
     assert tail.last_exception() is None
     assert not tail.failed.is_set()
-    assert not tail.says_error()
-    assert follow("expo-serve: error: no vLLM\n").says_error()
+    assert not tail.ends_with_error()
+    assert follow("expo-serve: error: no vLLM\n").ends_with_error()

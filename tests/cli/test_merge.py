@@ -92,7 +92,7 @@ def test_result_is_a_checkpoint_that_can_be_merged_again(tmp_path: Path, pair: t
     assert_same_tensors(read_tensors(again), read_tensors(out))
 
 
-def test_side_files_come_along_and_weights_do_not(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_companion_files_come_along_and_weights_do_not(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", ".hidden", "pytorch_model.bin", "x.gguf", "y.pt", INDEX):
         (pair[1] / name).write_text("{}" if name != INDEX else _index())
     (pair[1] / "folder").mkdir()

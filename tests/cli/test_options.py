@@ -104,7 +104,7 @@ def test_aligneds_revision_in_the_file(tmp_path: Path, key: str) -> None:
     assert options.file_options == {}
 
 
-def test_one_rule_in_the_file_may_be_a_text(tmp_path: Path) -> None:
+def test_one_rule_in_the_file_may_be_a_string(tmp_path: Path) -> None:
     options = read(*SOURCES, "--config", yaml_file(tmp_path, {"alpha-rule": "x=1"}))
     assert [rule.text for rule in options.config.alpha_rules] == ["x=1"]
 
@@ -123,14 +123,16 @@ def test_what_vllm_shares_stays_in_the_file(tmp_path: Path) -> None:
         ("alpha: true", "--alpha"),
         (f"alpha: 1{'0' * 400}", "--alpha"),
         ("alpha: .inf", "--alpha"),
-        ("base: [b]", "--base: expected a text"),
-        ("base: 5", "--base: expected a text"),
-        ("base-revision: 5", "--base-revision: expected a text"),
-        ("unmatched: yes", "--unmatched: expected a text"),
-        ("unmatched: maybe", "unmatched"),
-        ("alpha-rule: 5", "--alpha-rule"),
-        ("alpha-rule: {x: 1}", "--alpha-rule"),
-        ("alpha-rule: [{x: 1}]", "--alpha-rule"),
+        ("base: [b]", "--base: expected a string, found ['b']"),
+        ("base: 5", "--base: expected a string, found 5"),
+        ("base-revision: 5", "--base-revision: expected a string, found 5"),
+        ("unmatched: yes", "--unmatched: expected 'refuse' or 'copy', found True"),
+        ("unmatched: maybe", "--unmatched: expected 'refuse' or 'copy', found 'maybe'"),
+        ("alpha-rule: 5", "--alpha-rule: an alpha rule is REGEX=VALUE"),
+        ("alpha-rule: [[x=1]]", "--alpha-rule: alpha rule"),
+        ("alpha-rule: [null]", "--alpha-rule: an alpha rule"),
+        ("alpha-rule: {x: 1}", "--alpha-rule: an alpha rule"),
+        ("alpha-rule: [{x: 1}]", "--alpha-rule: an alpha rule"),
         ("alpha-rule: ''", "--alpha-rule"),
         ("hf-token: [1]", "--hf-token"),
         ("hf-token: 5", "--hf-token"),
@@ -142,10 +144,10 @@ def test_what_vllm_shares_stays_in_the_file(tmp_path: Path) -> None:
         ("", "must map"),
         ("- base", "must map"),
         ("5: 6", "must map"),
-        ("{", "not YAML"),
-        ("a: 2024-13-45", "not YAML"),
-        ("a: !!python/object:os.system x", "not YAML"),
-        ("a: " + "[" * 500, "not YAML"),
+        ("{", "not valid YAML"),
+        ("a: 2024-13-45", "not valid YAML"),
+        ("a: !!python/object:os.system x", "not valid YAML"),
+        ("a: " + "[" * 500, "not valid YAML"),
     ],
 )
 def test_wrong_file_is_one_line(tmp_path: Path, content: str, words: str) -> None:
@@ -175,3 +177,22 @@ def test_empty_value_is_refused(values: dict[str, Any]) -> None:
     given = {"base": "b", "aligned": "a", "alpha": "1", **values}
     with pytest.raises(UsageError, match=f"--{next(iter(values))} is empty"):
         read(*[part for key, value in given.items() for part in (f"--{key}", value)])
+
+
+def test_number_that_is_no_alpha_is_named_by_its_flag() -> None:
+    with pytest.raises(UsageError, match=r"^--alpha: alpha must be a decimal .* found 'x'$"):
+        read("--base", "b", "--aligned", "a", "--alpha", "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--aligned", "a", "--delta", "d"], "--aligned and --delta are both given: leave one out"),
+        (["--aligned", "a", "--delta-revision", "r"], "--delta-revision is given, but --delta is not"),
+        (["--delta", "d", "--aligned-revision", "r"], "--aligned-revision is given, but --aligned is not"),
+    ],
+)
+def test_rules_over_several_keys_are_told_with_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read("--base", "b", "--alpha", "1", *flags)
+    assert caught.value.message == message

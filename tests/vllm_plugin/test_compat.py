@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from expo_serve.cli import vllm_log
 from expo_serve.errors import CompatError
 from expo_serve.vllm_plugin import compat
 from tests.vllm_sources import Sources, main
@@ -45,6 +46,22 @@ def test_every_member_is_there() -> None:
     assert spec is not None
     assert spec.origin is not None
     assert Sources(Path(spec.origin).parents[1]).missing() == []
+
+
+@pytest.mark.parametrize("text", [*vllm_log.FATAL, *vllm_log.ECHOES, vllm_log.PROCESS_NAME_PREFIX[0]])
+def test_words_that_are_looked_for_in_the_log_are_vllms(vllm_text: str, text: str) -> None:
+    """An exception's class, which Python writes before its message, is not in the string."""
+    assert text.removeprefix("RuntimeError: ") in vllm_text
+
+
+@pytest.fixture(scope="module")
+def vllm_text() -> str:
+    """What vLLM's engine, executors and settings say."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    return "\n".join(file.read_text() for file in [root / "envs.py", *(root / "v1").rglob("*.py")])
 
 
 MEMBERS = {
