@@ -1,4 +1,4 @@
-"""``python -m expo_serve``: the same as the command ``expo-serve``."""
+"""``python -m expo_serve`` is the same as the command ``expo-serve``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the kernel says about a process's memory and the machine's. Linux; elsewhere what psutil knows."""
+"""Memory of this process and of the machine, from Linux's kernel; on other systems from psutil."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def reset_peak() -> None:
-    """Set the kernel's mark of the peak resident size back to the present size, where that is allowed."""
+    """Reset the kernel's peak resident size to the current size, if permitted."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
-        return  # not Linux, or not permitted: the peak is then that since the process began
+        return  # not Linux, or not permitted: the peak then counts from the start of the process
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident size since :func:`reset_peak`, in bytes."""
+    """Return the largest resident size since :func:`reset_peak`, in bytes."""
     return _status_bytes("VmHWM") or psutil.Process().memory_info().rss
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs, in bytes."""
+    """Return the resident memory of this process that is not backed by a file, in bytes."""
     return _status_bytes("RssAnon") or psutil.Process().memory_info().rss
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping: the machine's, or what the container's limit leaves."""
+    """Return the memory available without swapping, within the limit of the container, in bytes."""
     available = psutil.virtual_memory().available
     try:
         limit = int(_CGROUP_LIMIT.read_text())

@@ -1,7 +1,6 @@
-"""The deployment's report as prometheus gauges, on the registry that vLLM's /metrics shows.
+"""Prometheus gauges of a deployment's report, on the registry behind vLLM's /metrics.
 
-``multiprocess_mode="mostrecent"`` gives one sample, without a pid label, when several API servers
-share the page.
+With several API servers, ``multiprocess_mode="mostrecent"`` gives one sample without a pid label.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ _INFO = (
 
 
 def publish(report: DeploymentReport, registry: CollectorRegistry = REGISTRY) -> None:
-    """Register the gauges and set them. Call once for a registry.
+    """Register the gauges and set them, once per registry.
 
     Raises:
-        ValueError: they are registered already.
+        ValueError: the gauges are already registered.
     """
     gauge = partial(Gauge, registry=registry, multiprocess_mode="mostrecent")
-    alpha = gauge("expo_alpha", "Alpha that this server's weights were extrapolated with.", ("model_name",))
-    info = gauge("expo_deployment_info", "What is deployed; the value is always 1.", _INFO)
-    startup = gauge("expo_startup_duration_seconds", "From the call of the command to the engine being ready.")
+    alpha = gauge("expo_alpha", "Alpha of the server's weights.", ("model_name",))
+    info = gauge("expo_deployment_info", "The deployed sources; the value is always 1.", _INFO)
+    startup = gauge("expo_startup_duration_seconds", "Time from the start of the command until the engine is ready.")
     for name in report.served_model_names:
         alpha.labels(name).set(report.alpha)
         info.labels(**_info_labels(report, name)).set(1)
@@ -47,7 +46,7 @@ def _info_labels(report: DeploymentReport, model_name: str) -> dict[str, str]:
 
 
 class _LoadGauges:
-    """The gauges of one rank's load."""
+    """The gauges that describe the load of each rank."""
 
     def __init__(self, gauge: partial[Gauge]) -> None:
         self.total = gauge("expo_load_total_duration_seconds", "Duration of the whole load.", _RANK)
@@ -56,7 +55,7 @@ class _LoadGauges:
             "Duration of one phase: resolve (find, check, pair) or weights (read, combine, copy).",
             (*_RANK, "phase"),
         )
-        self.read = gauge("expo_load_read_bytes", "Bytes asked of storage, by source.", (*_RANK, "source"))
+        self.read = gauge("expo_load_read_bytes", "Bytes requested from storage, by source.", (*_RANK, "source"))
         self.weights = gauge("expo_load_weight_bytes", "Size of the model's parameters on this rank.", _RANK)
         self.tensors = gauge(
             "expo_load_tensors",
@@ -76,7 +75,7 @@ class _LoadGauges:
         self.peak_device: Gauge | None = None
 
     def set(self, report: LoadReport) -> None:
-        """Set the gauges of one rank."""
+        """Set the gauges to the report of one rank."""
         rank = (str(report.engine), str(report.rank))
         self.total.labels(*rank).set(report.total_seconds)
         self.weights.labels(*rank).set(report.weight_bytes)

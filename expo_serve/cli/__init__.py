@@ -1,1 +1,1 @@
-"""The command line: one command a file. Nothing here imports torch or vLLM before it must."""
+"""The command line, one command per file. Importing a command imports neither torch nor vLLM."""

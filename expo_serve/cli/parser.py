@@ -1,4 +1,4 @@
-"""argparse, with mistakes in our form. Imports nothing else: a probe runs every few seconds."""
+"""An argparse parser that raises our errors. Imports little, because a readiness probe runs every few seconds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from expo_serve.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose mistakes are errors of ours."""
+    """An argparse parser that accepts no abbreviations and raises :class:`UsageError` instead of exiting."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing a page of usage."""
+        """Raise the error in one line, without a page of usage."""
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def known_flags(self) -> Collection[str]:
-        """Every flag that was added."""
+        """Return every flag that was added, with its hyphens."""
         return self._option_string_actions.keys()

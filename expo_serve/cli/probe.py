@@ -1,6 +1,6 @@
-"""``expo-serve probe``: does a running server serve this name at this alpha? For readiness probes and smoke tests.
+"""``expo-serve probe``: check that a running server serves a name at an alpha. For readiness probes and smoke tests.
 
-Standard library only, so that it costs a fraction of a second of one core.
+Uses the standard library only, so that a call takes a fraction of a second of one core.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from expo_serve.cli.parser import Parser
 from expo_serve.errors import ServeError, UsageError
 
 _EPILOG = """\
-The API key, where the server has one, is taken from VLLM_API_KEY.
+If the server has an API key, set VLLM_API_KEY to it.
 
-Exit codes: 0 it does; 1 it does not, or does not answer; 2 the call is wrong.
+Exit codes: 0 success; 1 the server does not answer, or serves something else; 2 the command line is wrong.
 """
 _PROMPT = "The capital of France is"
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""A proxy of the environment is for the way out; servers are near."""
+"""Ignores proxies from the environment: the probed server is local or in the same cluster."""
 
 
 def main(arguments: list[str]) -> int:
-    """Ask the server; returns 0.
+    """Query the server; returns 0.
 
     Raises:
-        UsageError: the call is wrong.
+        UsageError: the command line is wrong.
         ServeError: the server does not answer, or serves something else.
     """
     given = _read(arguments)
@@ -43,18 +43,23 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _read(arguments: list[str]) -> argparse.Namespace:
+def parser() -> Parser:
+    """Return the parser of the command."""
     parser = Parser(
         prog="expo-serve probe",
         description="Check that a running server serves the given name at the given alpha.",
         epilog=_EPILOG,
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's root (default: %(default)s)")
-    parser.add_argument("--alpha", metavar="X", required=True, help="the alpha that it must report")
-    parser.add_argument("--served-model-name", metavar="NAME", help="a name that it must serve")
-    parser.add_argument("--completion", action="store_true", help="ask for one completion too")
+    parser.add_argument("--alpha", metavar="X", required=True, help="the alpha that the server must report")
+    parser.add_argument("--served-model-name", metavar="NAME", help="a name that the server must serve")
+    parser.add_argument("--completion", action="store_true", help="also request one completion")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for each request (default: %(default)s)")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _read(arguments: list[str]) -> argparse.Namespace:
+    given = parser().parse_args(arguments)
     try:
         float(given.alpha)
     except ValueError:
@@ -66,7 +71,7 @@ def _read(arguments: list[str]) -> argparse.Namespace:
 
 def _check(report: Any, alpha: float, name: str | None) -> None:
     if not isinstance(report, dict) or not isinstance(report.get("served_model_names"), list) or "alpha" not in report:
-        raise ServeError("the server's /v1/expo is not that of expo-serve: alpha and served_model_names are missing")
+        raise ServeError("the server's /v1/expo is not from expo-serve: alpha and served_model_names are missing")
     if report["alpha"] != alpha:
         raise ServeError(f"the server serves alpha {report['alpha']}, expected {alpha:g}")
     names = report["served_model_names"]
@@ -85,7 +90,7 @@ def _complete(url: str, given: argparse.Namespace) -> str:
 
 
 def _ask(url: str, timeout: float, headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Any:
-    """GET, or POST where there is a body; the JSON of the answer."""
+    """Send a GET request, or a POST request if there is a body; returns the JSON of the answer."""
     request = urllib.request.Request(
         url, None if body is None else json.dumps(body).encode(),
         {"Content-Type": "application/json", **(headers or {})},

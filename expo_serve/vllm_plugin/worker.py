@@ -1,4 +1,4 @@
-"""What a vLLM worker answers to the front end."""
+"""Methods that expo-serve adds to vLLM's worker, for the front end to call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ EXTENSION = "expo_serve.vllm_plugin.worker.ExpoWorkerExtension"
 
 
 class ExpoWorkerExtension:
-    """Mixed into vLLM's worker class by ``--worker-extension-cls``."""
+    """Mixin for vLLM's worker class, named by ``--worker-extension-cls``."""
 
-    get_model: Any  # the worker's own
+    get_model: Any  # a method of vLLM's worker
 
     def expo_load_report(self) -> str | None:
-        """This rank's LoadReport as JSON; None when another loader loaded the model."""
+        """Return the :class:`LoadReport` of this rank as JSON; None if another loader loaded the model."""
         from expo_serve.vllm_plugin.loader import REPORT_ATTRIBUTE
 
         report = getattr(self.get_model(), REPORT_ATTRIBUTE, None)

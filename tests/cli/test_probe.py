@@ -61,8 +61,8 @@ def test_another_alpha_or_name_fails(arguments: list[str], words: tuple[str, ...
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        (b"{}", 200, ("not that of expo-serve",)),
-        (b"[]", 200, ("not that of expo-serve",)),
+        (b"{}", 200, ("not from expo-serve",)),
+        (b"[]", 200, ("not from expo-serve",)),
         (b"<html>", 200, ("does not answer",)),
         (b"{}", 404, ("answered 404",)),
         (b"{}", 401, ("answered 401", "VLLM_API_KEY")),
