@@ -74,7 +74,7 @@ def _read(arguments: list[str]) -> Options:
 def _refuse_variables() -> None:
     for name in _REFUSED_VARIABLES:
         if os.environ.get(name, "").strip().lower() not in ("", "0", "false"):
-            raise UsageError(f"{name} opens routes that change weights, but alpha is fixed for a server; unset it")
+            raise UsageError(f"{name} opens routes that change weights, but alpha is pinned for a server; unset it")
 
 
 def _resolve(options: Options, started: float) -> ExpoConfig:
