@@ -60,7 +60,7 @@ class _LoadGauges:
         self.tensors = gauge(
             "expo_load_tensors",
             "Checkpoint tensors: extrapolated (combined straight into the parameter), materialized "
-            "(combined first, since the model asked for values) or copied (taken over).",
+            "(combined first, since the model asked for values) or copied.",
             (*_RANK, "kind"),
         )
         self.peak_host = gauge(

@@ -74,7 +74,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_hub_flags(group: argparse._ActionsContainer) -> None:
-    """Add the flags that say how the hub is reached; vLLM has them too."""
+    """Add the flags for access to the hub; vLLM has them too."""
     group.add_argument("--hf-token", nargs="?", const=True, metavar="TOKEN", help="token for the hub (or HF_TOKEN)")
     group.add_argument("--download-dir", metavar="DIR", help="download folder, instead of the hub's cache")
 

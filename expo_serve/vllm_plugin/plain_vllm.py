@@ -62,7 +62,7 @@ def check_config(plan: Plan, model_config: Any) -> None:
         found = getattr(model_config.hf_text_config, key, getattr(model_config.hf_config, key, None))
         if found != wanted:
             raise ConfigError(
-                f"{_EXTRA}: with this delta the model's config must say {key} {wanted}, found {found}: give "
+                f"{_EXTRA}: with this delta the model's config must have {key} {wanted}, found {found}: give "
                 f"--hf-overrides '{{\"{key}\": {str(wanted).lower()}}}', or use expo-serve --base ... --delta ..."
             )
 

@@ -27,7 +27,7 @@ def load_progress(plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: boo
     Args:
         plan: its total counts the bytes of both operands that a single rank would read.
         reads: the load's reads.
-        config: whether a bar can be drawn is pinned there by the command, whose standard error the workers share.
+        config: the pinned ``on_terminal`` decides between bar and lines; under plain vLLM standard error itself does.
         is_shown: False on all ranks but the first.
     """
     progress = Progress(

@@ -1,4 +1,4 @@
-"""Companion files of a checkpoint: config, tokenizer, chat template and whatever else lies beside the weights."""
+"""Companion files of a checkpoint: config, tokenizer, chat template and all other files that hold no weights."""
 
 from __future__ import annotations
 

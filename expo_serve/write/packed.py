@@ -22,7 +22,7 @@ from expo_serve.plan.plan import Plan
 from expo_serve.progress import Progress
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Bytes of the aligned checkpoint that one file of the delta stands for; the file itself is a few percent of them."""
+"""Bytes of the aligned checkpoint that one file of the delta decodes to; the file itself has a few percent of them."""
 _NO_CHECKSUM = "0" * 16
 """Placeholder of a table's checksum until the table is written."""
 
