@@ -1,6 +1,6 @@
-"""The README's tables of families and combinations, made from the tables that the tests run.
+"""The tables of families and combinations in docs/models.md, made from the tables that the tests run.
 
-``python -m tests.conformance.readme`` writes them into the README; a test holds that they are there.
+``python -m tests.conformance.readme`` writes them into the page; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tests.conformance.families import FAMILIES, MULTIMODAL, POOLING, TEXT
 from tests.conformance.family import Family
 from tests.conformance.left_out import LEFT_OUT
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/models.md"
 BEGIN, END = "<!-- made by tests/conformance/readme.py: begin -->\n", "<!-- end -->\n"
 _GROUPS = (("text", TEXT), ("pooling, reward, classification", POOLING), ("multimodal", MULTIMODAL))
 
 
 def tables() -> str:
-    """Everything between the two marks."""
+    """Return everything between the two marks."""
     return "\n".join([_summary(), *_families(), "", *_left_out(), "", *_combinations(), ""])
 
 
@@ -32,12 +32,12 @@ def _summary() -> str:
     straight = sum(not family.materialized for family in FAMILIES)
     return (
         f"{len(FAMILIES)} tiny models of {len(built)} architectures are loaded on CPU by plain vLLM 0.32 from a "
-        "merged checkpoint\nand by expo from the pair: all parameters and buffers have the same bits, and "
+        "merged checkpoint\nand by expo-serve from the pair: all parameters and buffers have the same bits, and "
         f"the {run} that run give the same greedy tokens.\nIn {straight} every byte is combined straight into the "
-        "parameter; elsewhere a number in parentheses says how many tensors\nare made real first, since the model "
-        "computes with them. The checkpoints are those that transformers writes, named as\non the hub; where it has "
-        "no class (\\*), they are named after what vLLM's own model loads.\n\n"
-        "<details><summary>The families</summary>\n"
+        "parameter; elsewhere a number in parentheses is the number of\ntensors that are materialised first, because "
+        "the model computes with them. The checkpoints are those that transformers\nwrites, with the names of the "
+        "hub; where it has no class (\\*), the names are those that vLLM's own model loads.\n\n"
+        "## Families\n"
     )
 
 
@@ -48,8 +48,6 @@ def _families() -> Iterator[str]:
         for not_run, group in groupby(sorted(families, key=_reason), key=_reason):
             compared = f"bits ({not_run})" if not_run else "bits, tokens"
             yield f"| {kind} | {compared} | {', '.join(_described(family) for family in group)} |"
-    yield ""
-    yield "</details>"
 
 
 def _reason(family: Family) -> str:
@@ -64,15 +62,13 @@ def _described(family: Family) -> str:
 
 
 def _left_out() -> Iterator[str]:
-    yield f"<details><summary>Not tried, or not possible here: {len(LEFT_OUT)} architectures</summary>"
+    yield f"## Not tried, or not possible here: {len(LEFT_OUT)} architectures {{#left-out}}"
     yield ""
     yield "| what was seen (plain vLLM on CPU, tiny configs) | architectures |"
     yield "|---|---|"
     for reason, count in Counter(LEFT_OUT.values()).most_common():
         names = [name for name, given in LEFT_OUT.items() if given == reason]
         yield f"| {reason} | {_some(names, count)} |"
-    yield ""
-    yield "</details>"
 
 
 def _some(names: Sequence[str], count: int, most: int = 12) -> str:
@@ -81,6 +77,8 @@ def _some(names: Sequence[str], count: int, most: int = 12) -> str:
 
 
 def _combinations() -> Iterator[str]:
+    yield "## Combinations"
+    yield ""
     yield "| combination | flags | compared with plain vLLM | |"
     yield "|---|---|---|---|"
     for one in COMBINATIONS:
@@ -89,11 +87,11 @@ def _combinations() -> Iterator[str]:
 
 
 def written(text: str) -> str:
-    """The README's text with the tables as they must be."""
+    """Return the page's text with up-to-date tables."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise ValueError(f"{README.name} lacks the marks {BEGIN.strip()!r} and {END.strip()!r}")
+        raise ValueError(f"{PAGE.name} lacks the marks {BEGIN.strip()!r} and {END.strip()!r}")
     return f"{before}{BEGIN}{tables()}{END}{after}"
 
 
@@ -103,4 +101,4 @@ def _main(files: Iterable[Path]) -> None:
 
 
 if __name__ == "__main__":
-    _main([README])
+    _main([PAGE])

@@ -13,7 +13,7 @@ from tests.conformance.checkpoints import write_pair
 from tests.conformance.families import FAMILIES
 from tests.conformance.family import Family
 from tests.conformance.left_out import LEFT_OUT, REMOTE_CODE
-from tests.conformance.readme import README, written
+from tests.conformance.readme import PAGE, written
 from tests.conformance.running import Loaded, loads_of
 from tests.models import read_tensors, reference_checkpoint
 
@@ -81,6 +81,6 @@ def test_names_tell_the_lines_apart() -> None:
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
-def test_readme_shows_the_tables() -> None:
-    text = README.read_text()
+def test_page_shows_the_tables() -> None:
+    text = PAGE.read_text()
     assert text == written(text), "run python -m tests.conformance.readme"

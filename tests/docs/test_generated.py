@@ -1,0 +1,73 @@
+"""Pages that are made from code are up to date; so are tables that repeat what code says."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from expo_serve import errors, metrics
+from expo_serve.errors import ExpoError
+from expo_serve.report import DeploymentReport
+from tests.conformance.readme import PAGE as MODELS
+from tests.conformance.readme import written as written_models
+from tests.docs import cli_page
+from tests.docs.pages import page, rows
+
+OBSERVABILITY, TROUBLESHOOTING = page("observability.md"), page("troubleshooting.md")
+ERRORS = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, ExpoError)]
+
+
+def test_command_line_reference_is_up_to_date() -> None:
+    assert cli_page.PAGE.read_text() == cli_page.written(), "run python -m tests.docs.cli_page"
+
+
+def test_models_are_up_to_date() -> None:
+    text = MODELS.read_text()
+    assert text == written_models(text), "run python -m tests.conformance.readme"
+
+
+def test_every_flag_has_an_explanation() -> None:
+    for flag, _, meaning in rows(cli_page.written()):
+        assert len(meaning) > 5, flag
+
+
+def report() -> DeploymentReport:
+    """The example of the page; unknown, missing and mistyped fields are errors."""
+    (example,) = OBSERVABILITY.code("json")
+    return DeploymentReport.model_validate_json(example)
+
+
+def test_example_of_the_report_is_one() -> None:
+    (example,) = OBSERVABILITY.code("json")
+    assert json.loads(report().model_dump_json()) == json.loads(example)
+
+
+def test_fields_that_are_explained_exist() -> None:
+    fields = {*DeploymentReport.model_fields, *type(report().ranks[0]).model_fields}
+    named = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(OBSERVABILITY.section("The report: GET /v1/expo"))))
+    assert named
+    assert not set(named) - fields
+
+
+def test_metrics_are_those_of_the_page() -> None:
+    rank = report().ranks[0].model_copy(update={"peak_device_memory_bytes": 1})
+    registry = CollectorRegistry()
+    metrics.publish(report().model_copy(update={"ranks": [rank]}), registry)
+    found = {
+        metric.name: {label for sample in metric.samples for label in sample.labels} for metric in registry.collect()
+    }
+    table = rows(OBSERVABILITY.section("Metrics"))
+    assert {name.strip("`"): set(re.findall(r"`(\w+)`", labels)) for name, labels, _ in table} == found
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_has_a_section_with_its_exit_code(error: type[ExpoError]) -> None:
+    assert TROUBLESHOOTING.section(error.__name__).lstrip().startswith(f"Exit code {error.exit_code}.")
+
+
+def test_sections_of_errors_are_errors() -> None:
+    named = {name for name in re.findall(r"^## (\w+)$", TROUBLESHOOTING.text, re.MULTILINE) if name.endswith("Error")}
+    assert named == {error.__name__ for error in ERRORS}
