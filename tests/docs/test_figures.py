@@ -147,7 +147,7 @@ def test_figures_within_sentences(text: str, figures: str) -> None:
 def sentence_figures() -> dict[str, list[str]]:
     """What the result files say for each sentence."""
     other = result("load_time_another_run")
-    runs = [other["1.1b at 65610cd"], other["1.1b at 0d43b2f"], result("load_time")["1.1b"]]
+    runs = [other["1.1b at 0d43b2f"], other["1.1b at 65610cd"], result("load_time")["1.1b"]]
     low, high = result("serving")["demo"]["expo_to_plain"]["total_token_throughput"]["interval"]
     weights = result("routes")["1.1b"]["weights_phase_to_expo"]["mergekit"]
     load = result("load_time")
