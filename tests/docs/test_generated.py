@@ -1,4 +1,7 @@
-"""Pages that are made from code are up to date; so are tables that repeat what code says."""
+"""Pages that are made from code are up to date; so are tables that repeat what code says.
+
+``tests/conformance/test_families.py`` checks the page of models.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from prometheus_client import CollectorRegistry
 from expo_serve import errors, metrics
 from expo_serve.errors import ExpoError
 from expo_serve.report import DeploymentReport
-from tests.conformance.readme import PAGE as MODELS
-from tests.conformance.readme import written as written_models
 from tests.docs import cli_page
 from tests.docs.pages import page, rows
 
@@ -22,11 +23,6 @@ ERRORS = [one for one in vars(errors).values() if isinstance(one, type) and issu
 
 def test_command_line_reference_is_up_to_date() -> None:
     assert cli_page.PAGE.read_text() == cli_page.written(), "run python -m tests.docs.cli_page"
-
-
-def test_models_are_up_to_date() -> None:
-    text = MODELS.read_text()
-    assert text == written_models(text), "run python -m tests.conformance.readme"
 
 
 def test_every_flag_has_an_explanation() -> None:
