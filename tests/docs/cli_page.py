@@ -57,22 +57,38 @@ def flags_of(command: str) -> set[str]:
 def written() -> str:
     """Return the page's text."""
     parsers = {parser.prog: parser for parser in map(parser_of, COMMANDS)}
-    return "\n".join([_HEAD, *(line for parser in parsers.values() for line in _section(parser))]).rstrip() + "\n"
+    shown: dict[str, str] = {}
+    sections = [line for parser in parsers.values() for line in _section(parser, shown)]
+    return "\n".join([_HEAD, *sections]).rstrip() + "\n"
 
 
-def _section(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _section(parser: argparse.ArgumentParser, shown: dict[str, str]) -> Iterator[str]:
+    """Yield the lines of one command; a table that ``shown`` has is linked instead of repeated."""
     yield f"## {parser.prog}"
     yield ""
     if parser.description:
         yield from (parser.description, "")
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        if [action for action in actions if not isinstance(action, argparse._HelpAction)]:
-            yield from (f"### {parser.prog}: {group.title}", "", "| flag | value | meaning |", "|---|---|---|")
-            yield from (row for action in actions for row in _rows(action, parser))
-            yield ""
+        table = "\n".join(row for action in actions for row in _rows(action, parser))
+        if table in shown:
+            yield from (f"The flags of [{shown[table]}](#{_anchor(shown[table])}).", "")
+        elif table:
+            title = shown[table] = f"{parser.prog}: {group.title}"
+            yield from (
+                f"### {title} {{#{_anchor(title)}}}",
+                "",
+                "| flag | value | meaning |",
+                "|---|---|---|",
+                table,
+                "",
+            )
     if parser.epilog:
         yield from ("```text", parser.epilog.rstrip(), "```", "")
+
+
+def _anchor(title: str) -> str:
+    return title.replace(":", "").replace(" ", "-")
 
 
 def _rows(action: argparse.Action, parser: argparse.ArgumentParser) -> Iterator[str]:

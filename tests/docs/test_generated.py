@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from expo_serve import errors, metrics
+from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection
 from expo_serve.errors import ExpoError
 from expo_serve.report import DeploymentReport
 from tests.docs import cli_page
@@ -46,6 +47,16 @@ def test_fields_that_are_explained_exist() -> None:
     named = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(OBSERVABILITY.section("The report: GET /v1/expo"))))
     assert named
     assert not set(named) - fields
+
+
+def test_fields_of_an_inspection_are_those_of_the_page() -> None:
+    table = rows(page("sources.md").section("JSON output"))
+    named = {name for row in table for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == set(Inspection.model_fields) - {"schema_version", "version"}
+    parts = {"sources": InspectedSource, "memory": InspectedMemory, "tensors": InspectedTensor}
+    for name, part in parts.items():
+        (text,) = (row[1] for row in table if f"`{name}`" in row[0])
+        assert set(part.model_fields) <= set(re.findall(r"`(\w+)`", text)), name
 
 
 def test_metrics_are_those_of_the_page() -> None:
