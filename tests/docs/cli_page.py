@@ -75,14 +75,8 @@ def _section(parser: argparse.ArgumentParser, shown: dict[str, str]) -> Iterator
             yield from (f"The flags of [{shown[table]}](#{_anchor(shown[table])}).", "")
         elif table:
             title = shown[table] = f"{parser.prog}: {group.title}"
-            yield from (
-                f"### {title} {{#{_anchor(title)}}}",
-                "",
-                "| flag | value | meaning |",
-                "|---|---|---|",
-                table,
-                "",
-            )
+            heading = f"### {title} {{#{_anchor(title)}}}"
+            yield from (heading, "", "| flag | value | meaning |", "|---|---|---|", table, "")
     if parser.epilog:
         yield from ("```text", parser.epilog.rstrip(), "```", "")
 
