@@ -89,7 +89,7 @@ def _resolve(options: Options, started: float) -> ExpoConfig:
 
 def _check_vllm() -> None:
     if find_spec("vllm") is None:
-        raise ExpoError("vLLM is not installed: pip install 'expo-serve[cuda]' (or [cpu], see the README)")
+        raise ExpoError("vLLM is not installed: pip install '.[cuda]' (or [cpu], see the README)")
 
 
 def _request(config: ExpoConfig, options: Options) -> dict[str, Any]:
