@@ -62,7 +62,7 @@ def _described(family: Family) -> str:
 
 
 def _left_out() -> Iterator[str]:
-    yield f"## Not tried, or not possible here: {len(LEFT_OUT)} architectures {{#left-out}}"
+    yield f"## Not tried, or not possible here: {len(LEFT_OUT)} architectures"
     yield ""
     yield "| what was seen (plain vLLM on CPU, tiny configs) | architectures |"
     yield "|---|---|"

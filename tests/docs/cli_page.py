@@ -75,8 +75,7 @@ def _section(parser: argparse.ArgumentParser, shown: dict[str, str]) -> Iterator
             yield from (f"The flags of [{shown[table]}](#{_anchor(shown[table])}).", "")
         elif table:
             title = shown[table] = f"{parser.prog}: {group.title}"
-            heading = f"### {title} {{#{_anchor(title)}}}"
-            yield from (heading, "", "| flag | value | meaning |", "|---|---|---|", table, "")
+            yield from (f"### {title}", "", "| flag | value | meaning |", "|---|---|---|", table, "")
     if parser.epilog:
         yield from ("```text", parser.epilog.rstrip(), "```", "")
 

@@ -13,7 +13,7 @@ DOCS = ROOT / "docs"
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
-_HEADING = re.compile(r"^#{1,6} (?P<text>.*?)(?: \{#(?P<anchor>[\w-]+)\})?$", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,6} (?P<text>.*?)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Page:
     def anchors(self) -> set[str]:
         """Anchors of the headings, as both mkdocs and hosting sites make them."""
         return {
-            heading["anchor"] or re.sub(r"[^\w\- ]", "", heading["text"].lower()).strip().replace(" ", "-")
+            re.sub(r"[^\w\- ]", "", heading["text"].lower()).strip().replace(" ", "-")
             for heading in _HEADING.finditer(self.prose)
         }
 
     def section(self, heading: str) -> str:
         """Return the text below a heading, up to the next heading of its level or above."""
-        match = re.search(rf"^(#+) {re.escape(heading)}(?: \{{#[\w-]+\}})?$\n", self.text, re.MULTILINE)
+        match = re.search(rf"^(#+) {re.escape(heading)}$\n", self.text, re.MULTILINE)
         assert match, f"{self.name} has no heading {heading!r}"
         rest = self.text[match.end() :]
         end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)

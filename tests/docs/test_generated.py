@@ -44,7 +44,7 @@ def test_example_of_the_report_is_one() -> None:
 
 def test_fields_that_are_explained_exist() -> None:
     fields = {*DeploymentReport.model_fields, *type(report().ranks[0]).model_fields}
-    named = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(OBSERVABILITY.section("The report: GET /v1/expo"))))
+    named = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(OBSERVABILITY.section("Report"))))
     assert named
     assert not set(named) - fields
 

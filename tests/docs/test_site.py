@@ -118,3 +118,9 @@ def test_pages_that_the_code_points_to_exist(file: Path) -> None:
 def test_measurements_have_the_anchors_that_docstrings_use() -> None:
     wanted = {"reading", "read-ahead", "threads", "sizes", "kernels", "packed", "low-rank", "staging"}
     assert wanted <= page("performance.md").anchors
+
+
+@pytest.mark.parametrize("one", ALL, ids=lambda one: one.name)
+def test_pages_look_the_same_on_hosting_sites(one: Page) -> None:
+    """Without the syntax that only mkdocs knows: anchors given in headings, admonitions."""
+    assert not re.search(r"^(#+ .*\{ ?#|!!! )", one.text, re.MULTILINE)
