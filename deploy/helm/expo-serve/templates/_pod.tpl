@@ -151,6 +151,7 @@ lifecycle:
 - {name: VLLM_CACHE_ROOT, value: /cache/vllm}
 - {name: TRITON_CACHE_DIR, value: /cache/triton}
 - {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/torchinductor}
+- {name: NUMBA_CACHE_DIR, value: /cache/numba}
 {{- if eq $v.device "gpu" }}
 # Both would fill HOME.
 - {name: CUDA_CACHE_PATH, value: /cache/nv}
