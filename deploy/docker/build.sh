@@ -17,7 +17,7 @@ engine=${ENGINE:-$(command -v podman || command -v docker || true)}
 # One number for all that the image is made of.
 content=$({
   echo "$base $compiler"
-  find deploy/docker/{Dockerfile,install.sh,plan.py} requirements/{cpu,dev,overrides}.txt pyproject.toml README.md LICENSE \
+  find deploy/docker/{Dockerfile,install.sh,plan.py} requirements/{cpu,dev,torch}.txt pyproject.toml README.md LICENSE \
     .dockerignore expo_serve -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
 } | sha256sum | cut -c1-32)
 there=$("$engine" image inspect --format "{{index .Config.Labels \"$label\"}}" "$image" 2>/dev/null || true)

@@ -26,9 +26,12 @@ _BLOCK = re.compile(r"^([\w.-]+)==.*\n(?:[ \t]+.*\n)*", re.MULTILINE)
 
 
 def locked(folder: Path) -> dict[str, str]:
-    """Every name of the two locks with its lines: version and hashes."""
-    texts = [(folder / name).read_text() for name in ("cpu.txt", "dev.txt")]
-    return {match[1]: match[0] for text in texts for match in _BLOCK.finditer(text)}
+    """Every name of the two locks with its lines: version, marker and hashes; some have one version for each Python."""
+    found: dict[str, str] = {}
+    for name in ("cpu.txt", "dev.txt"):
+        for match in _BLOCK.finditer((folder / name).read_text()):
+            found[match[1]] = found.get(match[1], "") + match[0]
+    return found
 
 
 def missing(project: Path) -> list[str]:
@@ -72,8 +75,7 @@ def main(project: Path, out: Path, *, whole: bool) -> None:
     whole = whole or find_spec("vllm") is None
     if whole:
         rest = (project / "requirements/cpu.txt").read_text()
-        overrides = (project / "requirements/overrides.txt").read_text()
-        torch = "".join(re.findall(r"^torch==.*\n", overrides, re.MULTILINE))
+        torch = (project / "requirements/torch.txt").read_text()
     else:
         rest, torch = "".join(locks[name] for name in missing(project)), ""
     out.mkdir(parents=True, exist_ok=True)

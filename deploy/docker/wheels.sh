@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Fetches the wheels that the CPU image is made of into deploy/docker/wheels, by the locks; again only when a lock has
 # changed. Out here pip is set up for this machine's indexes and its cache is warm, and a build has neither.
-#   PYTHON   a Python 3.11 with pip (.venv's, or python3.11)
+#   PYTHON   a Python 3.11 with pip, as the default base has it (.venv's if it is one, or python3.11)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 readonly wheels=deploy/docker/wheels
-stamp=$(cat requirements/{cpu,dev,overrides}.txt deploy/docker/plan.py | sha256sum)
+stamp=$(cat requirements/{cpu,dev,torch}.txt deploy/docker/plan.py | sha256sum)
 [ "$stamp" != "$(cat $wheels/.stamp 2>/dev/null || true)" ] || exit 0
 
-python=${PYTHON:-$(command -v .venv/bin/python || command -v python3.11 || true)}
-[ -n "$python" ] || { echo "wheels.sh: no Python 3.11 is here; set PYTHON" >&2; exit 1; }
+is_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
+python=${PYTHON:-.venv/bin/python}
+[ -n "${PYTHON:-}" ] || is_311 "$python" || python=python3.11
+is_311 "$python" || { echo "wheels.sh: Python 3.11 is needed; $python is none, or is not here; set PYTHON" >&2; exit 1; }
 plan=$(mktemp -d)
 trap 'rm -r "$plan"' EXIT
 "$python" deploy/docker/plan.py . "$plan" whole

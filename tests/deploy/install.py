@@ -1,4 +1,4 @@
-"""Brings the tools of the chart's tests into ``.deploy``: ``python3.11 -m tests.deploy.install``. Twice does no harm.
+"""Brings the tools of the chart's tests into ``.deploy``: ``python3 -m tests.deploy.install``. Twice does no harm.
 
 Only the standard library: it runs before any environment is there.
 """
@@ -102,6 +102,6 @@ def _works(binary: Path) -> bool:
 
 
 if __name__ == "__main__":
-    if sys.version_info[:2] != (3, 11):
-        raise SystemExit("Python 3.11 is needed: the lock is for it")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise SystemExit("Python 3.11, 3.12 or 3.13 is needed: the lock holds for them")
     install()
