@@ -1,16 +1,20 @@
 # The two commands of a fresh machine are `make demo` and `make test`; both install what they need.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a version manager leaves commands of versions that are not switched on.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+  $$python -c '' 2>/dev/null && { echo $$python; break; }; done)
+PYTHONS := 3.11 3.12 3.13
+version = $(shell $(or $1,false) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ALPHA ?= 0.5
 DELTA ?=
 PORT ?= 8000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
-TORCH := torch==2.13.0+cpu
+TORCH := $(shell sed '/^\#/d' requirements/torch.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models serve test test-fast test-kube tools image bench lint chart-docs lock clean
+.PHONY: help setup demo models serve test test-fast test-pythons test-kube tools image bench lint docs chart-docs lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -20,11 +24,15 @@ setup: .venv/.ready ## the locked CPU environment, in .venv
 # torch's CPU build comes from a wheel folder that pip knows of, else from PyTorch's own index.
 # --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt). torchvision
 # lies apart: tests/conformance needs its Python part, and nothing else may find it.
-.venv/.ready: pyproject.toml requirements/cpu.txt requirements/dev.txt requirements/vision.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "Python 3.11 is needed (the locked wheels are for it); found: $(PYTHON)" >&2; exit 1; }
+.venv/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt requirements/dev.txt requirements/vision.txt
+	$(if $(filter $(PYTHONS),$(call version,$(PYTHON))),,$(error One of Python $(PYTHONS) is needed; PYTHON is "$(PYTHON)", $(or $(call version,$(PYTHON)),which does not run)))
+	@[ "$(call version,.venv/bin/python)" = "$(call version,$(PYTHON))" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) '$(TORCH)'
+	@$(PIP) '$(TORCH)' 2>.venv/torch.log || \
+	  $(PIP) --retries 1 --index-url $(TORCH_INDEX) '$(TORCH)' 2>>.venv/torch.log || { \
+	  echo "No $(TORCH) for $$($(PYTHON) --version): neither pip's own indexes and wheel folders nor $(TORCH_INDEX)" \
+	    "have it (pip's messages: .venv/torch.log). Set PYTHON to another of $(PYTHONS), or PIP_FIND_LINKS to a folder" \
+	    "with the wheel." >&2; exit 1; }
 	$(PIP) --require-hashes -r requirements/cpu.txt
 	$(PIP) --require-hashes -r requirements/dev.txt
 	$(PIP) --require-hashes --upgrade --target .venv/vision -r requirements/vision.txt
@@ -44,6 +52,13 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## the site of docs/, into .site, with every link and anchor checked
+	$(BIN)/mkdocs build --strict
+
+# Three in one environment would need three builds of torch: the others get what needs none (tests/pythons.py).
+test-pythons: setup ## ruff, mypy and the tests without torch under the other Pythons of this machine
+	$(BIN)/python -m tests.pythons
 
 # What the chart is tested with (helm, checkov, promtool, ...), apart from the environment, in .deploy.
 tools: setup
@@ -73,8 +88,8 @@ bench: models .venv/.bench-ready ## measure everything against its bars, about a
 chart-docs: setup ## the table of values in the chart's README, from values.yaml
 	$(BIN)/python deploy/helm/readme.py
 
-lock: ## make the locks anew from requirements/*.in
-	requirements/lock.sh
+lock: ## make the locks anew from requirements/*.in and pyproject.toml, for every supported Python
+	$(PYTHON) requirements/lock.py
 
 clean: ## remove the environment, the demo's models and what benchmarks left
-	rm -rf .venv .demo .bench .deploy deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
+	rm -rf .venv .pythons .demo .bench .deploy .site build dist deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
