@@ -16,6 +16,7 @@ from tests.models import build_pair
 from tests.server import Server
 from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone
 
+pytest_plugins = ("tests.tiers",)
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / ".demo"
 API_KEY = "a-key-for-tests"

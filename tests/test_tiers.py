@@ -1,0 +1,97 @@
+"""A budget of time for the slow tests: none is started too late, and over some commits all of them run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tiers import SLICE_SECONDS, Budget, read, rotated, store
+
+ROOT = Path(__file__).parents[1]
+TESTS = "import pytest\n\n@pytest.mark.parametrize('number', range(4))\ndef test(number):\n    assert number != {fails}\n"
+
+
+@given(
+    seconds=st.lists(st.floats(0.01, SLICE_SECONDS), min_size=1, max_size=60),
+    first_turn=st.integers(0, 1000),
+    speed=st.floats(1, 3),
+)
+def test_every_test_runs_within_as_many_commits_as_there_are_slices(
+    seconds: list[float], first_turn: int, speed: float
+) -> None:
+    """Where a run gets through one slice and the test that begins in it."""
+    names = [str(number) for number in range(len(seconds))]
+    run: set[str] = set()
+    for turn in range(first_turn, first_turn + math.ceil(sum(seconds) / SLICE_SECONDS)):
+        now = 0.0
+        budget = Budget(2 * SLICE_SECONDS * speed, turn, dict(zip(names, seconds, strict=True)), lambda: 0.0)
+        for name in rotated(names, seconds, turn):
+            if now + budget.expected(name) > 2 * SLICE_SECONDS * speed:
+                break
+            now += budget.expected(name)
+            run.add(name)
+    assert run == set(names)
+
+
+@given(seconds=st.lists(st.floats(0, 1000)), turn=st.integers(0, 1000))
+def test_order_changes_only_where_it_begins(seconds: list[float], turn: int) -> None:
+    numbers = list(range(len(seconds)))
+    found = rotated(numbers, seconds, turn)
+    assert sorted(found) == numbers
+    assert all((after - before) % len(numbers) == 1 % len(numbers) for before, after in zip(found, found[1:]))
+
+
+def test_turns_begin_at_slices_of_one_length() -> None:
+    seconds = [SLICE_SECONDS / 10] * 30
+    assert [rotated(range(30), seconds, turn)[0] for turn in range(5)] == [0, 10, 20, 0, 10]
+
+
+def test_no_test_starts_that_would_end_too_late() -> None:
+    now = [0.0]
+    budget = Budget(100, 0, {"short": 10, "long": 60}, lambda: now[0])
+    assert not budget.is_over_for("long")
+    now[0] = 50
+    assert budget.is_over_for("long")
+    assert not budget.is_over_for("short")
+    budget.not_reached.append("long")
+    assert budget.is_over_for("short"), "a run ends where it stopped first"
+
+
+def test_durations_of_other_tests_stay(tmp_path: Path) -> None:
+    store(tmp_path / "file", {"one": 1, "two": 2.006})
+    store(tmp_path / "file", {"two": 3, "three": 1})
+    assert read(tmp_path / "file") == {"one": 1, "two": 3, "three": 1}
+    assert read(tmp_path / "none") == {}
+
+
+def run_pytest(folder: Path, *arguments: str, fails: int = 9) -> subprocess.CompletedProcess[str]:
+    """Four tests under this plugin, one of which may fail."""
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "test_four.py").write_text(TESTS.format(fails=fails))
+    command = [sys.executable, "-m", "pytest", "-p", "tests.tiers", "-p", "no:cacheprovider", "-q", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(("seconds", "fails", "code", "closing"), [
+    ("60", 9, 0, "4 passed in "), ("60", 2, 1, "1 failed, 3 passed in "), ("0", 9, 0, "no tests ran in "),
+])  # fmt: skip
+def test_run_ends_as_pytest_does(tmp_path: Path, seconds: str, fails: int, code: int, closing: str) -> None:
+    result = run_pytest(tmp_path, "--budget", seconds, fails=fails)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith(closing)
+    assert ("4 tests were not reached within 0 s" in result.stdout) == (seconds == "0")
+
+
+def test_all_that_is_slow_has_a_duration() -> None:
+    """Those of slow tests only: of what runs every time nobody asks."""
+    durations = json.loads((ROOT / "tests/durations.json").read_text())
+    assert durations
+    assert all((ROOT / test.partition("::")[0]).is_file() for test in durations)
