@@ -74,7 +74,12 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
         """POST a JSON body with the API key, when there is one."""
-        return httpx.post(f"{self.url}{path}", json=body, headers={**self._authorization(), **headers}, timeout=120)
+        return self.request("POST", path, body, **headers)
+
+    def request(self, method: str, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        """Send a JSON body by some method with the API key, when there is one."""
+        given = {**self._authorization(), **headers}
+        return httpx.request(method, f"{self.url}{path}", json=body, headers=given, timeout=120)
 
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,27 +17,30 @@ from hypothesis import strategies as st
 from tests.tiers import SLICE_SECONDS, Budget, read, rotated, store
 
 ROOT = Path(__file__).parents[1]
-TESTS = "import pytest\n\n@pytest.mark.parametrize('number', range(4))\ndef test(number):\n    assert number != {fails}\n"
+TESTS = (
+    "import pytest\n\n@pytest.mark.parametrize('number', range(4))\ndef test(number):\n    assert number != {fails}\n"
+)
 
 
 @given(
     seconds=st.lists(st.floats(0.01, SLICE_SECONDS), min_size=1, max_size=60),
     first_turn=st.integers(0, 1000),
-    speed=st.floats(1, 3),
+    budget_seconds=st.floats(2 * SLICE_SECONDS, 9 * SLICE_SECONDS),
 )
 def test_every_test_runs_within_as_many_commits_as_there_are_slices(
-    seconds: list[float], first_turn: int, speed: float
+    seconds: list[float], first_turn: int, budget_seconds: float
 ) -> None:
     """Where a run gets through one slice and the test that begins in it."""
     names = [str(number) for number in range(len(seconds))]
+    durations = dict(zip(names, seconds, strict=True))
     run: set[str] = set()
     for turn in range(first_turn, first_turn + math.ceil(sum(seconds) / SLICE_SECONDS)):
-        now = 0.0
-        budget = Budget(2 * SLICE_SECONDS * speed, turn, dict(zip(names, seconds, strict=True)), lambda: 0.0)
+        now = [0.0]
+        budget = Budget(budget_seconds, turn, durations, partial(now.__getitem__, 0))
         for name in rotated(names, seconds, turn):
-            if now + budget.expected(name) > 2 * SLICE_SECONDS * speed:
+            if budget.is_over_for(name):
                 break
-            now += budget.expected(name)
+            now[0] += durations[name]
             run.add(name)
     assert run == set(names)
 
@@ -45,7 +50,7 @@ def test_order_changes_only_where_it_begins(seconds: list[float], turn: int) -> 
     numbers = list(range(len(seconds)))
     found = rotated(numbers, seconds, turn)
     assert sorted(found) == numbers
-    assert all((after - before) % len(numbers) == 1 % len(numbers) for before, after in zip(found, found[1:]))
+    assert all((after - before) % len(numbers) == 1 for before, after in pairwise(found))
 
 
 def test_turns_begin_at_slices_of_one_length() -> None:
@@ -77,7 +82,9 @@ def run_pytest(folder: Path, *arguments: str, fails: int = 9) -> subprocess.Comp
     (folder / "test_four.py").write_text(TESTS.format(fails=fails))
     command = [sys.executable, "-m", "pytest", "-p", "tests.tiers", "-p", "no:cacheprovider", "-q", *arguments]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+    return subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, timeout=60, cwd=folder, env=environment
+    )
 
 
 @pytest.mark.parametrize(("seconds", "fails", "code", "closing"), [

@@ -69,7 +69,6 @@ def test_every_architecture_has_a_line_or_a_reason() -> None:
     built = {family.architecture for family in FAMILIES}
     assert not built & LEFT_OUT.keys()
     assert set(_VLLM_MODELS) - built == LEFT_OUT.keys()
-    assert len(built & set(_VLLM_MODELS)) >= 90
 
 
 def test_remote_code_is_said_only_of_what_transformers_lacks() -> None:

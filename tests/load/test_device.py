@@ -23,6 +23,7 @@ from expo_serve.load.reader import Reader
 from expo_serve.load.session import LoadSession
 from expo_serve.load.sizes import MAX_DEVICE_SHARE as MAX_SHARE
 from expo_serve.load.sizes import STAGE_TURNS as TURNS
+from tests.faults import before_reads, fail_from
 from tests.load.lazies import NAME, Lazies, numbers
 from tests.models.raw import same_bits
 from tests.models.reference import extrapolate
@@ -235,14 +236,7 @@ def test_a_mask_may_be_infinite_and_integers_are_copied(lazies: Lazies) -> None:
 def test_storage_that_fails_ends_it_with_the_cause(lazies: Lazies, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(LaggingQueue(), 64)
     lazy = staged(lazies, numbers(50, 8), numbers(50, 8, seed=1), 0.5, stage)
-    calls, preadv = iter(range(99)), os.preadv
-
-    def fail_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if not flags and next(calls) > 8:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", fail_later)
+    before_reads(monkeypatch, fail_from(8, OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(CheckpointError, match=f"'{NAME}' cannot be read: Input/output error"):
         copied(lazy, stage)
 

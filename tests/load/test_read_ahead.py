@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.selection import FileSpan
+from tests.faults import Read, before_reads, fail_from
 
 MEGABYTE = 1 << 20
 CHUNK_BYTES = sizes.READ_AHEAD_BYTES
@@ -44,15 +45,7 @@ def ahead() -> Iterator[ReadAhead]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Offset and length of the reads; everything is cold."""
     found: list[tuple[int, int]] = []
-    preadv = os.preadv
-
-    def noted(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError
-        found.append((offset, len(buffers[0])))
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", noted)
+    before_reads(monkeypatch, lambda read: found.append((read.offset, read.size)), is_cold=True)
     return found
 
 
@@ -105,32 +98,23 @@ def test_both_sides_go_at_once_and_the_later_one_tells(
     both = threading.Barrier(2, timeout=10)
     told: list[str] = []
 
-    def meet(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError
+    def meet(read: Read) -> None:
         both.wait()
-        time.sleep(0.05 if offset else 0)
+        assert not read.offset or first.wait(10)
         told.append(threading.current_thread().name)
-        return len(buffers[0])
+        first.set()
 
-    monkeypatch.setattr(os, "preadv", meet)
-    done = threading.Event()
+    before_reads(monkeypatch, meet, is_cold=True)
+    done, first = threading.Event(), threading.Event()
     ahead.defer([FileSpan("base", PATH, file, 0, 9), FileSpan("aligned", PATH, file, 9, 9)], done.set)
     assert done.wait(10)
     assert told == ["expo-ahead-base-0", "expo-ahead-aligned-0"]
 
 
-def failing_with(error: Exception) -> Callable[..., int]:
-    def fail(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        raise BlockingIOError if flags else error
-
-    return fail
-
-
 def test_a_read_that_fails_is_left_to_whoever_needs_it(
     file: int, ahead: ReadAhead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "preadv", failing_with(OSError(errno.EIO, "no")))
+    before_reads(monkeypatch, fail_from(0, OSError(errno.EIO, "no")), is_cold=True)
     waited(ahead, FileSpan("base", PATH, file, 0, 2 * MEGABYTE))
     waited(ahead, FileSpan("base", PATH, file, 0, 2 * MEGABYTE))
 
@@ -153,14 +137,7 @@ def test_its_threads_end_with_it(file: int, reads: list[tuple[int, int]]) -> Non
 
 def test_a_read_that_hangs_can_be_seen(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, activity = threading.Event(), ReadActivity()
-
-    def hang(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError
-        go_on.wait(10)
-        return 0
-
-    monkeypatch.setattr(os, "preadv", hang)
+    before_reads(monkeypatch, lambda _: go_on.wait(10), is_cold=True)
     ahead, done = ReadAhead(activity), threading.Event()
     ahead.defer([FileSpan("base", PATH, file, 0, 9)], done.set)
     while not (slowest := activity.slowest()):

@@ -21,6 +21,7 @@ from expo_serve.errors import CheckpointError
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
+from tests.faults import before_reads, fail_from
 from tests.models.raw import entry, file_bytes, same_bits
 
 DATA = bytes(range(1, 17))
@@ -146,11 +147,7 @@ def test_file_that_shrinks_while_it_is_read_is_an_error(file: Path) -> None:
 def test_storage_that_fails_is_named_with_its_cause(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": torch.arange(1000)}, file)
     record = read_header(file).tensors["a"]
-
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "preadv", fail)
+    before_reads(monkeypatch, fail_from(0, OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'a' cannot be read: Input/output error"):
         read(record)
 
@@ -169,13 +166,8 @@ def test_file_that_is_gone_or_empty_is_refused(file: Path, content: bytes | None
 def test_a_read_that_hangs_can_be_seen(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": torch.arange(1000)}, file)
     record, reader = read_header(file).tensors["a"], Reader()
-    go_on, preadv = threading.Event(), os.preadv
-
-    def hang(*arguments: object) -> int:
-        go_on.wait(10)
-        return preadv(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", hang)
+    go_on = threading.Event()
+    before_reads(monkeypatch, lambda _: go_on.wait(10))
     thread = threading.Thread(target=reader.read, args=(record, Selection.flat(0, 1000), "a"))
     assert reader.activity.slowest() is None
     thread.start()

@@ -99,6 +99,12 @@ def write_eagle_head(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+def make_reward_model(checkpoint: Path) -> None:
+    """Put a head with one score in the place of the output."""
+    kind = transformers.AutoModelForSequenceClassification
+    kind.from_pretrained(checkpoint, dtype="auto", num_labels=1).save_pretrained(checkpoint)
+
+
 def write_adapter(checkpoint: Path, folder: Path, rank: int = 8) -> Path:
     """Write a LoRA adapter for a checkpoint, as peft does after training."""
     import peft

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_serve.report import LoadReport
-from tests.inprocess import state_of, vllm_model
-from tests.models import FAMILIES, build_pair, reference_checkpoint
+from tests import compare
+from tests.compare import assert_not_loaded, by_expo, differing, load
+from tests.models import build_pair, reference_checkpoint
 
 pytestmark = pytest.mark.engine
 ALPHAS = (-1, 0, 0.5, 1.7)
@@ -20,24 +21,7 @@ ALPHAS = (-1, 0, 0.5, 1.7)
 def assert_same_bits(base: Path, aligned: Path, alpha: float, scratch: Path, **arguments: Any) -> LoadReport:
     """Load both ways and compare; returns expo's report."""
     merged = reference_checkpoint(base, aligned, alpha, scratch / f"merged-{alpha}")
-    with vllm_model(merged, **arguments) as model:
-        expected = state_of(model)
-    extra = {"base": str(base), "alpha": alpha}
-    with vllm_model(aligned, load_format="expo", model_loader_extra_config=extra, **arguments) as model:
-        found = state_of(model)
-        report: LoadReport = model.expo_load_report  # type: ignore[assignment]
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    return report
-
-
-def assert_not_loaded(aligned: Path, extra: dict[str, Any], match: str) -> None:
-    """Loading ends with an error whose text matches."""
-    with (
-        pytest.raises(Exception, match=match),
-        vllm_model(aligned, load_format="expo", model_loader_extra_config=extra),
-    ):
-        pass
+    return compare.assert_same_bits(merged, aligned, by_expo(base, alpha), **arguments)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -47,13 +31,6 @@ def test_demo_pair(demo_pair: tuple[Path, Path], alpha: float, tmp_path: Path) -
     assert report.tensors == {"extrapolated": 272, "materialized": 0, "copied": 0}
     for side, unread in (("base", 0), ("aligned", -1)):
         assert report.read_bytes[side] == pytest.approx(0 if alpha == unread else size, rel=1e-3)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, tmp_path: Path) -> None:
-    base, aligned = build_pair(tmp_path, family)
-    report = assert_same_bits(base, aligned, 1.7, tmp_path)
-    assert report.tensors["materialized"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -96,15 +73,11 @@ def test_grown_vocabulary(tmp_path: Path) -> None:
 def test_draft_model_loads_as_it_is(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path / "target")
     draft, _ = build_pair(tmp_path / "draft", "llama-tied")
-    with vllm_model(draft) as model:
-        expected = state_of(model)
-    extra = {"base": str(base), "alpha": 0.5}
+    expected, _ = load(draft)
     speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    expo: dict[str, Any] = {"load_format": "expo", "model_loader_extra_config": extra}
-    with vllm_model(aligned, role="draft", speculative_config=speculative, **expo) as model:
-        found = state_of(model)
-        assert not hasattr(model, "expo_load_report")
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    found, report = load(aligned, role="draft", speculative_config=speculative, **by_expo(base, 0.5))
+    assert report is None
+    assert differing(found, expected) == []
 
 
 def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:
@@ -113,8 +86,9 @@ def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         del tensors["model.layers.1.self_attn.k_proj.weight"]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    extra = {"base": str(base), "alpha": 0.5}
-    assert_not_loaded(aligned, extra, r"model\.layers\.1\.self_attn\.qkv_proj\.weight: 8192 of 12288 elements")
+    assert_not_loaded(
+        aligned, by_expo(base, 0.5), r"model\.layers\.1\.self_attn\.qkv_proj\.weight: 8192 of 12288 elements"
+    )
 
 
 def test_nan_names_tensor_and_file(tmp_path: Path) -> None:
@@ -122,11 +96,11 @@ def test_nan_names_tensor_and_file(tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    extra = {"base": str(base), "alpha": 0.5}
-    assert_not_loaded(aligned, extra, r"'model\.norm\.weight' in .*base/model\.safetensors holds NaN or Inf")
+    assert_not_loaded(
+        aligned, by_expo(base, 0.5), r"'model\.norm\.weight' in .*base/model\.safetensors holds NaN or Inf"
+    )
 
 
 def test_unknown_key_of_the_extra_config(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
-    extra = {"base": str(base), "alpha": 0.5, "aplha": 1}
-    assert_not_loaded(aligned, extra, "unknown key 'aplha'")
+    assert_not_loaded(aligned, by_expo(base, 0.5, aplha=1), "unknown key 'aplha'")

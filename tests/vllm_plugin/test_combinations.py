@@ -15,8 +15,10 @@ import torch
 
 from expo_serve.errors import LoadError
 from expo_serve.report import LoadReport
+from tests import compare
+from tests.compare import State, by_expo, differing, load
 from tests.conformance.combinations import COMBINATIONS, combination, covered, covers
-from tests.inprocess import state_of, vllm_model, worker_config
+from tests.inprocess import vllm_model, worker_config
 from tests.models import build_pair, reference_checkpoint
 from tests.models.extras import (
     add_mtp_head,
@@ -32,35 +34,18 @@ from tests.rank_state import run_ranks
 pytestmark = pytest.mark.engine
 ALPHA = 0.5
 
-State = dict[str, torch.Tensor]
-
-
-def ours(base: Path) -> dict[str, Any]:
-    """The arguments that make vLLM extrapolate."""
-    return {"load_format": "expo", "model_loader_extra_config": {"base": str(base), "alpha": ALPHA}}
-
-
-def unequal(one: State, other: State) -> list[str]:
-    """Names whose bits differ; tensors on meta, left out of a model, have none."""
-    assert one.keys() == other.keys()
-    return [name for name in one if not one[name].is_meta and not torch.equal(one[name], other[name])]
-
 
 def load_both(base: Path, aligned: Path, scratch: Path, **arguments: Any) -> tuple[list[str], LoadReport]:
     """Load plainly and ours; gives the names whose bits differ, and our report."""
     merged = reference_checkpoint(base, aligned, ALPHA, scratch / "merged")
-    with vllm_model(merged, **arguments) as model:
-        expected = state_of(model)
-    with vllm_model(aligned, **arguments, **ours(base)) as model:
-        report: LoadReport = model.expo_load_report  # type: ignore[assignment]
-        return unequal(state_of(model), expected), report
+    return compare.load_both(merged, aligned, by_expo(base, ALPHA), **arguments)
 
 
 def both_loads(folder: Path, family: str, **arguments: Any) -> list[dict[str, Any]]:
     """For :func:`run_ranks`: plain and ours."""
     base, aligned = build_pair(folder / "pair", family)
     merged = reference_checkpoint(base, aligned, ALPHA, folder / "merged")
-    return [{"path": str(merged), **arguments}, {"path": str(aligned), **arguments, **ours(base)}]
+    return [{"path": str(merged), **arguments}, {"path": str(aligned), **arguments, **by_expo(base, ALPHA)}]
 
 
 RANKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,6 +53,7 @@ RANKS: dict[str, tuple[str, dict[str, Any]]] = {
         name: ("mixtral", combination(name).arguments())
         for name in ("tensor parallel", "expert parallel", "expert parallel, filtered by name")
     },
+    "tensor parallel, dense": ("llama", {}),
     "pipeline parallel": ("llama", {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}),
     "pipeline parallel, tied": ("llama-tied", {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}),
 }
@@ -77,9 +63,14 @@ RankAnswer = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[RankAnswer, RankAnswer]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pairs of the ranks are, by name."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> dict[str, list[tuple[RankAnswer, RankAnswer]]]:
     """By name, what each rank got plainly and from us; the two ranks load all of it."""
-    folder = tmp_path_factory.mktemp("ranks")
     loads = [load for name, (family, given) in RANKS.items() for load in both_loads(folder / name, family, **given)]
     answers = run_ranks(loads, folder / "store")
     return {name: [(rank[2 * number], rank[2 * number + 1]) for rank in answers] for number, name in enumerate(RANKS)}
@@ -95,6 +86,15 @@ def test_two_ranks(ranks: dict[str, list[tuple[RankAnswer, RankAnswer]]], name: 
         assert len(set(plain["hashes"].values())) > 8
         assert found["hashes"] == plain["hashes"]
         assert found["rank"] == rank
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel, dense"])
+def test_a_rank_reads_half(ranks: dict[str, list[tuple[RankAnswer, RankAnswer]]], folder: Path, name: str) -> None:
+    size = (folder / name / "pair" / "aligned" / "model.safetensors").stat().st_size
+    for _, found in ranks[name]:
+        assert set(found["read_bytes"]) == {"base", "aligned"}
+        for read in found["read_bytes"].values():
+            assert 0.44 * size < read < 0.56 * size  # half, and the vectors that every rank holds whole
 
 
 def test_a_rank_reads_only_its_share(ranks: dict[str, list[tuple[RankAnswer, RankAnswer]]]) -> None:
@@ -138,7 +138,7 @@ def test_a_quantised_layer_without_a_weight_is_an_error(missing: str, tmp_path: 
         drop_tensor(folder, f"model.layers.1.{missing}.weight")
     with (
         pytest.raises(LoadError, match=r"1 parameters were not loaded"),
-        vllm_model(aligned, quantization="fp8_per_channel", **ours(base)),
+        vllm_model(aligned, quantization="fp8_per_channel", **by_expo(base, ALPHA)),
     ):
         pass
 
@@ -150,11 +150,10 @@ def test_a_draft_of_its_own_loads_as_it_is(name: str, tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     draft = base if name == "draft model" else write_eagle_head(base, tmp_path / "eagle")
     arguments = {"role": "draft", **combination(name).arguments(speculative_config__model=str(draft))}
-    with vllm_model(aligned, **arguments) as model:
-        expected = state_of(model)
-    with vllm_model(aligned, **arguments, **ours(base)) as model:
-        assert not hasattr(model, "expo_load_report")
-        assert unequal(state_of(model), expected) == []
+    expected, _ = load(aligned, **arguments)
+    found, report = load(aligned, **arguments, **by_expo(base, ALPHA))
+    assert report is None
+    assert differing(found, expected) == []
 
 
 def mtp_arguments() -> dict[str, Any]:
@@ -226,7 +225,7 @@ def test_config_and_loader_travel(tmp_path: Path) -> None:
     merged = reference_checkpoint(base, aligned, ALPHA, tmp_path / "merged")
     with vllm_model(merged) as model:
         expected = {name: digest for name, digest in hash_state(model).items() if "(loaded)" not in name}
-    with worker_config(aligned, **ours(base)) as config:
+    with worker_config(aligned, **by_expo(base, ALPHA)) as config:
         sent = cloudpickle.dumps((config.load_config, get_model_loader(config.load_config)))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         assert pool.submit(_hashes_in_a_fresh_process, sent, str(aligned)).result(timeout=120) == expected
@@ -239,7 +238,7 @@ def test_one_loader_twice(tmp_path: Path) -> None:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     base, aligned = build_pair(tmp_path)
-    with worker_config(aligned, **ours(base)) as config:
+    with worker_config(aligned, **by_expo(base, ALPHA)) as config:
         loader = get_model_loader(config.load_config)
         with set_default_torch_dtype(torch.bfloat16):
             model = initialize_model(config)
@@ -265,7 +264,7 @@ def test_reload_in_place(tmp_path: Path) -> None:
     merged = reference_checkpoint(base, aligned, ALPHA, tmp_path / "merged")
     with vllm_model(merged) as model:
         expected = _computed(model)
-    loads = ours(base)
+    loads = by_expo(base, ALPHA)
     with worker_config(aligned, **loads) as config:
         from vllm.model_executor.model_loader import get_model
 
@@ -307,4 +306,6 @@ def test_the_flags_are_those_of_vllm(one: Any) -> None:
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(one.flags))
     for name, value in one.arguments().items():
         found = getattr(parsed, name)
-        assert found == value or isinstance(value, dict)
+        if isinstance(value, dict) and not isinstance(found, dict):  # made into a config of vLLM's
+            found = {key: getattr(found, key) for key in value}
+        assert found == value

@@ -13,8 +13,7 @@ import torch
 from expo_serve.cli import merge
 from expo_serve.config import ExpoConfig
 from expo_serve.plan.prepare import pin, prepare
-from expo_serve.report import LoadReport
-from tests.inprocess import state_of, vllm_model
+from tests.compare import assert_not_loaded, assert_same_bits, by_expo, with_extra
 from tests.models import build_pair, read_tensors, reference_checkpoint
 from tests.models.deltas import KINDS, write_delta, write_lora
 from tests.rank_state import run_ranks
@@ -31,7 +30,9 @@ class Case:
         self.folder, self.kind = folder, kind
 
     def merged(self, alpha: float) -> Path:
-        """The result as a checkpoint; of a packed delta it is the pair's, made by a rule written out a second time."""
+        """The result as a checkpoint. Of a packed delta it is the pair's, by the reference's own formula. Of the others
+        our ``merge`` writes it: that proves loading and merging to be one, while the formula is proved against PEFT
+        and the reference in ``tests/deltas``."""
         out = self.folder / f"merged-{alpha}"
         if self.kind == "packed":
             return reference_checkpoint(self.base, self.aligned, alpha, out)
@@ -40,22 +41,16 @@ class Case:
         return out
 
     def pinned(self, alpha: float) -> tuple[Path, dict[str, Any]]:
-        """The model and the extra config, as the command gives them to vLLM."""
+        """The model and the arguments of our load, as the command gives them to vLLM."""
         config = ExpoConfig(base=str(self.base), delta=str(self.delta), alpha=alpha)
         plan = prepare(config)
-        return Path(plan.model.path), json.loads(pin(config, plan, None).model_dump_json(exclude_defaults=True))
+        extra = json.loads(pin(config, plan, None).model_dump_json(exclude_defaults=True))
+        return Path(plan.model.path), with_extra(extra)
 
 
-def assert_same_bits(expected: Path, model: Path, extra: dict[str, Any], **arguments: Any) -> LoadReport:
-    """Load both and compare; returns expo's report."""
-    with vllm_model(expected, **arguments) as plain:
-        wanted = state_of(plain)
-    with vllm_model(model, load_format="expo", model_loader_extra_config=extra, **arguments) as ours:
-        found = state_of(ours)
-        report: LoadReport = ours.expo_load_report  # type: ignore[assignment]
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
-    return report
+def by_delta(delta: Path) -> dict[str, Any]:
+    """The arguments of a load where base is the model."""
+    return with_extra({"delta": str(delta), "alpha": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -79,22 +74,21 @@ def test_demo_pair_packed(demo_pair: tuple[Path, Path], tmp_path: Path) -> None:
                           ((aligned, "model.safetensors"), (delta, "delta.safetensors")))  # fmt: skip
     assert packed < 0.1 * checkpoint
     for alpha in (0.5, 8):  # at -1 and 0 in tests/weights/deltas
-        extra = {"base": str(base), "delta": str(delta), "alpha": alpha}
         expected = reference_checkpoint(base, aligned, alpha, tmp_path / f"merged-{alpha}")
-        report = assert_same_bits(expected, base, extra)
+        report = assert_same_bits(expected, base, by_expo(base, alpha, delta=str(delta)))
         assert report.read_bytes["base"] == pytest.approx(checkpoint, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_vllm_with_base_as_the_model(tmp_path: Path, kind: str) -> None:
     case = Case(tmp_path, kind)
-    report = assert_same_bits(case.merged(0.5), case.base, {"delta": str(case.delta), "alpha": 0.5})
+    report = assert_same_bits(case.merged(0.5), case.base, by_delta(case.delta))
     assert {side: source.name for side, source in report.sources.items()} == {"base": "base", "delta": kind}
 
 
 def test_plain_vllm_with_the_packed_delta_as_the_model(tmp_path: Path) -> None:
     case = Case(tmp_path, "packed")
-    report = assert_same_bits(case.merged(0.5), case.delta, {"base": str(case.base), "alpha": 0.5})
+    report = assert_same_bits(case.merged(0.5), case.delta, by_expo(case.base, 0.5))
     assert set(report.sources) == {"base", "delta"}
 
 
@@ -102,18 +96,7 @@ def test_plain_vllm_whose_model_has_another_config_is_told_the_other_way(tmp_pat
     case = Case(tmp_path, "packed")
     config = json.loads((case.delta / "config.json").read_text())
     (case.delta / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
-    assert_refused(
-        case.base, {"delta": str(case.delta), "alpha": 0.5}, r"config differs from base's.*delta's folder as"
-    )
-
-
-def assert_refused(model: Path, extra: dict[str, Any], words: str) -> None:
-    """Loading ends with an error whose text matches."""
-    with (
-        pytest.raises(Exception, match=words),
-        vllm_model(model, load_format="expo", model_loader_extra_config=extra),
-    ):
-        pass
+    assert_not_loaded(case.base, by_delta(case.delta), r"config differs from base's.*delta's folder as")
 
 
 def with_more_rows(case: Case) -> Path:
@@ -134,29 +117,26 @@ def test_adapter_with_a_larger_vocabulary(tmp_path: Path) -> None:
     with_more_rows(case)
     merged = case.merged(0.5)
     assert json.loads((merged / "config.json").read_text())["vocab_size"] == 264
-    model, extra = case.pinned(0.5)
-    report = assert_same_bits(merged, model, extra, hf_overrides={"vocab_size": 264})
+    model, ours = case.pinned(0.5)
+    report = assert_same_bits(merged, model, ours, hf_overrides={"vocab_size": 264})
     assert report.grown_rows == {"model.embed_tokens.weight": 8, "lm_head.weight": 8}
-    assert_refused(case.base, {"delta": str(case.delta), "alpha": 0.5}, r"vocab_size 264.*--hf-overrides")
+    assert_not_loaded(case.base, by_delta(case.delta), r"vocab_size 264.*--hf-overrides")
 
 
 def test_a_wrong_base_is_found_while_loading(tmp_path: Path) -> None:
     case = Case(tmp_path, "packed")
-    _, extra = case.pinned(0.5)
+    _, ours = case.pinned(0.5)
     other = build_pair(tmp_path / "other", "llama")[1]
     shutil.copy(other / "model.safetensors", case.base)
-    assert_refused(case.delta, extra, r"base is not the one that the delta was made against \(base\): tensor '")
+    assert_not_loaded(case.delta, ours, r"base is not the one that the delta was made against \(base\): tensor '")
 
 
 def test_two_ranks(tmp_path: Path) -> None:
     loads: list[dict[str, Any]] = []
     for kind in KINDS:
         case = Case(tmp_path / kind, kind)
-        model, extra = case.pinned(0.5)
-        loads += [
-            {"path": str(case.merged(0.5))},
-            {"path": str(model), "load_format": "expo", "model_loader_extra_config": extra},
-        ]
+        model, ours = case.pinned(0.5)
+        loads += [{"path": str(case.merged(0.5))}, {"path": str(model), **ours}]
     for answers in run_ranks(loads, tmp_path / "store"):
         for plain, expo in zip(answers[::2], answers[1::2], strict=True):
             assert expo["hashes"] == plain["hashes"]
@@ -166,8 +146,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 def test_lora_on_two_ranks_reads_half_of_base(tmp_path: Path) -> None:
     base, _ = build_pair(tmp_path, "llama")
-    extra = {"delta": str(write_lora(base, tmp_path / "lora")), "alpha": 0.5}
-    load = {"path": str(base), "load_format": "expo", "model_loader_extra_config": extra}
+    load = {"path": str(base), **by_delta(write_lora(base, tmp_path / "lora"))}
     size = (base / "model.safetensors").stat().st_size
     for (answer,) in run_ranks([load], tmp_path / "store"):
         assert answer["read_bytes"]["base"] < 0.56 * size

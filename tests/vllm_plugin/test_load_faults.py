@@ -12,6 +12,7 @@ import pytest
 
 from expo_serve.errors import CheckpointError
 from expo_serve.load import operands as sides
+from tests.faults import Read, before_reads, fail_from
 from tests.inprocess import worker_config
 from tests.load_memory import measure_load
 from tests.models import build_pair
@@ -46,15 +47,8 @@ def threads_left() -> list[str]:
 
 def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, aligned = build_pair(tmp_path)
-    calls, preadv = iter(range(10_000)), os.preadv
-
-    def fail_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if not flags and next(calls) > 20:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, buffers, offset, flags)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", fail_later)
+        before_reads(patch, fail_from(20, OSError(errno.EIO, os.strerror(errno.EIO))))
         patch.setattr(sides, "fused", lambda: None)  # its reads are not Python's
         with pytest.raises(CheckpointError, match=r"model.safetensors: tensor '.*' cannot be read: Input/output error"):
             load_expo(base, aligned)
@@ -64,15 +58,13 @@ def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_file_that_shrinks_while_it_is_loaded_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, aligned = build_pair(tmp_path)
-    calls, preadv = iter(range(10_000)), os.preadv
 
-    def shrink_later(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if not flags and next(calls) == 20:
+    def shrink_later(read: Read) -> None:
+        if read.number == 20:
             os.truncate(base / "model.safetensors", 4096)
-        return preadv(descriptor, buffers, offset, flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", shrink_later)
+        before_reads(patch, shrink_later)
         patch.setattr(sides, "fused", lambda: None)
         with pytest.raises(CheckpointError, match=r"base/model.safetensors: tensor '.*' is cut"):
             load_expo(base, aligned)

@@ -19,8 +19,10 @@ import transformers
 from safetensors.torch import save_file
 
 from expo_serve.report import LoadReport
-from tests.inprocess import state_of, vllm_model
+from tests import compare
+from tests.compare import by_expo, differing, load
 from tests.models import build_pair, read_tensors, reference_checkpoint
+from tests.models.extras import make_reward_model
 from tests.models.raw import write_index
 from tests.models.reference import same_name
 
@@ -90,12 +92,6 @@ def add_tokens(folder: Path, tokens: int, multiple: int | None = None) -> None:
 def keep_body(folder: Path) -> None:
     """Save the model without its head."""
     transformers.AutoModel.from_pretrained(folder, dtype="auto").save_pretrained(folder)
-
-
-def make_reward_model(folder: Path) -> None:
-    """Put a head with one score in the place of the output."""
-    kind = transformers.AutoModelForSequenceClassification
-    kind.from_pretrained(folder, dtype="auto", num_labels=1).save_pretrained(folder)
 
 
 def add_value_head(folder: Path) -> None:
@@ -251,25 +247,12 @@ CASES = {
 }
 
 
-def load(folder: Path, **arguments: Any) -> tuple[dict[str, torch.Tensor], LoadReport | None]:
-    """All of a model's bits, and expo's report where it loaded them."""
-    with vllm_model(folder, **arguments) as model:
-        report: Any = getattr(model, "expo_load_report", None)
-        return state_of(model), report
-
-
 def assert_same_bits(case: Case, folder: Path, **arguments: Any) -> LoadReport:
     """Load both ways and compare; returns expo's report."""
     base, aligned = case.build(folder)
     merged = reference_checkpoint(base, aligned, ALPHA, folder / "merged", case.base_name)
-    expected, _ = load(merged, **case.arguments, **arguments)
-    extra = {"base": str(base), "alpha": ALPHA, "unmatched": case.unmatched}
-    expo = {"load_format": "expo", "model_loader_extra_config": extra}
-    found, report = load(aligned, **expo, **case.arguments, **arguments)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert report is not None
-    return report
+    ours = by_expo(base, ALPHA, unmatched=case.unmatched)
+    return compare.assert_same_bits(merged, aligned, ours, **case.arguments, **arguments)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -293,8 +276,7 @@ def test_value_head_is_not_in_the_way(unmatched: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape("no module or parameter named 'v_head'")):
         load(aligned)
     states = [
-        load(side, load_format="expo", model_loader_extra_config={"base": str(other), "alpha": ALPHA, **more})[0]
+        load(side, **by_expo(other, ALPHA, **more))[0]
         for other, side, more in ((*without, {}), (base, aligned, {"unmatched": unmatched}))
     ]
-    assert states[0].keys() == states[1].keys()
-    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+    assert differing(states[1], states[0]) == []

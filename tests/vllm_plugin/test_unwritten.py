@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 from safetensors.torch import load_file, save_file
 
 from expo_serve.errors import LoadError
 from expo_serve.vllm_plugin.unwritten import _unpadded_sizes
+from tests.compare import by_expo
 from tests.inprocess import vllm_model
 from tests.models import build_pair
+from tests.models.extras import make_reward_model
 
 POOLING: dict[str, Any] = {"runner": "pooling"}
 
@@ -23,11 +24,6 @@ def drop(folder: Path, part: str) -> None:
     file = folder / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
     save_file(kept, file, {"format": "pt"})
-
-
-def make_reward_model(folder: Path) -> None:
-    kind = transformers.AutoModelForSequenceClassification
-    kind.from_pretrained(folder, dtype="auto", num_labels=1).save_pretrained(folder)
 
 
 @pytest.mark.engine
@@ -47,10 +43,9 @@ def test_model_without(part: str, arguments: dict[str, Any], names: str, tmp_pat
         if arguments is POOLING:
             make_reward_model(folder)
         drop(folder, part)
-    extra = {"base": str(base), "alpha": 0.5}
     with (
         pytest.raises(LoadError, match=f"not loaded from the checkpoint(.|\n)*{names}"),
-        vllm_model(aligned, load_format="expo", model_loader_extra_config=extra, **arguments),
+        vllm_model(aligned, **by_expo(base, 0.5), **arguments),
     ):
         pass
 
