@@ -1,34 +1,35 @@
-"""Real engines, one after another in one process of their own: two seconds each instead of thirty.
-
-``python -m tests.engines '{"runs": [{"llm": {...}, "lora": null}, ...]}'`` prints one line, ``answer: `` and one
-object for each run: what its ranks hold, what it answers, and what expo's report says.
-"""
+"""Real engines, one after another in one process of their own: two seconds each instead of thirty."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from tests.server import ENGINE_ENV
+from tests.children import ask, asked, reply
 
 MAX_TOKENS = 8
 PROMPTS = [[5, 6, 7, 8, 9], [9, 100, 200], [1, 42]]
-_MARK = "answer: "
 
 
-def run_engines(runs: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
+def run_engines(
+    runs: list[dict[str, Any]],
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    max_tokens: int = MAX_TOKENS,
+    **environment: str,
+) -> list[dict[str, Any]]:
     """Run engines in another process.
 
     Args:
         runs: for each ``llm``, the arguments of ``vllm.LLM``, and ``lora``, the folder of an adapter that the prompts
             are asked with a second time.
+        prompts: token ids.
+        max_tokens: of each greedy answer.
         environment: more variables.
 
     Returns:
@@ -38,22 +39,13 @@ def run_engines(runs: list[dict[str, Any]], **environment: str) -> list[dict[str
     Raises:
         AssertionError: one failed; the end of the output is in the message.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engines", json.dumps({"runs": runs})],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={
-            **ENGINE_ENV,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            **environment,
-        },
+    answers: list[dict[str, Any]] = ask(
+        __name__,
+        {"runs": runs, "prompts": prompts, "max_tokens": max_tokens},
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+        **environment,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith(_MARK))
-    answers: list[dict[str, Any]] = json.loads(line.removeprefix(_MARK))
     return answers
 
 
@@ -63,22 +55,20 @@ def read_report(model: torch.nn.Module) -> dict[str, Any] | None:
     return report.model_dump(mode="json") if report else None
 
 
-def _run(llm: dict[str, Any], lora: str | None) -> dict[str, Any]:
+def _run(llm: dict[str, Any], lora: str | None, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.lora.request import LoRARequest
 
     # The workers find the functions by their modules' names, which __main__ is not for them.
     from tests.engines import read_report
-    from tests.inprocess import loaded_state_kept
-    from tests.offline import hash_state
+    from tests.inprocess import hash_state, loaded_state_kept
 
     with loaded_state_kept():
         engine = vllm.LLM(**{"max_model_len": 64, "skip_tokenizer_init": True, **llm})
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
-    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     tokens = []
     for adapter in [None, LoRARequest("adapter", 1, lora)] if lora else [None]:
-        outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
+        outputs = engine.generate(requests, vllm.SamplingParams(**sampling), use_tqdm=False, lora_request=adapter)
         tokens += [list(output.outputs[0].token_ids) for output in outputs]
     answer = {
         "hashes": engine.apply_model(hash_state),
@@ -89,7 +79,7 @@ def _run(llm: dict[str, Any], lora: str | None) -> dict[str, Any]:
     return answer
 
 
-async def _run_data_parallel(llm: dict[str, Any]) -> dict[str, Any]:
+async def _run_data_parallel(llm: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
     """``vllm.LLM`` drives one engine only; the asynchronous client drives all, and can ask a given one."""
     import vllm
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -97,13 +87,13 @@ async def _run_data_parallel(llm: dict[str, Any]) -> dict[str, Any]:
     engine = AsyncLLM.from_engine_args(
         vllm.AsyncEngineArgs(**{"max_model_len": 64, "skip_tokenizer_init": True, **llm})
     )
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
     tokens = []
     try:
         for rank in range(llm["data_parallel_size"]):
-            for prompt in PROMPTS:
+            for prompt in prompts:
                 request: Any = {"prompt_token_ids": prompt}
-                async for output in engine.generate(request, sampling, f"{rank} {prompt}", data_parallel_rank=rank):
+                params, name = vllm.SamplingParams(**sampling), f"{rank} {prompt}"
+                async for output in engine.generate(request, params, name, data_parallel_rank=rank):
                     last = output
                 tokens.append(list(last.outputs[0].token_ids))
     finally:
@@ -120,18 +110,19 @@ def _clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
-def _main(runs: list[dict[str, Any]]) -> None:
+def _main(runs: list[dict[str, Any]], prompts: list[list[int]], max_tokens: int) -> None:
+    sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
     answers = []
     for run in runs:
         started = time.monotonic()
         if "data_parallel_size" in run["llm"]:
-            answers.append(asyncio.run(_run_data_parallel(run["llm"])))
+            answers.append(asyncio.run(_run_data_parallel(run["llm"], prompts, sampling)))
         else:
-            answers.append(_run(run["llm"], run.get("lora")))
+            answers.append(_run(run["llm"], run.get("lora"), prompts, sampling))
         _clean_up()
         print(f"took {time.monotonic() - started:.1f} s", file=sys.stderr)
-    print(f"\n{_MARK}{json.dumps(answers)}", flush=True)
+    reply(answers)
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1])["runs"])
+    _main(**asked())

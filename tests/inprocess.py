@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -106,3 +107,17 @@ def _raw_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         name: tensor.detach().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
         for name, tensor in tensors.items()
     }
+
+
+def hash_state(model: torch.nn.Module) -> dict[str, str]:
+    """SHA-256 of every parameter's and buffer's bits; runs in a worker too. With what :func:`loaded_state_kept` has
+    kept of the state as it was loaded, before vLLM packed it."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    loaded: dict[str, torch.Tensor] = getattr(model, "loaded_state", {})
+    state |= {f"{name} (loaded)": tensor for name, tensor in loaded.items()}
+    return {name: _digest(tensor) for name, tensor in state.items() if tensor.numel() and not tensor.is_meta}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()

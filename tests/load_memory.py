@@ -1,22 +1,15 @@
-"""The memory of one load in a fresh process, into parameters that nobody has touched: ``plain`` vLLM or ``expo``.
-
-``python -m tests.load_memory '{"path": aligned, "extra": {...} or null}'`` prints one JSON line, sizes in bytes: what
-anonymous memory grew by beyond the weights, the peak of the resident set, and how much the pages of files in it grew.
-"""
+"""The memory of one load in a fresh process, into parameters that nobody has touched: plain vLLM's or ours."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expo_serve import memory
+from tests.children import ask, asked, reply
 from tests.inprocess import worker_config
-from tests.server import ENGINE_ENV
 
 
 def measure_load(path: Path, extra: dict[str, Any] | None) -> dict[str, int]:
@@ -25,11 +18,12 @@ def measure_load(path: Path, extra: dict[str, Any] | None) -> dict[str, int]:
     Args:
         path: the checkpoint, or the aligned side.
         extra: the loader's extra config, for expo; None for plain vLLM.
+
+    Returns:
+        Bytes: what anonymous memory grew by beyond the weights, the peak of the resident set, and how much the pages of
+        files in it grew.
     """
-    command = [sys.executable, "-m", "tests.load_memory", json.dumps({"path": str(path), "extra": extra})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ENGINE_ENV)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, int] = ask(__name__, {"path": str(path), "extra": extra})
     return found
 
 
@@ -59,8 +53,8 @@ def _main(path: str, extra: dict[str, Any] | None) -> None:
             "peak_resident": memory.peak_resident_bytes(),
             "files_grown": _file_bytes() - files,
         }
-    print(f"\n{json.dumps(figures)}", flush=True)
+    reply(figures)
 
 
 if __name__ == "__main__":
-    _main(**json.loads(sys.argv[1]))
+    _main(**asked())

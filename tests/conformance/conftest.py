@@ -10,7 +10,7 @@ import pytest
 
 from tests.conformance.running import many_engines
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else this process stays on one core
@@ -23,5 +23,5 @@ _ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def engines() -> Iterator[None]:
     """This process may run many engines. vLLM sets further variables by itself: none of them outlives the module."""
-    with mock.patch.dict(os.environ, _ENVIRONMENT), many_engines():
+    with mock.patch.dict(os.environ, ENVIRONMENT), many_engines():
         yield

@@ -18,7 +18,7 @@ from expo_serve.report import LoadReport
 from tests import compare
 from tests.compare import State, by_expo, differing, load
 from tests.conformance.combinations import COMBINATIONS, combination, covered, covers
-from tests.inprocess import vllm_model, worker_config
+from tests.inprocess import hash_state, vllm_model, worker_config
 from tests.models import build_pair, reference_checkpoint
 from tests.models.extras import (
     add_mtp_head,
@@ -28,7 +28,6 @@ from tests.models.extras import (
     drop_tensor,
     write_eagle_head,
 )
-from tests.offline import hash_state
 from tests.rank_state import run_ranks
 
 pytestmark = pytest.mark.engine
