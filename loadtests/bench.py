@@ -27,6 +27,7 @@ _FULL: _Steps = {
         ["fresh_load", "--rounds", "5"],
         ["serving", "--rounds", "10"],
         ["phases", "--rounds", "3"],
+        ["answers", "--rounds", "9"],
     ],
     "0.5b": [["load_time", "--rounds", "11", "--cold-rounds", "5"], ["fresh_load", "--rounds", "3"], ["ranks"]],
     "1.1b": [
@@ -48,6 +49,7 @@ _QUICK: _Steps = {
         ["routes", "--rounds", "1", "--alphas", "1"],
         ["serving", "--rounds", "2", "--prompts", "8"],
         ["phases", "--rounds", "1"],
+        ["answers", "--rounds", "1"],
     ],
     "0.1b": [["load_time", "--rounds", "3", "--cold-rounds", "2"], ["check_cost", "--rounds", "3"], ["ranks"]],
 }

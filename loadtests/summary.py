@@ -14,7 +14,7 @@ from loadtests.growth import growth
 from loadtests.results import parser, read, shown, table
 
 MAIN_SIZE = "1.1b"
-SCRIPTS = ("load_time", "delta_load", "check_cost", "fresh_load", "ranks", "routes", "serving", "phases")
+SCRIPTS = ("load_time", "delta_load", "check_cost", "fresh_load", "ranks", "routes", "serving", "phases", "answers")
 _MIB = 2**20
 _QUIET_CORES = 0.2
 Row = tuple[str, str, str, str]
@@ -38,6 +38,7 @@ def rows(results: _Results, wanted: str) -> list[Row]:
         *_guarded("serving throughput / plain", _serving_rows, results, wanted),
         *_guarded("growth", _growth_rows, results, wanted),
         *_guarded("start, expo-serve less plain vLLM", _phase_rows, results, wanted),
+        *_guarded("help and mistakes, seconds", _answer_rows, results, wanted),
     ]
 
 
@@ -236,6 +237,12 @@ def _phase_rows(results: _Results, wanted: str) -> list[Row]:
     return [
         (f"start to first answer, {size}, expo-serve and plain vLLM on the merged checkpoint", figure, "", "reported")
     ]
+
+
+def _answer_rows(results: _Results, wanted: str) -> list[Row]:
+    seconds = results["answers"]["demo"]["seconds"]
+    slowest = max(seconds, key=lambda name: seconds[name]["median"])
+    return [_barred(f"seconds to an answer without a load, the slowest: {slowest}", seconds[slowest], 0.5)]
 
 
 def summary(folder: Path, wanted: str) -> str:

@@ -1,23 +1,23 @@
-"""Help and mistakes answer at once, since nothing heavy is imported for them."""
+"""Help and mistakes answer at once, since nothing heavy is imported for them.
+
+How long they take is measured by ``python -m loadtests.answers``.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.models.raw import tiny_tensors, write_pair, write_raw
-from tests.server import run_command
 
-LIMIT_SECONDS = 0.5
-RUNS = 3
 HEAVY = {"torch", "vllm", "transformers", "numpy", "safetensors"}
 
 QUICK: dict[str, tuple[list[str], int]] = {
     "help": (["--help"], 0),
+    "help of delta": (["delta", "--help"], 0),
     "version": (["--version"], 0),
     "help of inspect": (["inspect", "--help"], 0),
     "help of merge": (["merge", "--help"], 0),
@@ -32,23 +32,10 @@ QUICK: dict[str, tuple[list[str], int]] = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "code"), QUICK.values(), ids=QUICK)
-def test_answer_takes_less_than_half_a_second(arguments: list[str], code: int) -> None:
-    """The best of a few runs: other work on the machine is not ours."""
-    best = float("inf")
-    for _ in range(RUNS):
-        started = time.monotonic()
-        assert run_command(*arguments).returncode == code
-        best = min(best, time.monotonic() - started)
-        if best < LIMIT_SECONDS:
-            return
-    raise AssertionError(f"{best:.2f} s at best")
-
-
 def imported(*arguments: str) -> tuple[int, set[str]]:
     """The exit code of the command, and the packages that it imported."""
     command = [sys.executable, "-X", "importtime", "-m", "expo_serve", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     return result.returncode, {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
 

@@ -1,4 +1,5 @@
-"""Every call, configuration, source and pair that is refused, asked of the real command.
+"""Every call, configuration, source and pair that is refused, asked of the command's ``main``; a dozen of them, of
+every kind, of the real command too.
 
 None of these cases gets as far as importing vLLM. Damaged files are in ``test_refused_files``.
 """
@@ -12,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.command import assert_refusal, refused
+from tests.command import assert_refused_alike, refused, refused_by_command
 from tests.models.raw import tiny_tensors, write_pair, write_raw
-from tests.server import run_command
 
 RANGE = "from -100 to 100"
 OURS = "is set by expo-serve"
@@ -72,6 +72,12 @@ def test_wrong_flag_is_refused(pair: Pair, flags: list[str], words: tuple[str, .
     refused("--base", pair[0], "--aligned", pair[1], "--alpha", "0.5", *flags, words=words)
 
 
+@pytest.mark.parametrize("name", ["load format with =", "rule that matches nothing", "alpha without value"])
+def test_wrong_flag_is_refused_by_the_command(pair: Pair, name: str) -> None:
+    flags, words = FLAGS[name]
+    assert_refused_alike("--base", pair[0], "--aligned", pair[1], "--alpha", "0.5", *flags, words=words)
+
+
 def test_positional_model_is_refused(pair: Pair) -> None:
     refused("some/model", "--base", pair[0], words=("some/model", "--base and --aligned"))
 
@@ -93,6 +99,13 @@ YAML: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def test_wrong_config_file_is_refused_by_the_command(pair: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(YAML["extra config"][0])
+    flags = ("--base", pair[0], "--aligned", pair[1], "--alpha", "0.5", "--config", str(file))
+    assert_refused_alike(*flags, words=YAML["extra config"][1])
+
+
 @pytest.mark.parametrize(("text", "words"), YAML.values(), ids=YAML)
 def test_wrong_config_file_is_refused(pair: Pair, tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
     file = tmp_path / "serve.yaml"
@@ -111,8 +124,7 @@ def test_source_of_the_config_file_must_be_a_string(pair: Pair, tmp_path: Path) 
 @pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
 def test_variable_that_opens_routes_to_the_weights_is_refused(pair: Pair, variable: str) -> None:
     flags = ("--base", pair[0], "--aligned", pair[1], "--alpha", "0.5")
-    result = run_command(*flags, timeout=30, **{variable: "1"})
-    assert_refusal(result, (variable, "alpha is pinned"))
+    assert_refused_alike(*flags, words=(variable, "alpha is pinned"), **{variable: "1"})
 
 
 def _a_file(folder: Path) -> str:
@@ -129,7 +141,6 @@ SOURCES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
     "missing path": (lambda folder: f"{folder}/missing", ("missing", "does not exist")),
     "a file": (_a_file, ("is a file", "give the folder")),
     "an empty folder": (_empty_folder, ("no config.json",)),
-    "hub id, offline, not cached": (lambda folder: "nobody/nothing", ("nobody/nothing", "not in the hub cache")),
     "s3": (lambda folder: "s3://bucket/model", ("s3://bucket/model", "not supported", "download or mount")),
     "gs": (lambda folder: "gs://bucket/model", ("gs://bucket/model", "not supported", "download or mount")),
 }
@@ -142,7 +153,15 @@ def test_source_that_is_not_there_is_refused_and_the_side_named(
 ) -> None:
     given = {"base": pair[0], "aligned": pair[1], side: make(tmp_path)}
     flags = ("--base", given["base"], "--aligned", given["aligned"], "--alpha", "0.5")
-    refused(*flags, words=(f"error: {side}:", *words), HF_HOME=str(tmp_path / "hub"))
+    refused(*flags, words=(f"error: {side}:", *words))
+
+
+@pytest.mark.parametrize("side", ["base", "aligned"])
+def test_hub_id_that_is_not_in_the_cache_is_refused_by_the_command(pair: Pair, tmp_path: Path, side: str) -> None:
+    given = {"base": pair[0], "aligned": pair[1], side: "nobody/nothing"}
+    flags = ("--base", given["base"], "--aligned", given["aligned"], "--alpha", "0.5")
+    words = (f"error: {side}:", "nobody/nothing", "not in the hub cache")
+    refused_by_command(*flags, words=words, HF_HOME=str(tmp_path / "hub"))
 
 
 def _other_dtype_kind() -> dict[str, torch.Tensor]:
@@ -192,3 +211,10 @@ def test_two_checkpoints_that_are_no_pair_are_refused(
 ) -> None:
     other = write_raw(tmp_path / "other", make(), **config)
     refused("--base", pair[0], "--aligned", str(other), "--alpha", "0.5", words=words)
+
+
+@pytest.mark.parametrize("name", ["hidden size", "layers"])
+def test_what_is_no_pair_is_refused_by_the_command(pair: Pair, tmp_path: Path, name: str) -> None:
+    make, config, words = PAIRS[name]
+    other = write_raw(tmp_path / "other", make(), **config)
+    assert_refused_alike("--base", pair[0], "--aligned", str(other), "--alpha", "0.5", words=words)

@@ -1,4 +1,5 @@
-"""Every damaged, hostile or unsuitable checkpoint is refused by the real command, before a byte of weights is read."""
+"""Every damaged, hostile or unsuitable checkpoint is refused before a byte of weights is read: by the command's
+``main``, and where opening a file is the danger by the real command."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.command import refused
+from tests.command import assert_refused_alike, refused, refused_by_command
 from tests.models.raw import INDEX, entry, file_bytes, tiny_tensors, write_index, write_pair, write_raw
 from tests.server import run_command
 
@@ -83,6 +84,13 @@ def test_damaged_file_is_refused(pair: tuple[Path, Path], spoil: Spoil, words: t
     refused(*_flags(*pair), words=(named, *words))
 
 
+@pytest.mark.parametrize("name", ["cut within the header", "one name twice"])
+def test_damaged_file_is_refused_by_the_command(pair: tuple[Path, Path], name: str) -> None:
+    spoil, words = FILES[name]
+    spoil(pair[1])
+    assert_refused_alike(*_flags(*pair), words=words)
+
+
 def test_damaged_base_is_named_too(pair: tuple[Path, Path]) -> None:
     _replace(lambda good: good[:-1])(pair[0])
     refused(*_flags(*pair), words=(f"{pair[0]}/model.safetensors", "is cut"))
@@ -110,7 +118,7 @@ def test_pickle_is_never_opened(tmp_path: Path, protocol: int | str, name: str) 
         torch.save({"weight": torch.zeros(2), "canary": _Canary(song)}, aligned / name)
     else:
         (aligned / name).write_bytes(pickle.dumps(_Canary(song), protocol=int(protocol)))
-    refused(*_flags(base, aligned), words=(str(aligned), "pickle"))
+    refused_by_command(*_flags(base, aligned), words=(str(aligned), "pickle"))
     assert not song.exists()
     pickle.loads(pickle.dumps(_Canary(song)))
     assert song.exists(), "the canary cannot sing"
@@ -199,6 +207,13 @@ def test_wrong_layout_is_refused(pair: tuple[Path, Path], spoil: Spoil, words: t
     refused(*_flags(*pair), words=words)
 
 
+@pytest.mark.parametrize("name", ["link that leaves", "FIFO as a shard"])
+def test_wrong_layout_is_refused_by_the_command(pair: tuple[Path, Path], name: str) -> None:
+    spoil, words = LAYOUTS[name]
+    spoil(pair[1])
+    assert_refused_alike(*_flags(*pair), words=words)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
 def test_quantised_checkpoint_is_refused(pair: tuple[Path, Path], method: str) -> None:
     side = "base" if method == "awq" else "aligned"
@@ -213,7 +228,7 @@ def test_value_that_is_not_finite_ends_a_merge_with_1(tmp_path: Path) -> None:
     folder = write_raw(tmp_path / "base", tensors)
     out = tmp_path / "out"
     words = (NAMES[3], f"{folder}/model.safetensors", "NaN or Inf")
-    refused("merge", *_flags(*folders), "--out", str(out), words=words, code=1)
+    refused_by_command("merge", *_flags(*folders), "--out", str(out), words=words, code=1)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["aligned", "base"]
 
 
