@@ -82,7 +82,7 @@ def test_core_shows_every_kind_of_layer_layout_and_operation() -> None:
     seen = recorded()
     assert seen.keys() == by_name.keys()
     assert len({name for one in seen.values() for name in one["operations"]}) == 18
-    assert len({name for one in seen.values() for name in one["layers"]}) == 28
+    assert len({name for one in seen.values() for name in one["layers"]}) == 29
 
 
 @pytest.mark.engine

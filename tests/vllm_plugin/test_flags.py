@@ -8,10 +8,12 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from expo_serve.config import ExpoConfig, Pinned, Source
+from expo_serve.errors import UsageError
 from expo_serve.vllm_plugin import server
 
 KNOWN = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--port"}
@@ -40,6 +42,35 @@ def test_our_flags_carry_the_pinned_sources() -> None:
     assert ExpoConfig.model_validate(extra) == config
     assert flags[1:3] == ["--served-model-name", "a-expo-0.5"]
     assert "--served-model-name" not in server.our_arguments(config, None)
+
+
+def request(*arguments: str) -> dict[str, Any]:
+    """What the command asks of the server process, with these flags of vLLM."""
+    pinned = Pinned(base=Source(name="b", path="/m/b"), aligned=Source(name="a", path="/m/a"))
+    config = ExpoConfig(base="b", aligned="a", alpha=0.5, pinned=pinned)
+    given = {"config": config.model_dump(mode="json"), "arguments": list(arguments), "file_options": {}}
+    return {**given, "served_model_name": "a-expo-0.5", "status_fd": -1}
+
+
+@pytest.mark.engine
+def test_flags_of_vllm_are_understood_beside_ours() -> None:
+    _, args = server.parse(request("--max-model-len", "64"))
+    assert (args.model, args.load_format, args.max_model_len) == ("/m/a", "expo", 64)
+    assert args.served_model_name == ["a-expo-0.5"]
+
+
+@pytest.mark.engine
+def test_a_wrong_flag_of_vllm_is_answered_by_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        server.parse(request("--no-such-flag", "1"))
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --no-such-flag 1" in capsys.readouterr().err
+
+
+@pytest.mark.engine
+def test_an_abbreviated_flag_of_ours_to_set_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^--load-format is set by expo-serve"):
+        server.parse(request("--load-form", "dummy"))
 
 
 def test_plugins_that_vllm_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
