@@ -13,7 +13,7 @@ from tests.engines import PROMPTS, run_engines
 from tests.models import reference_checkpoint
 from tests.models.extras import add_mtp_head, build_served_pair, write_adapter, write_eagle_head
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ALPHA = 0.5
 SINGLE = (
     "another dtype",

@@ -15,7 +15,7 @@ from expo_serve.report import DeploymentReport
 from tests.server import Server
 from tests.vllm_plugin.trees import assert_all_gone, assert_nothing_new, last_line, shared_memory
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @pytest.fixture

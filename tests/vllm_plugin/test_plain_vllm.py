@@ -12,7 +12,7 @@ from expo_serve.report import DeploymentReport
 from expo_serve.vllm_plugin.worker import EXTENSION
 from tests.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 MODULE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 
 
