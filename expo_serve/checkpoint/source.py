@@ -19,6 +19,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
 _MAX_FILE_NAME_BYTES = 255
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_NETWORK_TYPES = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"}
+    | {"smb3", "smbfs", "virtiofs", "wekafs"}
+)
 
 T = TypeVar("T")
 
@@ -177,3 +181,18 @@ def read_config(side: str, source: Source, name: str = "config.json") -> dict[st
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether reads of ``path`` travel: a network file system, or one in user space (of a bucket, most often).
+
+    Args:
+        path: a file or folder; links are followed.
+    """
+    import psutil
+
+    real = path.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if real.is_relative_to(mount.mountpoint)]
+    # Of several mounts at one place the last one is seen.
+    kind = max(enumerate(mounts), key=lambda item: (len(item[1].mountpoint), item[0]), default=(0, None))[1]
+    return kind is not None and (kind.fstype in _NETWORK_TYPES or kind.fstype.startswith("fuse."))

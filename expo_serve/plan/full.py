@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,16 @@ from expo_serve.checkpoint.folder import Checkpoint, open_files, refuse_quantise
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import PairError
+from expo_serve.errors import CheckpointError, PairError
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import Changes, base_names, plan_over_base
 from expo_serve.plan.plan import Plan
-from expo_serve.plan.probe import mean_size
 from expo_serve.plan.refusals import refuse_architectures
 from expo_serve.plan.tensor_deltas import FullTensorDelta
 
 _PROBES = 8
 """Vectors that are looked at to tell a delta from a whole checkpoint."""
+_VALUES = 256
 _WHOLE = 2
 """A step is far smaller than half of what it changes."""
 
@@ -110,7 +111,7 @@ def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullTensor
             f"{missing[0]}: they stay base's; is it complete?"
         )
     vectors = [change for change in steps.values() if _is_vector(change)][:_PROBES]
-    sizes = [(mean_size(change.record), mean_size(change.base)) for change in vectors]
+    sizes = [(_mean_size(change.record), _mean_size(change.base)) for change in vectors]
     if sizes and all(0 < base_size < _WHOLE * size for size, base_size in sizes):
         yield (
             f"the delta's norms are as large as base's ({vectors[0].record.name}): it looks like a whole "
@@ -136,3 +137,24 @@ def _refuse_shapes(delta: FullDelta, steps: dict[str, FullTensorDelta]) -> None:
                 for change in wrong
             ],
         )
+
+
+def _mean_size(record: TensorRecord) -> float:
+    """The mean absolute value of a floating tensor's first values.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    count, width = min(record.numel, _VALUES), record.itemsize
+    try:
+        with record.file.open("rb") as file:
+            file.seek(record.offset)
+            raw = file.read(count * width)
+    except OSError as error:
+        raise CheckpointError(f"{record.file}: cannot be read: {error.strerror}") from None
+    if record.dtype == "BF16":  # the upper half of an fp32
+        raw = b"".join(bytes(2) + raw[at : at + 2] for at in range(0, len(raw), 2))
+        width = 4
+    letter = {2: "e", 4: "f", 8: "d"}[width]
+    values = struct.unpack(f"<{len(raw) // width}{letter}", raw)
+    return float(sum(abs(value) for value in values)) / max(1, len(values))

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from expo_serve.checkpoint.source import HubAccess
-from expo_serve.checkpoint.storage import is_on_network
+from expo_serve.checkpoint.source import HubAccess, is_on_network
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError
 from expo_serve.load.counts import ReadActivity

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expo_serve.checkpoint.storage import is_on_network
+from expo_serve.checkpoint.source import is_on_network
 
 
 def test_a_folder_here_is_not_on_a_network(tmp_path: Path) -> None:

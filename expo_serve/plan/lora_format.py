@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError
+from expo_serve.plan.tensor_deltas import LoraModule
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_FACTORS = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+}  # fmt: skip
 
 # What these mean is no plain sum of base's weight and B A, or changes more than weights.
 _REFUSED = {
@@ -147,3 +157,50 @@ def _start_problem(start: str) -> str | None:
         if start.lower().startswith(prefix):
             return f"init_lora_weights {start!r}: {reason}; PEFT's path_initial_model_for_weight_conversion converts it"
     return None if start in _PLAIN_STARTS else f"init_lora_weights {start!r:.60} is not known here"
+
+
+def nothing_to_read(folder: Path) -> str:
+    if (folder / _PICKLE).exists():
+        return (
+            f"{folder} holds its adapter as a pickle file only ({_PICKLE}), which can run code and is never opened; "
+            "convert it to safetensors"
+        )
+    return f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}"
+
+
+def sort_tensors(
+    tensors: Mapping[str, TensorRecord],
+) -> tuple[dict[str, dict[str, TensorRecord]], dict[str, TensorRecord]]:
+    """The factors by module, and what was trained whole by name."""
+    factors: defaultdict[str, dict[str, TensorRecord]] = defaultdict(dict)
+    whole: dict[str, TensorRecord] = {}
+    for name, record in tensors.items():
+        plain = name.removeprefix(_PREFIX)
+        ending = next((ending for ending in _FACTORS if plain.endswith(ending)), None)
+        if ending is None:
+            whole[plain.replace(".modules_to_save", "").replace(".base_layer", "")] = record
+            continue
+        part = _FACTORS[ending] + (".embedding" if "embedding" in ending else "")
+        factors[plain.removesuffix(ending)][part] = record
+    return factors, whole
+
+
+def make_module(name: str, parts: dict[str, TensorRecord], lora: LoraConfig) -> LoraModule:
+    is_embedding = any("embedding" in part for part in parts)
+    ending = ".embedding" if is_embedding else ""
+    a, b = parts.get(f"A{ending}"), parts.get(f"B{ending}")
+    there = next(iter(parts.values()))
+    if a is None or b is None or len(parts) != 2:
+        raise CheckpointError(
+            f"{there.file}: module {name!r} has no {'A' if a is None else 'B'}: expected both factors of an adapter; "
+            f"found {', '.join(record.name for record in parts.values())}"
+        )
+    rank = lora.rank_of(name)
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise CheckpointError(
+            f"{there.file}: module {name!r} has factors A {list(a.shape)} and B {list(b.shape)}, which do not have the "
+            f"rank that {CONFIG_FILE} gives it ({rank})"
+        )
+    if not (a.is_float and b.is_float):
+        raise CheckpointError(f"{there.file}: module {name!r} has factors of dtype {a.dtype} and {b.dtype}")
+    return LoraModule(name, a, b, lora.scale_of(name), is_embedding)
