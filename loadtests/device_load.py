@@ -127,15 +127,15 @@ def fastsafetensors_load(file: Path, device: torch.device) -> Callable[[], objec
 
 def ways(plan: Plan, parameters: dict[str, torch.Tensor], device: torch.device) -> Iterator[tuple[str, Any, int]]:
     """What is compared: a name, what it does, and how many bytes it brings."""
-    pair_bytes = plan.base.nbytes + plan.other.nbytes
+    pair_bytes = plan.base.nbytes + plan.aligned_or_delta.nbytes
     yield "link", link_copy(device, pair_bytes), pair_bytes
     for stage_bytes, turns in BUFFERS if device.type == "cuda" else BUFFERS[:1]:
         name = f"expo {stage_bytes >> 20} MB x {turns}"
         yield name, lambda s=stage_bytes, t=turns: load_pair(plan, parameters, s, t), pair_bytes
-    file = plan.other.files[0]
-    yield "safetensors, one side", lambda: load_file(file, device=str(device)), plan.other.nbytes
+    file = plan.aligned_or_delta.files[0]
+    yield "safetensors, one side", lambda: load_file(file, device=str(device)), plan.aligned_or_delta.nbytes
     if fast := fastsafetensors_load(file, device):
-        yield "fastsafetensors, one side", fast, plan.other.nbytes
+        yield "fastsafetensors, one side", fast, plan.aligned_or_delta.nbytes
 
 
 def measure(plan: Plan, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expo_serve.checkpoint.header import Header, read_header
-from expo_serve.checkpoint.records import QUANTISED_DTYPES, TensorRecord
+from expo_serve.checkpoint.records import QUANTISED_DTYPES, Operand, TensorRecord
 from expo_serve.checkpoint.source import INDEX_FILE, hub_repository, read_config, read_weight_map
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
@@ -28,7 +28,7 @@ class Checkpoint:
     ``tensors`` maps each name to its record, in the order of the files and of the data in them.
     """
 
-    side: str
+    operand: Operand
     source: Source
     config: dict[str, Any]
     files: tuple[Path, ...]
@@ -40,20 +40,20 @@ class Checkpoint:
         return sum(record.nbytes for record in self.tensors.values())
 
 
-def open_checkpoint(side: str, source: Source) -> Checkpoint:
+def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
     """Read and check a checkpoint's config, index and headers.
 
     Args:
-        side: ``base`` or ``aligned``, for messages.
+        operand: ``base`` or ``aligned``, for messages.
         source: where it lies; a fingerprint in it must be that of the files found.
 
     Raises:
         CheckpointError: anything is not as the format, the index or the fingerprint say.
     """
-    config = read_config(side, source)
-    refuse_quantised(side, config, Path(source.path))
-    opened = open_files(side, source, tuple(_weight_files(side, Path(source.path))))
-    return Checkpoint(side, opened.source, config, opened.files, opened.tensors)
+    config = read_config(operand, source)
+    refuse_quantised(operand, config, Path(source.path))
+    opened = open_files(operand, source, tuple(_weight_files(operand, Path(source.path))))
+    return Checkpoint(operand, opened.source, config, opened.files, opened.tensors)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class OpenedFiles:
     metadata: dict[Path, dict[str, str]]
 
 
-def open_files(side: str, source: Source, files: tuple[Path, ...] = ()) -> OpenedFiles:
+def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -> OpenedFiles:
     """Read and check the headers of a folder's safetensors files.
 
     Args:
-        side: ``base``, ``aligned`` or ``delta``, for messages.
+        operand: ``base``, ``aligned`` or ``delta``, for messages.
         source: where they lie; a fingerprint in it must be that of the files found.
         files: which ones; by default those that the index names, else every one.
 
@@ -78,23 +78,23 @@ def open_files(side: str, source: Source, files: tuple[Path, ...] = ()) -> Opene
         CheckpointError: anything is not as the format, the index or the fingerprint say.
     """
     folder = Path(source.path)
-    files = files or tuple(_weight_files(side, folder))
+    files = files or tuple(_weight_files(operand, folder))
     for file in files:
         _check_inside(file, folder)
     headers = {file: read_header(file) for file in files}
-    tensors = _join(side, headers)
+    tensors = _join(operand, headers)
     _check_index(folder, tensors)
     fingerprint = _fingerprint(headers)
     if source.fingerprint not in ("", fingerprint):
         raise CheckpointError(
-            f"{side}: {folder} has changed since the server was started: "
+            f"{operand}: {folder} has changed since the server was started: "
             f"expected fingerprint {source.fingerprint}, found {fingerprint}"
         )
     source = source.model_copy(update={"fingerprint": fingerprint})
     return OpenedFiles(source, files, tensors, {file: header.metadata for file, header in headers.items()})
 
 
-def refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
+def refuse_quantised(operand: Operand, config: dict[str, Any], folder: Path) -> None:
     """Numbers of a quantised checkpoint cannot be extrapolated.
 
     Raises:
@@ -103,7 +103,7 @@ def refuse_quantised(side: str, config: dict[str, Any], folder: Path) -> None:
     method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
     if method:
         raise CheckpointError(
-            f"{side}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
+            f"{operand}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
             "give the unquantised one, and quantise while loading with vLLM's --quantization"
         )
 
@@ -116,7 +116,7 @@ def _quantisation(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _weight_files(side: str, folder: Path) -> Iterator[Path]:
+def _weight_files(operand: Operand, folder: Path) -> Iterator[Path]:
     """The files that vLLM would read: those that the index names, else every safetensors file."""
     index = folder / INDEX_FILE
     if index.is_symlink() or index.exists():
@@ -128,7 +128,7 @@ def _weight_files(side: str, folder: Path) -> Iterator[Path]:
     # A publisher's own format may stand beside the Hugging Face one and repeat it under other names.
     files = [file for file in found if not fnmatch(file.name, "consolidated*")] or found
     if not files:
-        raise CheckpointError(f"{side}: {_nothing_to_read(folder)}")
+        raise CheckpointError(f"{operand}: {_nothing_to_read(folder)}")
     yield from files
 
 
@@ -164,23 +164,23 @@ def _check_inside(file: Path, folder: Path) -> None:
         raise CheckpointError(f"{file}: expected a regular file; it was not opened")
 
 
-def _join(side: str, headers: dict[Path, Header]) -> dict[str, TensorRecord]:
+def _join(operand: Operand, headers: dict[Path, Header]) -> dict[str, TensorRecord]:
     tensors: dict[str, TensorRecord] = {}
     for file, header in headers.items():
         for record in sorted(header.tensors.values(), key=lambda record: record.offset):
             if record.name in tensors:
                 raise CheckpointError(
-                    f"{side}: tensor {record.name!r} lies in two files that are both read: "
+                    f"{operand}: tensor {record.name!r} lies in two files that are both read: "
                     f"{tensors[record.name].file.name} and {file.name}"
                 )
             if record.dtype in QUANTISED_DTYPES:
                 raise CheckpointError(
-                    f"{side}: tensor {record.name!r} in {file} is quantised ({record.dtype}); give the "
+                    f"{operand}: tensor {record.name!r} in {file} is quantised ({record.dtype}); give the "
                     "unquantised checkpoint, and quantise while loading with vLLM's --quantization"
                 )
             tensors[record.name] = record
     if not tensors:
-        raise CheckpointError(f"{side}: no tensor in {', '.join(str(file) for file in headers)}")
+        raise CheckpointError(f"{operand}: no tensor in {', '.join(str(file) for file in headers)}")
     return tensors
 
 

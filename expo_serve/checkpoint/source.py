@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError
 
@@ -35,11 +36,11 @@ class HubAccess:
     cache_dir: str | None = None
 
 
-def find_source(side: str, given: str, revision: str | None, hub: HubAccess) -> Source:
+def find_source(operand: Operand, given: str, revision: str | None, hub: HubAccess) -> Source:
     """Find one checkpoint; a hub id is downloaded, or taken from the cache when offline.
 
     Args:
-        side: ``base`` or ``aligned``, for messages.
+        operand: ``base`` or ``aligned``, for messages.
         given: a folder or a hub id.
         revision: branch, tag or commit; for hub ids only.
         hub: token and cache folder.
@@ -49,21 +50,21 @@ def find_source(side: str, given: str, revision: str | None, hub: HubAccess) -> 
     """
     if _URL.match(given):
         raise SourceError(
-            f"{side}: {given!r} is not supported: expected a folder or a hub id; download or mount it first"
+            f"{operand}: {given!r} is not supported: expected a folder or a hub id; download or mount it first"
         )
     if not given:
-        raise SourceError(f"{side} is empty: expected a folder or a hub id")
+        raise SourceError(f"{operand} is empty: expected a folder or a hub id")
     try:
         folder = Path(given).expanduser()
         if folder.is_dir():
-            return _local_source(side, folder, revision)
+            return _local_source(operand, folder, revision)
         if folder.exists():
-            raise SourceError(f"{side}: {given!r} is a file; give the folder that holds the checkpoint")
+            raise SourceError(f"{operand}: {given!r} is a file; give the folder that holds the checkpoint")
     except (OSError, RuntimeError) as error:  # a name too long, no right to look, the home of nobody
-        raise SourceError(f"{side}: folder {given!r:.200} cannot be found: {error}") from None
+        raise SourceError(f"{operand}: folder {given!r:.200} cannot be found: {error}") from None
     if not _HUB_ID.fullmatch(given):
-        raise SourceError(f"{side}: folder {given!r} does not exist")
-    return _hub_source(side, given, revision, hub)
+        raise SourceError(f"{operand}: folder {given!r} does not exist")
+    return _hub_source(operand, given, revision, hub)
 
 
 def hub_repository(folder: Path) -> tuple[Path, str] | None:
@@ -75,20 +76,20 @@ def hub_repository(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _local_source(side: str, folder: Path, revision: str | None) -> Source:
+def _local_source(operand: Operand, folder: Path, revision: str | None) -> Source:
     path = folder.resolve()
     repository = hub_repository(path)
     if repository and path.parent.name == "snapshots":
         commit = path.name
         if revision not in (None, commit):
-            raise SourceError(f"{side}: {path} is commit {commit}, but revision {revision!r} was asked for")
+            raise SourceError(f"{operand}: {path} is commit {commit}, but revision {revision!r} was asked for")
         return Source(name=repository[1], path=str(path), revision=commit)
     if revision is not None:
-        raise SourceError(f"{side}: a revision was given ({revision!r}), but {str(folder)!r} is a folder")
+        raise SourceError(f"{operand}: a revision was given ({revision!r}), but {str(folder)!r} is a folder")
     return Source(name=path.name or "model", path=str(path))
 
 
-def _hub_source(side: str, hub_id: str, revision: str | None, hub: HubAccess) -> Source:
+def _hub_source(operand: Operand, hub_id: str, revision: str | None, hub: HubAccess) -> Source:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str], commit: str | None) -> Path:
@@ -103,9 +104,9 @@ def _hub_source(side: str, hub_id: str, revision: str | None, hub: HubAccess) ->
             )
         )
 
-    folder = _map_hub_errors(side, hub_id, revision, lambda: fetch(list(_SIDE_FILES), revision))
+    folder = _map_hub_errors(operand, hub_id, revision, lambda: fetch(list(_SIDE_FILES), revision))
     weights = _weight_patterns(folder)
-    _map_hub_errors(side, hub_id, revision, lambda: fetch(weights, folder.name))
+    _map_hub_errors(operand, hub_id, revision, lambda: fetch(weights, folder.name))
     return Source(name=hub_id, path=str(folder.resolve()), revision=folder.name)
 
 
@@ -143,11 +144,11 @@ def _is_file_name(name: str) -> bool:
     return name not in (".", "..") and 0 < size <= _MAX_FILE_NAME_BYTES and not set(name) & set("/\\\0")
 
 
-def _map_hub_errors(side: str, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
+def _map_hub_errors(operand: Operand, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
     """Run a hub call; its many errors become one line that names the side."""
     from huggingface_hub import errors as hub_errors
 
-    where = f"{side}: {hub_id!r}" + (f" at revision {revision!r}" if revision else "")
+    where = f"{operand}: {hub_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return call()
     except hub_errors.GatedRepoError:
@@ -163,7 +164,7 @@ def _map_hub_errors(side: str, hub_id: str, revision: str | None, call: Callable
         raise SourceError(f"{where}: the hub did not answer as expected: {first_line}") from None
 
 
-def read_config(side: str, source: Source, name: str = "config.json") -> dict[str, Any]:
+def read_config(operand: str, source: Source, name: str = "config.json") -> dict[str, Any]:
     """Read a checkpoint's config.json, or another of its JSON files.
 
     Raises:
@@ -171,7 +172,7 @@ def read_config(side: str, source: Source, name: str = "config.json") -> dict[st
     """
     path = Path(source.path) / name
     if not path.is_file():
-        raise CheckpointError(f"{side}: {source.path} has no {name}; give the folder of a checkpoint")
+        raise CheckpointError(f"{operand}: {source.path} has no {name}; give the folder of a checkpoint")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -125,7 +125,7 @@ def _verify(given: argparse.Namespace) -> None:
     delta, plan = _open(given, hub)
     if not isinstance(delta, PackedDelta):
         raise UsageError(
-            f"delta verify: {given.delta} is a {delta.kind} delta, which carries no checksums; it can be applied "
+            f"delta verify: {given.delta} is a {delta.format} delta, which carries no checksums; it can be applied "
             "or served"
         )
     aligned = None

@@ -113,7 +113,7 @@ def _source(source: Source, checkpoint: Checkpoint | Delta | None) -> InspectedS
         name=source.name,
         path=source.path,
         revision=source.revision,
-        kind=getattr(checkpoint, "kind", None),
+        kind=getattr(checkpoint, "format", None),
         fingerprint=checkpoint.source.fingerprint if checkpoint else "",
         files=len(checkpoint.files) if checkpoint else 0,
         tensors=len(checkpoint.tensors) if checkpoint else 0,
@@ -131,7 +131,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
     available = memory.available_bytes()
     side, files = _companion_source(plan)
     return {
-        "served_model_name": f"{plan.other.source.short_name}-expo-{options.config.alpha_text}",
+        "served_model_name": f"{plan.aligned_or_delta.source.short_name}-expo-{options.config.alpha_text}",
         "tokenizer": _first_there(side, files, _TOKENIZERS),
         "chat_template": _chat_template(side, files),
         "counts": {"extrapolated": len(plan.extrapolated), "copied": len(plan.copied)},

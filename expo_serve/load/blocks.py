@@ -12,7 +12,7 @@ import zstandard
 
 from expo_serve.kernels.sparse import Parts, fits, patch
 from expo_serve.kernels.sparse_ir import LARGE, SKIP
-from expo_serve.plan.packed_format import CHANGES, RAW, SAME, SHUFFLED
+from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
 
 LEVEL = 1
 """Higher ones gain nothing: 3.28% of the demo's checkpoint at level 1, 3.33 at level 9."""
@@ -63,7 +63,7 @@ def _changes(aligned: Values, base: Values) -> Coded:
     is_large = steps >= LARGE
     small = np.where(is_large, LARGE, steps).astype(np.uint8)
     large = _compress(_shuffle(steps[is_large] + 1)) if is_large.any() else b""
-    return Coded(CHANGES, (_compress(_gaps(changed)), _compress(small.tobytes()), large))
+    return Coded(SPARSE, (_compress(_gaps(changed)), _compress(small.tobytes()), large))
 
 
 def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
@@ -85,11 +85,11 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
         plain = bytes(raw) if coded.coding == RAW else _unshuffle(bytes(raw), out.itemsize)
         out[:] = np.frombuffer(plain, dtype=out.dtype)
         return
-    if base is None or coded.coding not in (SAME, CHANGES):
+    if base is None or coded.coding not in (SAME, SPARSE):
         raise DamagedError(f"coding {coded.coding}")
     if out is not base:
         out[:] = base
-    if coded.coding == CHANGES:
+    if coded.coding == SPARSE:
         _apply(changes_of(coded, count, out.itemsize), out)
 
 

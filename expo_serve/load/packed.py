@@ -20,7 +20,7 @@ from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import FileSpan, Selection
-from expo_serve.plan.packed_format import CHANGES, SAME, TABLE_ENTRY, Table, checksum, read_table
+from expo_serve.plan.packed_format import SAME, SPARSE, TABLE_ENTRY, Table, checksum, read_table
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 _SPAN_BYTES = 8 << 20
@@ -115,7 +115,12 @@ class PackedOperands:
         first, end = int(elements.offset), int(elements.offset + elements.numel)
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
         is_result = alpha == 0 or "base" in self._used  # not where aligned is taken over at every alpha
-        if not (is_plain and is_result) or self._base is None or end > self._tensor.shared or not extrapolating():
+        if (
+            not (is_plain and is_result)
+            or self._base is None
+            or end > self._tensor.values_in_base
+            or not extrapolating()
+        ):
             return 0
         flat = dest.view(-1)
         blocks, known = self._blocks(elements), self._table()
@@ -137,7 +142,7 @@ class PackedOperands:
         loops = extrapolating()
         assert loops is not None
         coded = self._coded(block, read_from)
-        if alpha != 0 and coded.coding in (SAME, CHANGES):
+        if alpha != 0 and coded.coding in (SAME, SPARSE):
             return self._changed(block, values, coded, 1 + alpha)
         self._read_base(block, values)
         if alpha == 0:
@@ -172,7 +177,7 @@ class PackedOperands:
         """One block of both sides."""
         start, _ = self._spans[block]
         coded = self._coded(block) if "aligned" in self._used else None
-        is_shared = self._base is not None and start < self._tensor.shared
+        is_shared = self._base is not None and start < self._tensor.values_in_base
         if is_shared:
             self._read_base(block, base)
         if coded is not None:
@@ -242,13 +247,13 @@ class PackedOperands:
         return range(self._block_of(elements.offset), self._block_of(elements.end - 1) + 1)
 
     def _block_of(self, place: int) -> int:
-        size, shared = self._change.block, int(self._tensor.shared)
+        size, shared = self._change.block, int(self._tensor.values_in_base)
         return place // size if place < shared else -(-shared // size) + (place - shared) // size
 
     def _shared(self, blocks: range) -> Selection:
         """What of base these blocks need."""
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
-        shared = self._tensor.shared
+        shared = self._tensor.values_in_base
         return Selection.flat(min(start, shared), max(0, min(end, shared) - start))
 
     def _scratch(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

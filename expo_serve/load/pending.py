@@ -122,7 +122,7 @@ class PendingTensor:
     def _values_error(self, culprit: str) -> ValuesError:
         """Build the error for a value that is not finite, given the operand it is in, or ``result``."""
         planned = self.planned
-        if culprit == "result" or (culprit == "delta" and planned.delta and planned.delta.is_computed):
+        if culprit == "result" or (culprit == "delta" and planned.delta and planned.delta.overflow_is_result_error):
             return ValuesError(
                 f"tensor {planned.name!r}: extrapolated with alpha {format_alpha(planned.alpha)} it is too large for "
                 f"its dtype ({planned.result.dtype}); choose a smaller alpha (file {planned.records[-1].file})"

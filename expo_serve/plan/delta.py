@@ -20,14 +20,14 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.full import FullDelta
 from expo_serve.plan.lora import LoraDelta
 from expo_serve.plan.packed import PackedDelta
-from expo_serve.plan.plan import Counterpart, Plan
+from expo_serve.plan.plan import OpenedSource, Plan
 
 
-class Delta(Counterpart, Protocol):
+class Delta(OpenedSource, Protocol):
     """An opened delta."""
 
     @property
-    def kind(self) -> str:
+    def format(self) -> str:
         """``packed``, ``lora`` or ``full``."""
 
     def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
@@ -39,11 +39,11 @@ class Delta(Counterpart, Protocol):
         """
 
 
-class Kind(Protocol):
+class DeltaFormat(Protocol):
     """What opens deltas of one kind: its class."""
 
     @property
-    def kind(self) -> str:
+    def format(self) -> str:
         """``packed``, ``lora`` or ``full``."""
 
     def recognises(self, folder: Path) -> bool:
@@ -57,7 +57,7 @@ class Kind(Protocol):
         """
 
 
-KINDS: tuple[Kind, ...] = (PackedDelta, LoraDelta, FullDelta)
+DELTA_FORMATS: tuple[DeltaFormat, ...] = (PackedDelta, LoraDelta, FullDelta)
 """In the order in which they are tried; the last one takes whatever is left."""
 
 
@@ -70,9 +70,9 @@ def open_delta(source: Source) -> Delta:
     Raises:
         CheckpointError: it is of no kind, or not as its format says.
     """
-    return kind_of(Path(source.path)).open(source)
+    return format_of(Path(source.path)).open(source)
 
 
-def kind_of(folder: Path) -> Kind:
+def format_of(folder: Path) -> DeltaFormat:
     """The kind of the delta in a folder."""
-    return next((kind for kind in KINDS if kind.recognises(folder)), KINDS[-1])
+    return next((kind for kind in DELTA_FORMATS if kind.recognises(folder)), DELTA_FORMATS[-1])

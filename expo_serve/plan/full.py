@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files, refuse_quantised
-from expo_serve.checkpoint.records import TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
-from expo_serve.plan.over_base import Changes, base_names, plan_over_base
+from expo_serve.plan.over_base import BaseChanges, base_names, plan_over_base
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.refusals import refuse_architectures
 from expo_serve.plan.tensor_deltas import FullTensorDelta
@@ -38,8 +38,8 @@ class FullDelta:
     """Its config.json; empty where it has none."""
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
-    kind: ClassVar[str] = "full"
-    side: ClassVar[str] = "delta"
+    format: ClassVar[str] = "full"
+    operand: ClassVar[Operand] = "delta"
 
     @property
     def nbytes(self) -> int:
@@ -48,12 +48,12 @@ class FullDelta:
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """See :class:`~expo_serve.plan.delta.Kind`: it is what no other kind is."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`: it is what no other kind is."""
         return any(folder.glob("*.safetensors"))
 
     @classmethod
     def open(cls, source: Source) -> FullDelta:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
         folder = Path(source.path)
         config = read_config("delta", source) if (folder / "config.json").is_file() else {}
         refuse_quantised("delta", config, folder)
@@ -79,7 +79,7 @@ class FullDelta:
                 f"({base.source.name}) ties its output to the embedding; give the base that it was made from"
             )
         warnings = tuple(_warnings(self, base, steps))
-        changes = Changes(steps, strangers, ignored=tuple(sorted(tied)), warnings=warnings)
+        changes = BaseChanges(steps, strangers, ignored=tuple(sorted(tied)), warnings=warnings)
         return plan_over_base(self, base, config, changes)
 
     def _refuse_strangers(self, strangers: dict[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:

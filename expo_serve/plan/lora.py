@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
-from expo_serve.checkpoint.records import TensorRecord
+from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError
@@ -29,8 +29,8 @@ from expo_serve.plan.lora_format import (
     sort_tensors,
 )
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
-from expo_serve.plan.over_base import Changes, base_names, plan_over_base
-from expo_serve.plan.plan import Counterpart, Plan
+from expo_serve.plan.over_base import BaseChanges, base_names, plan_over_base
+from expo_serve.plan.plan import OpenedSource, Plan
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
@@ -47,8 +47,8 @@ class LoraDelta:
     modules: tuple[LoraModule, ...]
     whole: Mapping[str, TensorRecord]
     """Tensors that were trained whole, by base's names for them."""
-    kind: ClassVar[str] = "lora"
-    side: ClassVar[str] = "delta"
+    format: ClassVar[str] = "lora"
+    operand: ClassVar[Operand] = "delta"
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +63,12 @@ class LoraDelta:
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
         return (folder / CONFIG_FILE).is_file()
 
     @classmethod
     def open(cls, source: Source) -> LoraDelta:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
         folder = Path(source.path)
         lora = read_lora_config(read_config("delta", source, CONFIG_FILE), str(folder / CONFIG_FILE))
         if not (folder / WEIGHTS_FILE).exists():
@@ -92,7 +92,7 @@ class LoraDelta:
         )
 
 
-class Adapter(Counterpart, Protocol):
+class Adapter(OpenedSource, Protocol):
     """The adapter that is planned."""
 
     @property
@@ -136,7 +136,7 @@ def plan_adapter(
     overrides = {**_overrides(placed, base), **({"tie_word_embeddings": False} if copies else {})}
     new = {name: partner for name, partner in partners.items() if name not in base.tensors}
     warnings = (*warnings, *_tied_warnings(steps, base))
-    changes = Changes(steps, placed, new, copies, overrides, warnings=warnings)
+    changes = BaseChanges(steps, placed, new, copies, overrides, warnings=warnings)
     return plan_over_base(adapter, base, config, changes, adapter.tokenizer)
 
 

@@ -12,12 +12,12 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.plan.matching import find_renaming
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.pair import check_rules
-from expo_serve.plan.plan import Counterpart, Plan, PlannedTensor
+from expo_serve.plan.plan import OpenedSource, Plan, PlannedTensor
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
 @dataclass(frozen=True)
-class Changes:
+class BaseChanges:
     """What a delta does, by base's names."""
 
     steps: Mapping[str, TensorDelta]
@@ -34,7 +34,7 @@ class Changes:
 
 
 def plan_over_base(
-    delta: Counterpart, base: Checkpoint, config: ExpoConfig, changes: Changes, tokenizer: Source | None = None
+    delta: OpenedSource, base: Checkpoint, config: ExpoConfig, changes: BaseChanges, tokenizer: Source | None = None
 ) -> Plan:
     """Decide for every tensor of base, and for those that only the delta has.
 
@@ -66,7 +66,7 @@ def plan_over_base(
     )
 
 
-def _planned(record: TensorRecord, config: ExpoConfig, changes: Changes) -> PlannedTensor:
+def _planned(record: TensorRecord, config: ExpoConfig, changes: BaseChanges) -> PlannedTensor:
     alpha = config.alpha_for(record.name)
     can_change = record.is_float and not is_leftover(record)
     if can_change and (step := changes.steps.get(record.name)):
@@ -76,7 +76,7 @@ def _planned(record: TensorRecord, config: ExpoConfig, changes: Changes) -> Plan
     return PlannedTensor(record, None, alpha, "base")
 
 
-def _warnings(tensors: Mapping[str, PlannedTensor], changes: Changes) -> list[str]:
+def _warnings(tensors: Mapping[str, PlannedTensor], changes: BaseChanges) -> list[str]:
     grown = {name: tensor.grown_rows for name, tensor in tensors.items() if tensor.grown_rows}
     warnings = []
     if grown:

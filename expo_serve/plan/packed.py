@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
 from expo_serve.checkpoint.header import read_header
-from expo_serve.checkpoint.records import FLOAT_DTYPES, TensorRecord
+from expo_serve.checkpoint.records import FLOAT_DTYPES, Operand, TensorRecord
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError
@@ -31,13 +31,13 @@ class PackedDelta:
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
     """The packed bytes, by the aligned tensors' names."""
-    described: dict[str, PackedTensor]
+    packed_tensors: dict[str, PackedTensor]
     """The metadata of each tensor."""
     block: int
     base_name: str
     """What it was made against."""
-    kind: ClassVar[str] = "packed"
-    side: ClassVar[str] = "delta"
+    format: ClassVar[str] = "packed"
+    operand: ClassVar[Operand] = "delta"
 
     @property
     def nbytes(self) -> int:
@@ -46,12 +46,12 @@ class PackedDelta:
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
         return any(_says_packed(file) for file in sorted(folder.glob("*.safetensors"))[:1])
 
     @classmethod
     def open(cls, source: Source) -> PackedDelta:
-        """See :class:`~expo_serve.plan.delta.Kind`."""
+        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
         opened = open_files("delta", source)
         config = read_config("delta", source)
         infos = []
@@ -63,8 +63,10 @@ class PackedDelta:
                 f"delta: {source.path} holds {len(infos)} files of a packed delta of {infos[0].files}; copy all "
                 f"of it again"
             )
-        described = {name: tensor for info in infos for name, tensor in info.tensors.items()}
-        return cls(opened.source, config, opened.files, opened.tensors, described, infos[0].block, infos[0].base_name)
+        packed_tensors = {name: tensor for info in infos for name, tensor in info.tensors.items()}
+        return cls(
+            opened.source, config, opened.files, opened.tensors, packed_tensors, infos[0].block, infos[0].base_name
+        )
 
     def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
         """See :class:`~expo_serve.plan.delta.Delta`."""
@@ -84,13 +86,15 @@ class PackedDelta:
         self._refuse_other_base(base)
         check_rules(config, self.tensors)
         tensors = {name: self._planned(name, base, config) for name in self.tensors}
-        used = {tensor.base[0] for tensor in self.described.values() if tensor.base}
-        alone = (name for name, tensor in self.described.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES)
+        used = {tensor.base[0] for tensor in self.packed_tensors.values() if tensor.base}
+        alone = (
+            name for name, tensor in self.packed_tensors.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES
+        )
         ignored = tuple(name for name, record in base.tensors.items() if name not in used and record.is_float)
         return Plan(base, self, self.source, tensors, tuple(alone), ignored, (), ())
 
     def _planned(self, name: str, base: Checkpoint, config: ExpoConfig) -> PlannedTensor:
-        tensor, record = self.described[name], self.tensors[name]
+        tensor, record = self.packed_tensors[name], self.tensors[name]
         partner = base.tensors[tensor.base[0]] if tensor.base else None
         result = TensorRecord(name, record.file, record.offset, tensor.dtype, tensor.shape)
         delta = PackedTensorDelta(record, tensor, self.block, partner, self.base_name)
@@ -107,7 +111,7 @@ class PackedDelta:
             )
 
     def _differences(self, base: Checkpoint) -> Iterator[str]:
-        for tensor in self.described.values():
+        for tensor in self.packed_tensors.values():
             if tensor.base is None:
                 continue
             name, dtype, shape = tensor.base

@@ -79,7 +79,7 @@ tenth."""
 MAX_BLOCK = 1 << 24
 _KEYS = (VERSION_KEY, "files", "block", "base", "tensors")
 
-SAME, CHANGES, SHUFFLED, RAW = range(4)
+SAME, SPARSE, SHUFFLED, RAW = range(4)
 TABLE_ENTRY = struct.Struct("<QQ4I")
 """A block's entry in a tensor's table: two checksums, the coding, and the sizes of three parts."""
 
@@ -108,20 +108,20 @@ class PackedTensor:
         return math.prod(self.shape)
 
     @property
-    def shared(self) -> int:
+    def values_in_base(self) -> int:
         """How many of them have a partner in base."""
         return math.prod(self.base[2]) if self.base else 0
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """From which value to which each block goes."""
-        ends = [(0, self.shared), (self.shared, self.numel)]
+        ends = [(0, self.values_in_base), (self.values_in_base, self.numel)]
         return [(at, min(at + block, end)) for start, end in ends for at in range(start, end, block)]
 
     def count(self, block: int) -> int:
         """Number of blocks."""
-        return -(-self.shared // block) + -(-(self.numel - self.shared) // block)
+        return -(-self.values_in_base // block) + -(-(self.numel - self.values_in_base) // block)
 
-    def describe(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As it stands in the metadata."""
         base = [self.base[0], self.base[1], list(self.base[2])] if self.base else None
         return {
@@ -142,7 +142,7 @@ class FileInfo:
 
 def write_info(files: int, base: Mapping[str, Any], tensors: Mapping[str, PackedTensor]) -> dict[str, str]:
     """The metadata of one file."""
-    described = {name: tensor.describe() for name, tensor in tensors.items()}
+    described = {name: tensor.to_json() for name, tensor in tensors.items()}
     texts = (VERSION, str(files), str(BLOCK), json.dumps(base), json.dumps(described))
     return {**dict(zip(_KEYS, texts, strict=True)), "checksum": _digest(texts)}
 

@@ -13,7 +13,7 @@ from expo_serve.config import Source, format_alpha
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
-def operands_used(has_base: bool, alpha: float, other: Operand = "aligned") -> tuple[Operand, ...]:
+def operands_used(has_base: bool, alpha: float, partner: Operand = "aligned") -> tuple[Operand, ...]:
     """Decide which operands a result is computed from: the rule of alpha 0 and -1.
 
     At alpha 0 the aligned tensor's bits are copied, at alpha -1 those of base, without arithmetic: ``lerp`` alone would
@@ -22,7 +22,7 @@ def operands_used(has_base: bool, alpha: float, other: Operand = "aligned") -> t
     Args:
         has_base: False for elements that base lacks (a tensor of its own, or new rows of a vocabulary).
         alpha: the extrapolation factor, finite.
-        other: the operand beside base, ``aligned`` or ``delta``.
+        partner: the operand beside base, ``aligned`` or ``delta``.
 
     Returns:
         Both operands, ``base`` first, or the one whose bits are copied.
@@ -31,7 +31,7 @@ def operands_used(has_base: bool, alpha: float, other: Operand = "aligned") -> t
         return ("aligned",)
     if alpha == -1:
         return ("base",)
-    return ("aligned",) if alpha == 0 and other == "aligned" else ("base", other)
+    return ("aligned",) if alpha == 0 and partner == "aligned" else ("base", partner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class PlannedTensor:
     """Its name, shape and dtype; without a change also where it lies at alpha 0."""
     base: TensorRecord | None
     alpha: float
-    origin: str = "aligned"
+    origin: Operand = "aligned"
     """Of which source the bytes of ``aligned`` are."""
     delta: TensorDelta | None = None
     """How a delta comes from base to aligned."""
@@ -67,7 +67,7 @@ class PlannedTensor:
 
     def used(self, has_base: bool) -> tuple[Operand, ...]:
         """The operands of the elements that base has, or of those that it lacks."""
-        return operands_used(has_base, self.alpha, self.delta.other if self.delta else "aligned")
+        return operands_used(has_base, self.alpha, self.delta.operand if self.delta else "aligned")
 
     @property
     def grown_rows(self) -> int:
@@ -87,11 +87,11 @@ class PlannedTensor:
         return {"base": base_bytes, self.origin: self.aligned.nbytes if "aligned" in used else new_rows}
 
 
-class Counterpart(Protocol):
+class OpenedSource(Protocol):
     """What stands beside base. :class:`Checkpoint` is one; so is every delta."""
 
     @property
-    def side(self) -> str:
+    def operand(self) -> Operand:
         """``aligned`` or ``delta``."""
 
     @property
@@ -116,7 +116,7 @@ class Plan:
     """What a load will do, tensor by tensor, in the order in which they are stored."""
 
     base: Checkpoint
-    other: Counterpart
+    aligned_or_delta: OpenedSource
     """What stands beside base: the aligned checkpoint, or a delta."""
     model: Source
     """Whose config and names of tensors the result has; the folder that vLLM takes for the model."""
@@ -138,7 +138,7 @@ class Plan:
     @property
     def sources(self) -> dict[str, Source]:
         """Base and what stands beside it, by side."""
-        return {side.side: side.source for side in (self.base, self.other)}
+        return {opened.operand: opened.source for opened in (self.base, self.aligned_or_delta)}
 
     @property
     def extrapolated(self) -> list[PlannedTensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
+from expo_serve.checkpoint.records import Operand
 from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import ConfigError
@@ -49,20 +50,20 @@ def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool
     return config.model_copy(update={"pinned": pinned})
 
 
-def locate(side: str, config: ExpoConfig, hub: HubAccess) -> Source:
+def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
     """Find the source of a side, or take what is pinned.
 
     Raises:
         SourceError: nothing usable is there.
     """
     if config.pinned:
-        return _on_this_machine(side, getattr(config.pinned, side), hub)
-    return find_source(side, getattr(config, side), getattr(config, f"{side}_revision"), hub)
+        return _on_this_machine(operand, getattr(config.pinned, operand), hub)
+    return find_source(operand, getattr(config, operand), getattr(config, f"{operand}_revision"), hub)
 
 
-def _on_this_machine(side: str, source: Source, hub: HubAccess) -> Source:
+def _on_this_machine(operand: Operand, source: Source, hub: HubAccess) -> Source:
     """A worker on another machine may have to take the commit from its own cache or from the hub."""
     if Path(source.path).is_dir() or source.revision is None:
         return source
-    found = find_source(side, source.name, source.revision, hub)
+    found = find_source(operand, source.name, source.revision, hub)
     return found.model_copy(update={"fingerprint": source.fingerprint})

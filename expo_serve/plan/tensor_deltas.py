@@ -21,8 +21,8 @@ class FullTensorDelta:
 
     record: TensorRecord
     base: TensorRecord
-    other: ClassVar[Operand] = "delta"
-    is_computed: ClassVar[bool] = False
+    operand: ClassVar[Operand] = "delta"
+    overflow_is_result_error: ClassVar[bool] = False
 
     @property
     def fits(self) -> bool:
@@ -74,8 +74,8 @@ class LowRankTensorDelta:
     modules: tuple[LoraModule, ...]
     start: TensorRecord | None = None
     """What the product is added to where the adapter stores that too; most often base's own tensor."""
-    other: ClassVar[Operand] = "delta"
-    is_computed: ClassVar[bool] = True
+    operand: ClassVar[Operand] = "delta"
+    overflow_is_result_error: ClassVar[bool] = True
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
@@ -98,8 +98,8 @@ class PackedTensorDelta:
     base: TensorRecord | None
     """The tensor from which the values are predicted."""
     base_name: str
-    other: ClassVar[Operand] = "aligned"
-    is_computed: ClassVar[bool] = False
+    operand: ClassVar[Operand] = "aligned"
+    overflow_is_result_error: ClassVar[bool] = False
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
@@ -108,11 +108,11 @@ class PackedTensorDelta:
 
     def read_bytes(self, used: Collection[Operand]) -> dict[str, int]:
         """Bytes that a load asks of storage, by source. Base is read at every alpha: it predicts the values."""
-        base = self.tensor.shared * self.base.itemsize if self.base else 0
+        base = self.tensor.values_in_base * self.base.itemsize if self.base else 0
         table = TABLE_ENTRY.size * self.tensor.count(self.block)
         return {"base": base, "delta": self.record.nbytes if "aligned" in used or not self.base else table}
 
 
 TensorDelta = FullTensorDelta | LowRankTensorDelta | PackedTensorDelta
-"""``other`` names the operand that a delta gives beside base; ``is_computed`` is true if the delta is the result of
-arithmetic (LoRA), so that an overflow in it means that alpha is too large, not that a file is damaged."""
+"""``operand`` names what a delta supplies beside base. ``overflow_is_result_error`` is true if the delta is the result
+of arithmetic (LoRA), so that an overflow in it means that alpha is too large, not that a file is damaged."""

@@ -24,7 +24,7 @@ from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import LoadSession, load_into
 from expo_serve.load.threads import default_threads, start_thread
-from expo_serve.plan.delta import kind_of
+from expo_serve.plan.delta import format_of
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from expo_serve.progress import Progress
@@ -233,12 +233,12 @@ def register_loader() -> None:
 def _compile(config: ExpoConfig) -> None:
     """Compile the loops that this load needs."""
     delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
-    compile_kernels(kind_of(Path(delta)).kind if delta and Path(delta).is_dir() else None)
+    compile_kernels(format_of(Path(delta)).format if delta and Path(delta).is_dir() else None)
 
 
 def _threads(plan: Plan) -> int:
     """Return how many threads read and combine."""
-    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.other)))
+    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned_or_delta)))
 
 
 def _same_path(one: str, other: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ConfigError
-from expo_serve.plan.delta import kind_of
+from expo_serve.plan.delta import format_of
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.plan import Plan
 
@@ -31,7 +31,7 @@ def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoCon
         return config.model_copy(update={"base": model, "base_revision": config.base_revision or revision})
     _check_same("aligned", config.aligned, model)
     revision = config.aligned_revision or revision
-    if kind_of(Path(find_source("aligned", model, revision, hub).path)) is PackedDelta:
+    if format_of(Path(find_source("aligned", model, revision, hub).path)) is PackedDelta:
         return config.model_copy(
             update={"delta": model, "delta_revision": revision, "aligned": None, "aligned_revision": None}
         )
@@ -51,8 +51,8 @@ def check_config(plan: Plan, model_config: Any) -> None:
     Raises:
         ConfigError: the config differs; the message names a way that works.
     """
-    if isinstance(plan.other, PackedDelta) and not _is_at(model_config.model, plan):
-        theirs, ours = plan.base.config, plan.other.config
+    if isinstance(plan.aligned_or_delta, PackedDelta) and not _is_at(model_config.model, plan):
+        theirs, ours = plan.base.config, plan.aligned_or_delta.config
         if differing := sorted(key for key in {*theirs, *ours} - _IGNORED_KEYS if theirs.get(key) != ours.get(key)):
             raise ConfigError(
                 f"{_EXTRA}: the delta's config differs from base's ({', '.join(differing[:3])}): give the delta's "

@@ -170,7 +170,7 @@ def _encode(block: _Block, plan: Plan, reader: Reader) -> _Encoded:
     aligned = plan.tensors[block.tensor.name].aligned
     elements = Selection.flat(block.start, block.end - block.start)
     values = reader.read(aligned, elements, "aligned")
-    if block.tensor.base is None or block.start >= block.tensor.shared:
+    if block.tensor.base is None or block.start >= block.tensor.values_in_base:
         return _Encoded(encode(signed_bits(values), None), 0)
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
     digest = checksum(base.view(torch.uint8).numpy())

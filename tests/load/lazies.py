@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from expo_serve.checkpoint.folder import open_checkpoint
+from expo_serve.checkpoint.records import Operand
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
@@ -48,11 +49,12 @@ class Lazies:
     def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:
         """The plan of two sets of tensors."""
         self._made += 1
-        sides = []
-        for side, tensors in (("base", base), ("aligned", aligned)):
-            folder = write_raw(self._folder / str(self._made) / side, tensors)
-            sides.append(open_checkpoint(side, Source(name=side, path=str(folder))))
-        return plan_pair(sides[0], sides[1], ExpoConfig(base="b", alpha=alpha))
+        opened = []
+        pair: dict[Operand, dict[str, torch.Tensor]] = {"base": base, "aligned": aligned}
+        for operand, tensors in pair.items():
+            folder = write_raw(self._folder / str(self._made) / operand, tensors)
+            opened.append(open_checkpoint(operand, Source(name=operand, path=str(folder))))
+        return plan_pair(opened[0], opened[1], ExpoConfig(base="b", alpha=alpha))
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

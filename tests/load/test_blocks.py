@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expo_serve.kernels.sparse import patch as loop
 from expo_serve.load import blocks
 from expo_serve.load.blocks import Coded, DamagedError, decode, encode
-from expo_serve.plan.packed_format import CHANGES, RAW, SAME, SHUFFLED
+from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
 
 Values = npt.NDArray[np.signedinteger]
 DTYPES = [np.dtype(name) for name in ("int8", "int16", "int32", "int64")]
@@ -124,7 +124,7 @@ def test_every_special_value_becomes_every_other(way: str, dtype: np.dtype[np.si
 def _as_changes(aligned: Values, base: Values) -> Coded:
     """Coded as changes, although all of it would be smaller whole."""
     coded = blocks._changes(aligned, base)
-    assert coded.coding == CHANGES
+    assert coded.coding == SPARSE
     return coded
 
 
@@ -132,7 +132,7 @@ def test_the_smallest_coding_is_taken() -> None:
     base = draw_values(DTYPES[1], 4096, 1)
     small = np.zeros(4096, np.int16)
     assert encode(base, base) == Coded(SAME)
-    assert encode(changed_from(base, 0.1, "near", 1), base).coding == CHANGES
+    assert encode(changed_from(base, 0.1, "near", 1), base).coding == SPARSE
     assert encode(draw_values(DTYPES[1], 4096, 9), base).coding in (SHUFFLED, RAW)
     assert encode(small, None).coding == SHUFFLED
     assert encode(np.frombuffer(np.random.default_rng(1).bytes(64), np.int16), None).coding == RAW
@@ -154,12 +154,12 @@ OTHERS = [0, 1, SIZE - 1, SIZE + 1, 2 * SIZE]
 DAMAGES: dict[str, Callable[[], Coded]] = {
     "unknown coding": lambda: Coded(4, GOOD.parts),
     "huge coding": lambda: Coded(2**32 - 1, GOOD.parts),
-    "no parts": lambda: Coded(CHANGES),
-    "no bits": lambda: Coded(CHANGES, (b"", *GOOD.parts[1:])),
-    "no steps": lambda: Coded(CHANGES, (GOOD.parts[0], b"", GOOD.parts[2])),
-    "no large steps": lambda: Coded(CHANGES, (*GOOD.parts[:2], b"")),
-    "bits and steps swapped": lambda: Coded(CHANGES, (GOOD.parts[1], GOOD.parts[0], GOOD.parts[2])),
-    "steps and large ones swapped": lambda: Coded(CHANGES, (GOOD.parts[0], GOOD.parts[2], GOOD.parts[1])),
+    "no parts": lambda: Coded(SPARSE),
+    "no bits": lambda: Coded(SPARSE, (b"", *GOOD.parts[1:])),
+    "no steps": lambda: Coded(SPARSE, (GOOD.parts[0], b"", GOOD.parts[2])),
+    "no large steps": lambda: Coded(SPARSE, (*GOOD.parts[:2], b"")),
+    "bits and steps swapped": lambda: Coded(SPARSE, (GOOD.parts[1], GOOD.parts[0], GOOD.parts[2])),
+    "steps and large ones swapped": lambda: Coded(SPARSE, (GOOD.parts[0], GOOD.parts[2], GOOD.parts[1])),
     "one step too few": lambda: _steps(lambda small: small[:-1]),
     "one step too many": lambda: _steps(lambda small: small + b"\0"),
     "one more large step announced": lambda: _steps(lambda small: small.replace(_first_small(small), b"\xff", 1)),
@@ -169,7 +169,7 @@ DAMAGES: dict[str, Callable[[], Coded]] = {
     "one place too many": lambda: _places(lambda places: places + b"\0"),
     "one place too few": lambda: _places(lambda places: places[:-1]),
     "no place": lambda: _places(lambda places: b""),
-    "places behind the last value": lambda: Coded(CHANGES, _with_places_behind()),
+    "places behind the last value": lambda: Coded(SPARSE, _with_places_behind()),
     "whole, a value too few": lambda: Coded(SHUFFLED, (blocks._compress(bytes(2 * SIZE - 2)), b"", b"")),
     "whole, half a value too few": lambda: Coded(SHUFFLED, (blocks._compress(bytes(2 * SIZE - 1)), b"", b"")),
     "whole, too many": lambda: Coded(SHUFFLED, (blocks._compress(bytes(2 * SIZE + 2)), b"", b"")),
@@ -182,15 +182,15 @@ DAMAGES: dict[str, Callable[[], Coded]] = {
 
 
 def _steps(change: Callable[[bytes], bytes]) -> Coded:
-    return Coded(CHANGES, (GOOD.parts[0], _recompressed(GOOD.parts[1], change), GOOD.parts[2]))
+    return Coded(SPARSE, (GOOD.parts[0], _recompressed(GOOD.parts[1], change), GOOD.parts[2]))
 
 
 def _large(change: Callable[[bytes], bytes]) -> Coded:
-    return Coded(CHANGES, (*GOOD.parts[:2], _recompressed(GOOD.parts[2], change)))
+    return Coded(SPARSE, (*GOOD.parts[:2], _recompressed(GOOD.parts[2], change)))
 
 
 def _places(change: Callable[[bytes], bytes]) -> Coded:
-    return Coded(CHANGES, (_recompressed(GOOD.parts[0], change), *GOOD.parts[1:]))
+    return Coded(SPARSE, (_recompressed(GOOD.parts[0], change), *GOOD.parts[1:]))
 
 
 def _recompressed(part: bytes | memoryview, change: Callable[[bytes], bytes]) -> bytes:
@@ -213,7 +213,7 @@ def test_damaged_block_is_refused(way: str, make: Callable[[], Coded]) -> None:
         decoded(make(), BASE, BASE)
 
 
-@pytest.mark.parametrize("coding", [SAME, CHANGES])
+@pytest.mark.parametrize("coding", [SAME, SPARSE])
 def test_block_that_needs_a_base_is_refused_without_one(coding: int) -> None:
     with pytest.raises(DamagedError):
         decoded(Coded(coding, GOOD.parts), None, BASE)

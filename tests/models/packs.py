@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
+from expo_serve.checkpoint.records import Operand
 from expo_serve.cli import delta
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ValuesError
@@ -144,5 +145,5 @@ def _same(one: torch.Tensor | str, other: torch.Tensor | str) -> bool:
     return same_bits(one, other)
 
 
-def _open(side: str, folder: Path) -> Checkpoint:
-    return open_checkpoint(side, Source(name=side, path=str(folder)))
+def _open(operand: Operand, folder: Path) -> Checkpoint:
+    return open_checkpoint(operand, Source(name=operand, path=str(folder)))

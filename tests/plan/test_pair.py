@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
+from expo_serve.checkpoint.records import Operand
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ConfigError, PairError, UsageError
 from expo_serve.plan.pair import plan_pair
@@ -40,9 +41,9 @@ class Pairs:
         config = ExpoConfig(**{"base": "b", "alpha": 0.5, **options})
         return plan_pair(self._open("base", base, base_config), self._open("aligned", aligned, aligned_config), config)
 
-    def _open(self, side: str, tensors: Tensors | None, config: dict[str, Any] | None) -> Checkpoint:
-        folder = write_raw(self._folder / side, tensors, **(config or {}))
-        return open_checkpoint(side, Source(name=side, path=str(folder)))
+    def _open(self, operand: Operand, tensors: Tensors | None, config: dict[str, Any] | None) -> Checkpoint:
+        folder = write_raw(self._folder / operand, tensors, **(config or {}))
+        return open_checkpoint(operand, Source(name=operand, path=str(folder)))
 
 
 @pytest.fixture
