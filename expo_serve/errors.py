@@ -28,6 +28,17 @@ ERROR_PREFIX = "expo-serve: error: "
 """Begins the summary line of every error; the keeper recognises a line that is already printed by it."""
 
 
+def count_of(number: int, one: str, many: str = "") -> str:
+    """Return a number and its noun, for messages: ``1 tensor is``, ``2 tensors are``.
+
+    Args:
+        number: how many.
+        one: what follows the number 1.
+        many: what follows any other number; by default ``one`` with an ``s``.
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class ExpoError(Exception):
     """Base class of all errors of expo-serve.
 

@@ -48,11 +48,11 @@ def _header(header: dict[str, Any] | str, data: bytes) -> Spoil:
 
 
 FILES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
-    "cut by one byte": (_replace(lambda good: good[:-1]), ("is cut", "expected 1", "actual 1")),
+    "cut by one byte": (_replace(lambda good: good[:-1]), ("is truncated", "expected 1", "actual 1")),
     "one byte too many": (_replace(lambda good: good + b"x"), ("after the last tensor", "expected 1", "actual 1")),
     "no bytes": (_replace(lambda _: b""), ("expected at least 8 bytes", "found 0")),
     "seven bytes": (_replace(lambda _: b"1234567"), ("expected at least 8 bytes", "found 7")),
-    "cut within the header": (_replace(lambda good: good[:100]), ("is cut: header needs", "92 are there")),
+    "cut within the header": (_replace(lambda good: good[:100]), ("is truncated: the header needs", "92 are left")),
     "absurd header length": (_replace(lambda _: b"\xff" * 64), ("header length is 18446744073709551615",)),
     "no JSON": (_header("{", b""), ("header is not JSON",)),
     "JSON, but a list": (_header("[]", b""), ("must be a JSON object", "list")),
@@ -93,7 +93,7 @@ def test_damaged_file_is_refused_by_the_command(pair: tuple[Path, Path], name: s
 
 def test_damaged_base_is_named_too(pair: tuple[Path, Path]) -> None:
     _replace(lambda good: good[:-1])(pair[0])
-    refused(*_flags(*pair), words=(f"{pair[0]}/model.safetensors", "is cut"))
+    refused(*_flags(*pair), words=(f"{pair[0]}/model.safetensors", "is truncated"))
 
 
 class _Canary:
@@ -187,13 +187,13 @@ LAYOUTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "shard in a folder below": (_index_names("a/b.safetensors"), (INDEX, "'a/b.safetensors'", "file name")),
     "shard missing": (_index_names("gone.safetensors"), (INDEX, "'gone.safetensors'", "missing")),
     "shard name too long": (_index_names("x" * 300), (INDEX, "file name")),
-    "index that lies": (_lying_index, (INDEX, NAMES[0], "it does not")),
+    "index that lies": (_lying_index, (INDEX, NAMES[0], "does not contain it")),
     "index of nothing": (lambda aligned: write_index(aligned, {}), (INDEX, "weight_map")),
     "index is no JSON": (_broken_index, (INDEX, "not JSON")),
     "one name in two shards": (_in_two_shards, ("aligned", NAMES[4], "model-00001-of", "model-00002-of")),
     "one name in two files": (_in_two_files_without_index, (NAMES[0], "model.safetensors", "more.safetensors")),
     "link that leaves": (_link_away, ("model.safetensors", "leaves the checkpoint", "not opened")),
-    "link to nowhere": (_link_to_nowhere, ("model.safetensors", "leads nowhere")),
+    "link to nowhere": (_link_to_nowhere, ("model.safetensors", "broken link")),
     "index link that leaves": (_index_link_away, (INDEX, "leaves the checkpoint")),
     "FIFO": (_fifo, ("model.safetensors", "regular file", "not opened")),
     "FIFO as a shard": (_fifo_shard, ("pipe.safetensors", "regular file", "not opened")),

@@ -1,1 +1,1 @@
-"""What lies on disk: sources, headers, records of tensors. Imports no torch and knows no alpha."""
+"""Checkpoints on disk: sources, safetensors headers, records of tensors. Imports no torch and knows no alpha."""

@@ -1,4 +1,4 @@
-"""One checkpoint: its files, checked, and for each tensor where it lies. No data is read here."""
+"""Opens a checkpoint: checks its files and finds the record of each tensor. Reads headers only, no tensor data."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from expo_serve.checkpoint.header import Header, read_header
-from expo_serve.checkpoint.records import QUANTISED_DTYPES, Operand, TensorRecord
+from expo_serve.checkpoint.records import QUANTISED_DTYPES, JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import INDEX_FILE, hub_repository, read_config, read_weight_map
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Where quantisers said what they did before config.json had a place for it, and some still do.
+# Files in which quantisers described their work before config.json had a key for it; some still write them.
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint.
-
-    ``tensors`` maps each name to its record, in the order of the files and of the data in them.
-    """
+    """A checked checkpoint."""
 
     operand: Operand
     source: Source
-    config: dict[str, Any]
+    config: JsonObject
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
+    """By name, in the order of the files and of the data in each file."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(record.nbytes for record in self.tensors.values())
+        """Size of all tensors in bytes."""
+        return total_bytes(self.tensors.values())
 
 
 def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
@@ -45,10 +42,10 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
 
     Args:
         operand: ``base`` or ``aligned``, for messages.
-        source: where it lies; a fingerprint in it must be that of the files found.
+        source: its folder; if it has a fingerprint, the files must have the same.
 
     Raises:
-        CheckpointError: anything is not as the format, the index or the fingerprint say.
+        CheckpointError: the checkpoint is quantised, or a file breaks the format, the index or the fingerprint.
     """
     config = read_config(operand, source)
     refuse_quantised(operand, config, Path(source.path))
@@ -58,7 +55,7 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
 
 @dataclass(frozen=True)
 class OpenedFiles:
-    """Checked safetensors files: ``source`` with their fingerprint, and what their headers say."""
+    """Checked safetensors files: ``source`` with their fingerprint, and the content of their headers."""
 
     source: Source
     files: tuple[Path, ...]
@@ -71,11 +68,11 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
 
     Args:
         operand: ``base``, ``aligned`` or ``delta``, for messages.
-        source: where they lie; a fingerprint in it must be that of the files found.
-        files: which ones; by default those that the index names, else every one.
+        source: the folder; if it has a fingerprint, the files must have the same.
+        files: the files to open; by default those that the index names, or all if there is no index.
 
     Raises:
-        CheckpointError: anything is not as the format, the index or the fingerprint say.
+        CheckpointError: a file breaks the format, the index or the fingerprint.
     """
     folder = Path(source.path)
     files = files or tuple(_weight_files(operand, folder))
@@ -88,28 +85,28 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
     if source.fingerprint not in ("", fingerprint):
         raise CheckpointError(
             f"{operand}: {folder} has changed since the server was started: "
-            f"expected fingerprint {source.fingerprint}, found {fingerprint}"
+            f"expected fingerprint {source.fingerprint}, found {fingerprint}; restart the server"
         )
     source = source.model_copy(update={"fingerprint": fingerprint})
     return OpenedFiles(source, files, tensors, {file: header.metadata for file, header in headers.items()})
 
 
-def refuse_quantised(operand: Operand, config: dict[str, Any], folder: Path) -> None:
-    """Numbers of a quantised checkpoint cannot be extrapolated.
+def refuse_quantised(operand: Operand, config: JsonObject, folder: Path) -> None:
+    """Refuse a quantised checkpoint: its numbers cannot be extrapolated.
 
     Raises:
-        CheckpointError: it is quantised, by its config or by a quantiser's own file.
+        CheckpointError: the config or a quantiser's own file says that the checkpoint is quantised.
     """
     method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
     if method:
         raise CheckpointError(
             f"{operand}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
-            "give the unquantised one, and quantise while loading with vLLM's --quantization"
+            "give the unquantised one, and quantise it while loading with vLLM's --quantization"
         )
 
 
-def _quantisation(config: dict[str, Any]) -> str | None:
-    """How the weights are quantised, by the config or one of its parts (``text_config`` and the like)."""
+def _quantisation(config: JsonObject) -> str | None:
+    """Return the method of quantisation that the config or a part of it (such as ``text_config``) names."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if settings := part.get("quantization_config") or part.get("compression_config"):
             return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
@@ -117,7 +114,7 @@ def _quantisation(config: dict[str, Any]) -> str | None:
 
 
 def _weight_files(operand: Operand, folder: Path) -> Iterator[Path]:
-    """The files that vLLM would read: those that the index names, else every safetensors file."""
+    """Yield the files that vLLM would read: those that the index names, or else every safetensors file."""
     index = folder / INDEX_FILE
     if index.is_symlink() or index.exists():
         _check_inside(index, folder)
@@ -125,7 +122,7 @@ def _weight_files(operand: Operand, folder: Path) -> Iterator[Path]:
             yield _present(folder / shard, index)
         return
     found = sorted(folder.glob("*.safetensors"))
-    # A publisher's own format may stand beside the Hugging Face one and repeat it under other names.
+    # The publisher's own format may be stored beside the Hugging Face one and repeat it under other names.
     files = [file for file in found if not fnmatch(file.name, "consolidated*")] or found
     if not files:
         raise CheckpointError(f"{operand}: {_nothing_to_read(folder)}")
@@ -140,22 +137,24 @@ def _nothing_to_read(folder: Path) -> str:
             "opened; convert them to safetensors"
         )
     if any(folder.glob("*.gguf")):
-        return f"{folder} holds a GGUF file: quantised checkpoints cannot be extrapolated; give safetensors"
-    return f"{folder} holds no safetensors file"
+        return f"{folder} holds a GGUF file: quantised checkpoints cannot be extrapolated; give one in safetensors"
+    return f"{folder} holds no safetensors file; give the folder of a checkpoint"
 
 
 def _present(shard: Path, index: Path) -> Path:
     if not shard.exists() and not shard.is_symlink():
-        raise CheckpointError(f"{index}: names {shard.name!r}, which is missing in {shard.parent}")
+        raise CheckpointError(
+            f"{index}: names {shard.name!r}, which is missing in {shard.parent}; copy or download it again"
+        )
     return shard
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Regular files only, and links only to within the folder or the same hub repository's cache."""
+    """Accept regular files only, and links only within the folder or within the same repository of the hub cache."""
     try:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: link leads nowhere: {error}") from None
+        raise CheckpointError(f"{file}: broken link: {error}") from None
     root = folder.resolve()
     repository = hub_repository(root)
     if not target.is_relative_to(repository[0] if repository else root):
@@ -170,13 +169,13 @@ def _join(operand: Operand, headers: dict[Path, Header]) -> dict[str, TensorReco
         for record in sorted(header.tensors.values(), key=lambda record: record.offset):
             if record.name in tensors:
                 raise CheckpointError(
-                    f"{operand}: tensor {record.name!r} lies in two files that are both read: "
-                    f"{tensors[record.name].file.name} and {file.name}"
+                    f"{operand}: tensor {record.name!r} is stored in two files that are both read: "
+                    f"{tensors[record.name].file.name} and {file.name}; remove the one that does not belong"
                 )
             if record.dtype in QUANTISED_DTYPES:
                 raise CheckpointError(
                     f"{operand}: tensor {record.name!r} in {file} is quantised ({record.dtype}); give the "
-                    "unquantised checkpoint, and quantise while loading with vLLM's --quantization"
+                    "unquantised checkpoint, and quantise it while loading with vLLM's --quantization"
                 )
             tensors[record.name] = record
     if not tensors:
@@ -190,7 +189,9 @@ def _check_index(folder: Path, tensors: dict[str, TensorRecord]) -> None:
         return
     for name, shard in read_weight_map(index).items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise CheckpointError(f"{index}: says that tensor {name!r} lies in {shard!r}, but it does not")
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is mapped to {shard!r}, which does not contain it; copy or download it again"
+            )
 
 
 def _fingerprint(headers: dict[Path, Header]) -> str:

@@ -1,10 +1,10 @@
-"""The header of one safetensors file, read and checked before any of its data.
+"""Reads and checks the header of one safetensors file, before any of its data is read.
 
 Format (https://github.com/huggingface/safetensors#format): eight bytes, the header's length N as
 an unsigned little-endian integer; N bytes of JSON, an object that maps each tensor's name to
 ``{"dtype", "shape", "data_offsets": [begin, end]}`` (``__metadata__`` maps strings to strings);
-then the data, to which the offsets are relative. The checks repeat those of the format's own
-library and add what it leaves open: a name given twice, and our caps.
+then the data, to which the offsets are relative. The checks are those of the format's own library, and two that it
+leaves out: duplicate names, and limits on the size of the header.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import stat
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from expo_serve.checkpoint.records import DTYPES, TensorRecord
+from expo_serve.checkpoint.records import DTYPES, JsonObject, TensorRecord
 from expo_serve.errors import CheckpointError
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 500_000
-MAX_DIMENSIONS = 64  # torch's own limit; a product of millions of sizes would take hours
+MAX_DIMENSIONS = 64  # torch's own limit; the product of millions of sizes would take hours
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of one file. ``digest`` hashes its raw bytes and the file's size."""
+    """The checked header of one file. ``digest`` is a hash of its raw bytes and of the size of the data."""
 
     tensors: dict[str, TensorRecord]
     digest: str
@@ -41,7 +40,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one safetensors file; no tensor data is read.
 
     Raises:
-        CheckpointError: the file is no regular file, is cut, or its header is wrong.
+        CheckpointError: the file is not a regular file, is truncated, or its header breaks the format.
     """
     raw, data_bytes = _read_raw(path)
     entries, metadata = _parse(path, raw)
@@ -73,34 +72,39 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
 
 
 def _is_pickle(prefix: bytes) -> bool:
-    """A zip archive, or the protocol mark of a pickle and an opcode; a short header's length has zeros there."""
+    """Recognise a zip archive, or a pickle's protocol mark and first opcode.
+
+    In a safetensors file these bytes belong to the header's length, where they would mean an absurd one.
+    """
     return prefix.startswith(b"PK\x03\x04") or (prefix[0] == 0x80 and 2 <= prefix[1] <= 5 and prefix[2] != 0)
 
 
 def _length_problem(prefix: bytes, length: int, available: int) -> str:
     if _is_pickle(prefix):
-        return "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it"
+        return (
+            "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it to safetensors"
+        )
     if length > MAX_HEADER_BYTES:
-        return f"header length is {length} bytes, at most {MAX_HEADER_BYTES} are read; is it safetensors?"
-    return f"file is cut: header needs {length} bytes, {available} are there; copy or download it again"
+        return f"header length is {length} bytes, the limit is {MAX_HEADER_BYTES}; is this a safetensors file?"
+    return f"file is truncated: the header needs {length} bytes, {available} are left; copy or download it again"
 
 
-def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors' entries, and the metadata."""
+def _parse(path: Path, raw: bytes) -> tuple[JsonObject, dict[str, str]]:
+    """Return the tensors' entries and the metadata."""
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
-        raise CheckpointError(f"{path}: header names over {MAX_TENSORS} tensors")
+        raise CheckpointError(f"{path}: expected at most {MAX_TENSORS} tensors in the header, found more")
     try:
-        # Strictly UTF-8: json would also guess other encodings, which no other reader of the format does.
+        # Strictly UTF-8: given bytes, json would guess other encodings too, which no other reader of the format does.
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except _DuplicateKeyError as error:
-        raise CheckpointError(f"{path}: header gives the name {error} twice") from None
+        raise CheckpointError(f"{path}: header has the name {error} twice") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header must be a JSON object, found {type(header).__name__}")
     metadata = header.pop("__metadata__", None)
     if not (metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))):
-        raise CheckpointError(f"{path}: __metadata__ must map texts to texts, found {metadata!r:.200}")
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, found {metadata!r:.200}")
     return header, metadata or {}
 
 
@@ -108,7 +112,7 @@ class _DuplicateKeyError(Exception):
     pass
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -121,22 +125,22 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
-def _record(path: Path, name: str, entry: Any, start: int) -> TensorRecord:
+def _record(path: Path, name: str, entry: object, start: int) -> TensorRecord:
     where = f"{path}: tensor {name!r:.200}"
     if not name.isprintable():
-        raise CheckpointError(f"{where}: the name holds characters that cannot be printed")
+        raise CheckpointError(f"{where}: the name contains unprintable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported")
+        raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported; expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
         raise CheckpointError(f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(value) for value in offsets):
         raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {offsets!r:.200}")
     begin, end = offsets
     record = TensorRecord(name, path, start + begin, dtype, tuple(shape))
-    if math.prod(max(size, 1) for size in shape) > _MAX_BYTES:  # some readers multiply before they meet a zero
+    if math.prod(max(size, 1) for size in shape) > _MAX_BYTES:  # some readers overflow before they reach a zero
         raise CheckpointError(f"{where}: shape {shape!r:.200} is too large")
     if end - begin != record.nbytes:
         raise CheckpointError(
@@ -149,15 +153,15 @@ def _check_layout(path: Path, tensors: dict[str, TensorRecord], start: int, data
     position = start
     for record in sorted(tensors.values(), key=lambda record: (record.offset, record.nbytes)):
         if record.offset != position:
-            kind = "overlaps the one before it" if record.offset < position else "leaves a hole before it"
+            problem = "overlaps the previous tensor" if record.offset < position else "leaves a hole before it"
             raise CheckpointError(
-                f"{path}: tensor {record.name!r} {kind}: "
+                f"{path}: tensor {record.name!r} {problem}: "
                 f"expected to begin at byte {position}, begins at {record.offset}"
             )
         position += record.nbytes
     expected, actual = position, start + data_bytes
     if actual != expected:
-        kind = "is cut" if actual < expected else "has bytes after the last tensor"
+        problem = "is truncated" if actual < expected else "has bytes after the last tensor"
         raise CheckpointError(
-            f"{path}: file {kind}: expected {expected} bytes, actual {actual}; copy or download it again"
+            f"{path}: file {problem}: expected {expected} bytes, actual {actual}; copy or download it again"
         )

@@ -1,4 +1,4 @@
-"""Where a tensor is on disk, and the one table of the dtypes that a checkpoint may hold."""
+"""Records of tensors on disk, and the one table of the dtypes that a checkpoint may hold."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Operand = Literal["base", "aligned", "delta"]
-"""What a tensor of the result is computed from."""
+"""The inputs from which a tensor of the result is computed."""
+JsonObject = dict[str, object]
+"""A parsed JSON object, such as a config.json. Its values are foreign, so each is checked where it is used."""
 
 
 class Dtype(NamedTuple):
     """One dtype of the safetensors format.
 
-    ``torch_name`` is torch's attribute of the same dtype; ``kind`` decides whether values are extrapolated (float),
-    copied (integer) or refused (quantised).
+    ``itemsize`` is in bytes; ``torch_name`` is torch's attribute of the same dtype; ``kind`` decides whether values are
+    extrapolated (float), copied (integer) or refused (quantised).
     """
 
     itemsize: int
@@ -44,14 +46,14 @@ DTYPES: dict[str, Dtype] = {
     "F8_E4M3FNUZ": Dtype(1, "float8_e4m3fnuz", "quantised"),
     "F8_E5M2FNUZ": Dtype(1, "float8_e5m2fnuz", "quantised"),
 }
-"""By the format's own names (https://github.com/huggingface/safetensors#format)."""
+"""All dtypes, by the format's own names (https://github.com/huggingface/safetensors#format)."""
 FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "float")
 QUANTISED_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "quantised")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Where one tensor is stored: file, absolute byte offset, dtype (the format's name) and shape."""
+    """Where one tensor is stored: file, absolute offset in bytes, dtype (the format's name) and shape."""
 
     name: str
     file: Path
@@ -78,6 +80,11 @@ class TensorRecord:
     def is_float(self) -> bool:
         """True if the values can be extrapolated."""
         return DTYPES[self.dtype].kind == "float"
+
+    @property
+    def dtype_and_shape(self) -> str:
+        """Dtype and shape for messages: ``BF16 [16, 8]``."""
+        return f"{self.dtype} {list(self.shape)}"
 
     def grows_into(self, other: TensorRecord) -> bool:
         """True if ``other`` has this shape, or more rows of the same length (a larger vocabulary)."""

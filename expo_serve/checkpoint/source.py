@@ -1,4 +1,4 @@
-"""From what the user names (a folder or a hub id with a revision) to a real folder and a commit."""
+"""Sources: from a folder, or a hub id and a revision, to a real folder and a commit; and the JSON files in it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from expo_serve.checkpoint.records import Operand
+from expo_serve.checkpoint.records import JsonObject, Operand
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError
 
 INDEX_FILE = "model.safetensors.index.json"
-# What a checkpoint needs besides its weights: config, tokenizer, chat template, remote code.
-_SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+# Companion files of the weights: config, tokenizer, chat template, remote code.
+_COMPANION_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+"""Files by which a tokenizer is recognised, in the order in which they are looked for."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
 _MAX_FILE_NAME_BYTES = 255
@@ -30,23 +32,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How the hub is reached: ``token`` (None for the stored one) and where downloads go."""
+    """Access to the hub."""
 
     token: str | bool | None = None
+    """None for the stored token, if there is one; True to require it."""
     cache_dir: str | None = None
+    """Folder for downloads; None for the hub's own cache."""
 
 
 def find_source(operand: Operand, given: str, revision: str | None, hub: HubAccess) -> Source:
-    """Find one checkpoint; a hub id is downloaded, or taken from the cache when offline.
+    """Find a checkpoint or delta; a hub id is downloaded, or taken from the cache when offline.
 
     Args:
-        operand: ``base`` or ``aligned``, for messages.
+        operand: ``base``, ``aligned`` or ``delta``, for messages.
         given: a folder or a hub id.
         revision: branch, tag or commit; for hub ids only.
         hub: token and cache folder.
 
     Raises:
-        SourceError: nothing usable is there.
+        SourceError: there is no such folder or repository, or it cannot be reached.
     """
     if _URL.match(given):
         raise SourceError(
@@ -60,7 +64,7 @@ def find_source(operand: Operand, given: str, revision: str | None, hub: HubAcce
             return _local_source(operand, folder, revision)
         if folder.exists():
             raise SourceError(f"{operand}: {given!r} is a file; give the folder that holds the checkpoint")
-    except (OSError, RuntimeError) as error:  # a name too long, no right to look, the home of nobody
+    except (OSError, RuntimeError) as error:  # name too long, permission denied, ~user unknown
         raise SourceError(f"{operand}: folder {given!r:.200} cannot be found: {error}") from None
     if not _HUB_ID.fullmatch(given):
         raise SourceError(f"{operand}: folder {given!r} does not exist")
@@ -68,7 +72,7 @@ def find_source(operand: Operand, given: str, revision: str | None, hub: HubAcce
 
 
 def hub_repository(folder: Path) -> tuple[Path, str] | None:
-    """The hub cache's repository folder and hub id for a snapshot in it, else None."""
+    """Return the repository folder and the hub id of a snapshot in the hub cache; None for other folders."""
     for snapshots in folder.parents:
         repository = snapshots.parent
         if snapshots.name == "snapshots" and (match := _HUB_FOLDER.fullmatch(repository.name)):
@@ -82,10 +86,12 @@ def _local_source(operand: Operand, folder: Path, revision: str | None) -> Sourc
     if repository and path.parent.name == "snapshots":
         commit = path.name
         if revision not in (None, commit):
-            raise SourceError(f"{operand}: {path} is commit {commit}, but revision {revision!r} was asked for")
+            raise SourceError(f"{operand}: {path} is commit {commit}, but revision {revision!r} was requested")
         return Source(name=repository[1], path=str(path), revision=commit)
     if revision is not None:
-        raise SourceError(f"{operand}: a revision was given ({revision!r}), but {str(folder)!r} is a folder")
+        raise SourceError(
+            f"{operand}: revision {revision!r} was given, but {str(folder)!r} is a folder; leave the revision out"
+        )
     return Source(name=path.name or "model", path=str(path))
 
 
@@ -104,23 +110,23 @@ def _hub_source(operand: Operand, hub_id: str, revision: str | None, hub: HubAcc
             )
         )
 
-    folder = _map_hub_errors(operand, hub_id, revision, lambda: fetch(list(_SIDE_FILES), revision))
+    folder = _map_hub_errors(operand, hub_id, revision, lambda: fetch(list(_COMPANION_FILES), revision))
     weights = _weight_patterns(folder)
     _map_hub_errors(operand, hub_id, revision, lambda: fetch(weights, folder.name))
     return Source(name=hub_id, path=str(folder.resolve()), revision=folder.name)
 
 
 def _weight_patterns(folder: Path) -> list[str]:
-    """Just the files that the index names: repositories often hold a second copy of the weights."""
+    """Return the files that the index names: repositories often hold a second copy of the weights."""
     index = folder / INDEX_FILE
     return sorted(set(read_weight_map(index).values())) if index.is_file() else ["*.safetensors"]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read a safetensors index: tensor name to shard file name.
+    """Read a safetensors index: a mapping from tensor names to file names.
 
     Raises:
-        CheckpointError: it is not JSON, has no weight_map, or names a shard outside its folder.
+        CheckpointError: the index cannot be read, is not JSON, has no weight_map, or names a file outside its folder.
     """
     try:
         content = json.loads(index.read_bytes())
@@ -134,7 +140,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_file_name(shard):
             raise CheckpointError(
-                f"{index}: tensor {tensor!r} is said to lie in {shard!r}; expected a file name in this folder"
+                f"{index}: tensor {tensor!r} is mapped to {shard!r}; expected the file name of a shard in this folder"
             )
     return weight_map
 
@@ -145,30 +151,39 @@ def _is_file_name(name: str) -> bool:
 
 
 def _map_hub_errors(operand: Operand, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
-    """Run a hub call; its many errors become one line that names the side."""
+    """Run a hub call and turn its errors into one line that names the operand."""
     from huggingface_hub import errors as hub_errors
 
     where = f"{operand}: {hub_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return call()
     except hub_errors.GatedRepoError:
-        raise SourceError(f"{where} is gated: accept its terms on the hub and give --hf-token") from None
+        raise SourceError(f"{where} is gated: accept its terms on the hub and pass --hf-token") from None
     except hub_errors.RepositoryNotFoundError:
-        raise SourceError(f"{where}: no such folder, and no such repository on the hub (or no right)") from None
+        raise SourceError(
+            f"{where}: no such folder, and no such repository on the hub (a private one needs --hf-token)"
+        ) from None
     except hub_errors.RevisionNotFoundError:
         raise SourceError(f"{where}: the hub has no such revision") from None
     except hub_errors.LocalEntryNotFoundError:
-        raise SourceError(f"{where}: no such folder, not in the hub cache, hub not reached (offline?)") from None
+        raise SourceError(
+            f"{where}: no such folder, not in the hub cache, and the hub cannot be reached (offline?)"
+        ) from None
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{where}: the hub did not answer as expected: {first_line}") from None
 
 
-def read_config(operand: str, source: Source, name: str = "config.json") -> dict[str, Any]:
+def read_config(operand: str, source: Source, name: str = "config.json") -> JsonObject:
     """Read a checkpoint's config.json, or another of its JSON files.
 
+    Args:
+        operand: ``base``, ``aligned`` or ``delta``, for messages.
+        source: the folder.
+        name: the file in it.
+
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: the file is missing, cannot be read or is not a JSON object.
     """
     path = Path(source.path) / name
     if not path.is_file():
@@ -180,12 +195,12 @@ def read_config(operand: str, source: Source, name: str = "config.json") -> dict
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def is_on_network(path: Path) -> bool:
-    """Whether reads of ``path`` travel: a network file system, or one in user space (of a bucket, most often).
+    """Return whether reads of ``path`` cross a network: a network file system, or FUSE (most often a bucket).
 
     Args:
         path: a file or folder; links are followed.
@@ -194,6 +209,6 @@ def is_on_network(path: Path) -> bool:
 
     real = path.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if real.is_relative_to(mount.mountpoint)]
-    # Of several mounts at one place the last one is seen.
+    # Of several mounts at the same mount point the last one is visible.
     kind = max(enumerate(mounts), key=lambda item: (len(item[1].mountpoint), item[0]), default=(0, None))[1]
     return kind is not None and (kind.fstype in _NETWORK_TYPES or kind.fstype.startswith("fuse."))

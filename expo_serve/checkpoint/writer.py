@@ -1,6 +1,6 @@
-"""Writing safetensors files value by value: no file, and no tensor, has to be in memory whole.
+"""Writes safetensors files piece by piece, so that neither a file nor a tensor has to be in memory as a whole.
 
-The format's own library writes a file from all of its tensors at once. Format: see :mod:`expo_serve.checkpoint.header`.
+The format's own library needs all tensors of a file at once. :mod:`expo_serve.checkpoint.header` describes the format.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ _ALIGNMENT = 8
 
 
 class SafetensorsWriter:
-    """One file. Tensors may be written in any order and in parts; the header comes last, in room kept for it.
+    """Writes one file. Tensors may be written in any order and in parts; the header is written last.
 
     Args:
-        file: to be made.
-        room: bytes of the header, at least what :func:`header_bytes` gives for the final one.
+        file: the file to create; it must not exist.
+        room: bytes to reserve for the header: at least the length of what :func:`header_bytes` returns.
+
+    Raises:
+        OSError: the file cannot be created.
     """
 
     def __init__(self, file: Path, room: int) -> None:
@@ -39,24 +42,24 @@ class SafetensorsWriter:
         os.close(self._descriptor)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write bytes of the data part.
+        """Write bytes of the data, at ``offset`` bytes from the end of the header.
 
         Raises:
-            OSError: as the system says it: a full disk, most often; it names the file.
+            OSError: the system refused the write, most often because the disk is full; names the file.
         """
-        view, place = memoryview(data).cast("B"), self.start + offset
+        view, position = memoryview(data).cast("B"), self.start + offset
         while view:
             try:
-                count = os.pwrite(self._descriptor, view, place)
+                count = os.pwrite(self._descriptor, view, position)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.file)) from None
-            view, place = view[count:], place + count
+            view, position = view[count:], position + count
 
     def finish(self, header: bytes) -> None:
-        """Write the header: all is there.
+        """Write the header, once all data is written.
 
         Raises:
-            OSError: see :meth:`write`.
+            OSError: the system refused the write; names the file.
         """
         assert len(header) <= self._room
         self.write(-self.start, self._room.to_bytes(8, "little") + header.ljust(self._room))
@@ -65,12 +68,12 @@ class SafetensorsWriter:
 def header_bytes(
     sizes: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str], longest: bool = False
 ) -> bytes:
-    """A header, for tensors that lie one behind the other in this order.
+    """Return the header of a file whose tensors are stored contiguously in this order.
 
     Args:
-        sizes: name to dtype (the format's name), shape and bytes.
-        metadata: texts.
-        longest: with offsets as long as they can be, to know how much room the final one may need.
+        sizes: name to dtype (the format's name), shape and size in bytes.
+        metadata: the content of ``__metadata__``.
+        longest: use the longest possible shapes and offsets, to find out how much room the final header may need.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -83,5 +86,5 @@ def header_bytes(
 
 
 def sizes_of(records: Mapping[str, TensorRecord]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """What :func:`header_bytes` wants to know of tensors."""
+    """Return name to dtype, shape and size in bytes, as :func:`header_bytes` takes them."""
     return {name: (record.dtype, record.shape, record.nbytes) for name, record in records.items()}

@@ -135,7 +135,7 @@ def test_endless_link_is_refused(tmp_path: Path) -> None:
     folder = write_raw(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("model.safetensors")
-    with pytest.raises(CheckpointError, match="leads nowhere"):
+    with pytest.raises(CheckpointError, match="broken link"):
         opened(folder)
 
 
@@ -221,7 +221,7 @@ def test_shard_with_a_name_that_no_file_can_have_is_missing(tmp_path: Path) -> N
 def test_tensors_of_no_weight_file_at_all_are_not_invented(tmp_path: Path) -> None:
     folder = write_raw(tmp_path / "model", shards=[NAMES[:5], NAMES[5:]])
     save_file({"new": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match="it does not"):
+    with pytest.raises(CheckpointError, match="does not contain it"):
         opened(folder)
 
 

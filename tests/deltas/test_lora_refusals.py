@@ -154,8 +154,8 @@ def test_config_alone_is_refused(base: str, tmp_path: Path) -> None:
 
 
 FILES = {
-    "cut by one byte": (lambda good: good[:-1], ("is cut",)),
-    "cut within the header": (lambda good: good[:50], ("is cut: header needs",)),
+    "cut by one byte": (lambda good: good[:-1], ("is truncated",)),
+    "cut within the header": (lambda good: good[:50], ("is truncated: the header needs",)),
     "no bytes": (lambda _: b"", ("expected at least 8 bytes",)),
     "absurd header length": (lambda _: b"\xff" * 64, ("header length is",)),
     "quantised": (
