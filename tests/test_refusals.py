@@ -176,27 +176,32 @@ PAIRS: dict[str, tuple[Callable[[], dict[str, torch.Tensor]], dict[str, Any], tu
         lambda: tiny_tensors(hidden=16),
         {"hidden_size": 16},
         (
-            "8 of 8 tensors differ in shape or kind",
-            "hidden_size 8 against 16",
+            "shape or kind differs in 8 of 8 tensors",
+            "hidden_size is 8 in base and 16 in aligned",
             "base BF16 [16, 8], aligned BF16 [16, 16]",
         ),
     ),
     "hidden size of many layers": (
         lambda: tiny_tensors(hidden=16, layers=12),
         {"hidden_size": 16},
-        ("tensors differ in shape",),
+        ("shape or kind differs in 8 of 38 tensors",),
     ),
     "layers": (
         lambda: tiny_tensors(layers=6),
         {"num_hidden_layers": 6},
-        ("12 tensors are on one side only", "num_hidden_layers 2 against 6", "only in aligned: ", "and 2 more"),
+        (
+            "12 tensors are in one checkpoint only",
+            "num_hidden_layers is 2 in base and 6 in aligned",
+            "only in aligned: ",
+            "and 2 more",
+        ),
     ),
     "fewer layers": (
         lambda: tiny_tensors(layers=1),
         {"num_hidden_layers": 1},
-        ("3 tensors are on one side only", "only in base: model.layers.1.input_layernorm.weight [8]"),
+        ("3 tensors are in one checkpoint only", "only in base: model.layers.1.input_layernorm.weight [8]"),
     ),
-    "smaller vocabulary": (lambda: tiny_tensors(vocabulary=15), {}, ("2 of 8 tensors differ in shape",)),
+    "smaller vocabulary": (lambda: tiny_tensors(vocabulary=15), {}, ("shape or kind differs in 2 of 8 tensors",)),
     "integers on one side": (_other_dtype_kind, {}, ("lm_head.weight", "BF16", "I32")),
 }
 

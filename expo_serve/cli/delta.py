@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
@@ -17,7 +16,7 @@ from expo_serve.errors import UsageError
 from expo_serve.plan.delta import Delta, open_delta
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.pair import plan_pair
-from expo_serve.plan.plan import Plan, PlannedTensor
+from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import locate
 
 _EPILOG = """\
@@ -106,10 +105,7 @@ def _create(given: argparse.Namespace) -> None:
     config = _config(given, aligned=given.aligned, aligned_revision=given.aligned_revision, unmatched=given.unmatched)
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
-    plan = plan_pair(base, aligned, config)
-    # Tensors that no model loads are left out of a load, but the delta has to restore the whole checkpoint.
-    left_out = {name: PlannedTensor(aligned.tensors[name], None, 0.0) for name in plan.left_out}
-    plan = replace(plan, tensors={**plan.tensors, **left_out})
+    plan = plan_pair(base, aligned, config, keep_left_out=True)
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
@@ -154,7 +150,9 @@ def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan]:
     config = _config(given, delta=given.delta, delta_revision=given.delta_revision)
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
-    return delta, delta.plan_all(base, config) if isinstance(delta, PackedDelta) else delta.plan(base, config)
+    if isinstance(delta, PackedDelta):
+        return delta, delta.plan(base, config, keep_left_out=True)
+    return delta, delta.plan(base, config)
 
 
 def _config(given: argparse.Namespace, **values: str | None) -> ExpoConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from expo_serve import errors, memory
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
-from expo_serve.checkpoint.source import read_config
+from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection, Refusal
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
@@ -18,15 +18,6 @@ from expo_serve.plan.delta import Delta, open_delta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
-
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "tiktoken.model",
-)
 
 
 def main(arguments: list[str]) -> int:
@@ -132,7 +123,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
     side, files = _companion_source(plan)
     return {
         "served_model_name": f"{plan.aligned_or_delta.source.short_name}-expo-{options.config.alpha_text}",
-        "tokenizer": _first_there(side, files, _TOKENIZERS),
+        "tokenizer": _first_there(side, files, TOKENIZER_FILES),
         "chat_template": _chat_template(side, files),
         "counts": {"extrapolated": len(plan.extrapolated), "copied": len(plan.copied)},
         "alphas": plan.alphas,

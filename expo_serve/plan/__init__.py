@@ -1,1 +1,1 @@
-"""What becomes of each tensor, decided from headers alone: pairs, deltas, every refusal."""
+"""Plans: what becomes of each tensor, decided from headers alone. Every refusal of a pair or a delta is made here."""

@@ -1,13 +1,11 @@
-"""What takes base to aligned, in place of a second checkpoint: three kinds, told apart by what lies in the folder.
+"""Delta formats. Instead of an aligned checkpoint, a deployment can name a delta::
 
-::
-
-    packed.py   our own lossless format: decodes to aligned, bit for bit
-    lora.py     a PEFT LoRA adapter: base + s * B A
+    packed.py   our own lossless format: decodes to the aligned checkpoint, bit for bit
+    lora.py     a PEFT LoRA adapter: base + scale * B A
     full.py     a checkpoint of differences: base + delta
 
-A kind says whether a folder is of it, opens it (headers only) and plans a load over a base. How elements come out
-of its files is its ``*_sides.py``, which is imported when a load begins.
+The format is detected from the folder's contents. Each format is a class that recognises a folder, opens it (reading
+headers only) and plans a load over a base. To add one, write such a class and list it in :data:`DELTA_FORMATS`.
 """
 
 from __future__ import annotations
@@ -34,45 +32,45 @@ class Delta(OpenedSource, Protocol):
         """Decide for every tensor of the result, or refuse.
 
         Raises:
-            PairError: this delta does not belong to this base.
-            UsageError: an alpha rule that matches no tensor.
+            PairError: the delta does not belong to this base.
+            UsageError: an alpha rule matches no tensor.
         """
 
 
 class DeltaFormat(Protocol):
-    """What opens deltas of one kind: its class."""
+    """A format: the class of its opened deltas."""
 
     @property
     def format(self) -> str:
         """``packed``, ``lora`` or ``full``."""
 
     def recognises(self, folder: Path) -> bool:
-        """Whether a folder's content is of this kind."""
+        """Return whether a folder holds a delta of this format."""
 
     def open(self, source: Source) -> Delta:
-        """Read and check what lies there, but no weights.
+        """Read and check the delta's headers and config, but no weights.
 
         Raises:
-            CheckpointError: anything is not as its format says.
+            CheckpointError: a file breaks the format, or differs from the fingerprint of ``source``.
         """
 
 
 DELTA_FORMATS: tuple[DeltaFormat, ...] = (PackedDelta, LoraDelta, FullDelta)
-"""In the order in which they are tried; the last one takes whatever is left."""
+"""All formats, in the order in which they are tried; the last one also takes what no other recognises."""
 
 
 def open_delta(source: Source) -> Delta:
-    """Open what lies in a folder as the kind of delta that it is.
+    """Detect the format of a delta and open it.
 
     Args:
-        source: where it lies; a fingerprint in it must be that of the files found.
+        source: its folder; if it has a fingerprint, the files must have the same.
 
     Raises:
-        CheckpointError: it is of no kind, or not as its format says.
+        CheckpointError: the folder holds no delta, or a file breaks the delta's format.
     """
     return format_of(Path(source.path)).open(source)
 
 
 def format_of(folder: Path) -> DeltaFormat:
-    """The kind of the delta in a folder."""
-    return next((kind for kind in DELTA_FORMATS if kind.recognises(folder)), DELTA_FORMATS[-1])
+    """Return the format of the delta in a folder."""
+    return next((format_ for format_ in DELTA_FORMATS if format_.recognises(folder)), DELTA_FORMATS[-1])

@@ -1,6 +1,6 @@
-"""A full delta: a safetensors checkpoint whose tensors are ``aligned - base``, as FastChat and others published them.
+"""A full delta: a safetensors checkpoint whose tensors are ``aligned - base``, as FastChat and others publish them.
 
-``theta = base + (1 + alpha) * delta``; a tensor that the delta does not have is base's at every alpha.
+The result is ``base + (1 + alpha) * delta``. A tensor that the delta does not have is base's at every alpha.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files, refuse_quantised
-from expo_serve.checkpoint.records import Operand, TensorRecord
+from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import CheckpointError, PairError
+from expo_serve.errors import CheckpointError, PairError, count_of
+from expo_serve.plan.matching import base_names
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
-from expo_serve.plan.over_base import BaseChanges, base_names, plan_over_base
+from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.refusals import refuse_architectures
 from expo_serve.plan.tensor_deltas import FullTensorDelta
 
-_PROBES = 8
-"""Vectors that are looked at to tell a delta from a whole checkpoint."""
-_VALUES = 256
-_WHOLE = 2
-"""A step is far smaller than half of what it changes."""
+_SAMPLED_VECTORS = 8
+"""Vectors whose values are sampled to distinguish a delta from a whole checkpoint."""
+_SAMPLED_VALUES = 256
+"""Values that are sampled of each vector."""
+_WHOLE_RATIO = 2
+"""A real delta is far smaller than the tensor that it changes: less than half of its size."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class FullDelta:
     """A checked full delta."""
 
     source: Source
-    config: dict[str, Any]
-    """Its config.json; empty where it has none."""
+    config: JsonObject
+    """The delta's config.json; empty if it has none."""
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
     format: ClassVar[str] = "full"
@@ -43,17 +45,21 @@ class FullDelta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(record.nbytes for record in self.tensors.values())
+        """Size of all tensors in bytes."""
+        return total_bytes(self.tensors.values())
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """See :class:`~expo_serve.plan.delta.DeltaFormat`: it is what no other kind is."""
+        """Return whether the folder holds safetensors files; the other formats are tried first."""
         return any(folder.glob("*.safetensors"))
 
     @classmethod
     def open(cls, source: Source) -> FullDelta:
-        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
+        """Read and check the headers and the config, if there is one.
+
+        Raises:
+            CheckpointError: the delta is quantised, or a file breaks the format.
+        """
         folder = Path(source.path)
         config = read_config("delta", source) if (folder / "config.json").is_file() else {}
         refuse_quantised("delta", config, folder)
@@ -61,91 +67,93 @@ class FullDelta:
         return cls(opened.source, config, opened.files, opened.tensors)
 
     def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
-        """See :class:`~expo_serve.plan.delta.Delta`."""
+        """Decide for every tensor of base, and for those that only the delta has.
+
+        Raises:
+            PairError: the delta was made from another base.
+            UsageError: an alpha rule matches no tensor.
+        """
         if self.config.get("architectures"):
             refuse_architectures(base, Checkpoint("delta", self.source, self.config, self.files, self.tensors))
         wanted = {name: record for name, record in self.tensors.items() if not is_leftover(record)}
-        names = base_names(wanted, base)
-        tied = {name for name, record in wanted.items() if _is_tied_output(record, names[name], base)}
-        there = {name: record for name, record in wanted.items() if names[name] in base.tensors}
-        strangers = {name: record for name, record in wanted.items() if name not in there and name not in tied}
-        steps = {names[name]: FullTensorDelta(record, base.tensors[names[name]]) for name, record in there.items()}
-        self._refuse_strangers(strangers, base, config)
-        _refuse_shapes(self, steps)
-        if tied and ties_embeddings(self.config) is False:
-            raise PairError(
-                f"the delta ({self.source.name}) has an output of its own ({min(tied)}, tie_word_embeddings "
-                f"false), base "
-                f"({base.source.name}) ties its output to the embedding; give the base that it was made from"
-            )
-        warnings = tuple(_warnings(self, base, steps))
-        changes = BaseChanges(steps, strangers, ignored=tuple(sorted(tied)), warnings=warnings)
+        names = base_names(wanted, base.tensors)
+        in_base = {name: record for name, record in wanted.items() if names[name] in base.tensors}
+        tied = {name for name, record in wanted.items() if name not in in_base and _is_tied_output(record, base)}
+        extra = {name: record for name, record in wanted.items() if name not in in_base and name not in tied}
+        deltas = {names[name]: FullTensorDelta(record, base.tensors[names[name]]) for name, record in in_base.items()}
+        self._refuse_extra(extra, base, config)
+        self._refuse_shapes(deltas)
+        self._refuse_untied_output(tied, base)
+        warnings = tuple(self._warnings(base, deltas))
+        changes = BaseChanges(deltas, extra, ignored=tuple(sorted(tied)), warnings=warnings)
         return plan_over_base(self, base, config, changes)
 
-    def _refuse_strangers(self, strangers: dict[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:
-        if strangers and (config.unmatched == "refuse" or len(strangers) == len(self.tensors)):
+    def _refuse_extra(self, extra: Mapping[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:
+        if extra and (config.unmatched == "refuse" or len(extra) == len(self.tensors)):
             raise PairError(
-                f"the delta ({self.source.name}) has {len(strangers)} tensors that base ({base.source.name}) "
-                f"lacks, the "
-                f"first {next(iter(strangers))}; give the base that it was made from"
-                + ("" if len(strangers) == len(self.tensors) else ", or --unmatched copy to take them over"),
-                [f"only in delta: {record.name} {list(record.shape)}" for record in strangers.values()],
+                f"the delta ({self.source.name}) has {count_of(len(extra), 'tensor')} that base ({base.source.name}) "
+                f"lacks, the first {next(iter(extra))}; give the base that the delta was made from"
+                + ("" if len(extra) == len(self.tensors) else ", or --unmatched copy to copy them"),
+                [f"only in delta: {record.name} {list(record.shape)}" for record in extra.values()],
+            )
+
+    def _refuse_shapes(self, deltas: Mapping[str, FullTensorDelta]) -> None:
+        wrong = [delta for delta in deltas.values() if not delta.fits]
+        if wrong:
+            raise PairError(
+                f"the delta ({self.source.name}) does not fit base: shape or kind differs in {len(wrong)} of "
+                f"{count_of(len(self.tensors), 'tensor')}; give the base that the delta was made from",
+                [
+                    f"{delta.base.name}: base {delta.base.dtype_and_shape}, delta {delta.record.dtype_and_shape}"
+                    for delta in wrong
+                ],
+            )
+
+    def _refuse_untied_output(self, tied: set[str], base: Checkpoint) -> None:
+        if tied and ties_embeddings(self.config) is False:
+            raise PairError(
+                f"the delta ({self.source.name}) has an output of its own ({min(tied)}, tie_word_embeddings false), "
+                f"but base ({base.source.name}) ties its output to the embedding; give the base that the delta was "
+                "made from"
+            )
+
+    def _warnings(self, base: Checkpoint, deltas: Mapping[str, FullTensorDelta]) -> Iterator[str]:
+        missing = [
+            name
+            for name, record in base.tensors.items()
+            if record.is_float and name not in deltas and not is_leftover(record)
+        ]
+        if missing:
+            stay = "it stays" if len(missing) == 1 else "they stay"
+            yield (
+                f"the delta ({self.source.name}) lacks {len(missing)} of base's {count_of(len(base.tensors), 'tensor')}"
+                f", the first {missing[0]}: {stay} base's; is the delta complete?"
+            )
+        vectors = [delta for delta in deltas.values() if _is_vector(delta.record)][:_SAMPLED_VECTORS]
+        sizes = [(_mean_size(delta.record), _mean_size(delta.base)) for delta in vectors]
+        if sizes and all(0 < base_size < _WHOLE_RATIO * size for size, base_size in sizes):
+            yield (
+                f"the delta's vectors are as large as base's ({vectors[0].record.name}): it looks like a whole "
+                "checkpoint, which --aligned takes"
             )
 
 
-def _is_tied_output(record: TensorRecord, name: str, base: Checkpoint) -> bool:
-    """Whether it is an output that is the embedding in base, and so changes with it."""
-    return name not in base.tensors and is_output(record) and may_tie_output(base.config)
+def _is_tied_output(record: TensorRecord, base: Checkpoint) -> bool:
+    """Return whether a tensor that base lacks is an output that base ties to its embedding, and so changes with it."""
+    return is_output(record) and may_tie_output(base.config)
 
 
-def _warnings(delta: FullDelta, base: Checkpoint, steps: Mapping[str, FullTensorDelta]) -> Iterator[str]:
-    missing = [
-        name
-        for name, record in base.tensors.items()
-        if record.is_float and name not in steps and not is_leftover(record)
-    ]
-    if missing:
-        yield (
-            f"the delta ({delta.source.name}) does not have {len(missing)} of base's {len(base.tensors)} tensors, "
-            f"the first "
-            f"{missing[0]}: they stay base's; is it complete?"
-        )
-    vectors = [change for change in steps.values() if _is_vector(change)][:_PROBES]
-    sizes = [(_mean_size(change.record), _mean_size(change.base)) for change in vectors]
-    if sizes and all(0 < base_size < _WHOLE * size for size, base_size in sizes):
-        yield (
-            f"the delta's norms are as large as base's ({vectors[0].record.name}): it looks like a whole "
-            f"checkpoint, which "
-            "--aligned takes"
-        )
-
-
-def _is_vector(change: FullTensorDelta) -> bool:
-    return change.record.is_float and len(change.record.shape) == 1 and change.record.numel > 0
-
-
-def _refuse_shapes(delta: FullDelta, steps: dict[str, FullTensorDelta]) -> None:
-    wrong = [change for change in steps.values() if not change.fits]
-    if wrong:
-        raise PairError(
-            f"the delta ({delta.source.name}) does not fit base: {len(wrong)} of {len(delta.tensors)} tensors "
-            f"differ in "
-            "shape or kind; give the base that it was made from",
-            [
-                f"{change.base.name}: base {change.base.dtype} {list(change.base.shape)}, "
-                f"delta {change.record.dtype} {list(change.record.shape)}"
-                for change in wrong
-            ],
-        )
+def _is_vector(record: TensorRecord) -> bool:
+    return record.is_float and len(record.shape) == 1 and record.numel > 0
 
 
 def _mean_size(record: TensorRecord) -> float:
-    """The mean absolute value of a floating tensor's first values.
+    """Return the mean absolute value of a floating-point tensor's first values, without importing torch.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    count, width = min(record.numel, _VALUES), record.itemsize
+    count, width = min(record.numel, _SAMPLED_VALUES), record.itemsize
     try:
         with record.file.open("rb") as file:
             file.seek(record.offset)

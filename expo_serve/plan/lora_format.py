@@ -1,6 +1,12 @@
-"""What a PEFT LoRA adapter's ``adapter_config.json`` says, as far as it is a plain sum on base's weights.
+"""The files of a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors.
 
-Keys and their meaning: https://huggingface.co/docs/peft/package_reference/lora (LoraConfig).
+An adapter holds two factors for each module that it changes: ``base_model.model.MODULE.lora_A.weight`` (rank by inputs)
+and ``lora_B.weight`` (outputs by rank), for an embedding ``lora_embedding_A`` (rank by rows) and ``lora_embedding_B``
+(width by rank). Tensors that were trained whole (``modules_to_save``, biases) are stored under their plain names.
+
+Only an adapter that is a plain sum on base's weights can be extrapolated; every other kind is refused here.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint; the keys of the config and their meaning:
+https://huggingface.co/docs/peft/package_reference/lora (LoraConfig).
 """
 
 from __future__ import annotations
@@ -8,10 +14,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError
@@ -25,14 +30,14 @@ _FACTORS = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B",
 }  # fmt: skip
 
-# What these mean is no plain sum of base's weight and B A, or changes more than weights.
+# Keys under which the result is not the sum of base's weight and B A, or under which more than weights change.
 _REFUSED = {
     "use_dora": "DoRA also scales the columns by a learned magnitude",
     "use_qalora": "QALoRA works on base weights that are quantised in groups",
     "layer_replication": "layer replication gives the model more layers than base has",
-    "alora_invocation_tokens": "an activated LoRA holds for tokens after its invocation only",
+    "alora_invocation_tokens": "an activated LoRA applies only to the tokens after its invocation",
     "trainable_token_indices": "trainable tokens replace single rows of the embedding",
-    "target_parameters": "adapters on parameters instead of modules are not read yet",
+    "target_parameters": "adapters on parameters instead of modules are not supported",
     "lora_bias": "a bias in B is added to the module's output",
     "arrow_config": "Arrow routes between several adapters",
     "use_bdlora": "block-diagonal LoRA stores its factors in blocks",
@@ -44,10 +49,10 @@ _REFUSED_STARTS = {
     "olora": "OLoRA takes the adapter's first values out of base's weights",
     "corda": "CorDA takes the adapter's first values out of base's weights",
     "lora_ga": "LoRA-GA takes the adapter's first values out of base's weights",
-    "loftq": "LoftQ stands on a quantised base",
+    "loftq": "LoftQ starts from a quantised base",
 }
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-# They say how it was trained, or where; not what it is.
+# Keys that describe the training, not the result.
 _HARMLESS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"}
     | {"exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"}
@@ -56,14 +61,13 @@ _HARMLESS = frozenset(
     | {"alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config"}
 )
 
-
-_MOST = 1e9
-"""Of an alpha: more is a mistake, or no number."""
+_MAX_ALPHA = 1e9
+"""A larger lora_alpha is a mistake, or not a number."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The part that the numbers depend on."""
+    """The keys of adapter_config.json on which the result depends."""
 
     rank: int
     alpha: float
@@ -71,84 +75,91 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     base: str | None
-    """Which model it was trained on, as its trainer called it."""
+    """Name of the model that the adapter was trained on, as its trainer wrote it: a hub id or a path."""
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's factors."""
+        """Return the rank of a module's factors."""
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """What a module's product is multiplied with: alpha by the rank, or by its root (rsLoRA, arXiv 2312.03732)."""
+        """Return a module's scale: alpha divided by the rank, or by its square root (rsLoRA, arXiv 2312.03732)."""
         rank = self.rank_of(module)
         alpha = float(_by_pattern(self.alpha_pattern, module, self.alpha))
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """As PEFT looks a module up: a pattern is a regular expression for the end of its name."""
+    """Look a module up as PEFT does: a pattern is a regular expression for the end of its name."""
     return next(
         (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
         default,
     )
 
 
-def read_lora_config(values: Mapping[str, Any], where: str) -> LoraConfig:
+def read_lora_config(values: Mapping[str, object], where: str) -> LoraConfig:
     """Check an adapter's config.
 
     Args:
         values: the content of its adapter_config.json.
-        where: that file, for messages.
+        where: the path of that file, for messages.
 
     Raises:
-        CheckpointError: it is no LoRA, one that is no plain sum, or its numbers are none.
+        CheckpointError: the adapter is no LoRA or not a plain sum, or a rank or an alpha is invalid.
     """
     _refuse_other_kinds(values, where)
-    rank: Any = values.get("r")
-    alpha: Any = values.get("lora_alpha", 8)
-    ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise CheckpointError(f"{where}: rank_pattern and alpha_pattern must be objects")
-    for key, number in (("r", rank), *ranks.items()):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise CheckpointError(f"{where}: rank {key!r}: expected a number from 1, found {number!r:.100}")
-    for key, number in (("lora_alpha", alpha), *alphas.items()):
-        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= _MOST:
-            raise CheckpointError(f"{where}: {key!r}: expected a number, found {number!r:.100}")
-    for key in (*ranks, *alphas):
-        _check_pattern(key, where)
     base = values.get("base_model_name_or_path")
     return LoraConfig(
-        rank=rank,
-        alpha=float(alpha),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
+        rank=_rank(values.get("r"), "r", where),
+        alpha=_alpha(values.get("lora_alpha", 8), "lora_alpha", where),
+        rank_pattern={key: _rank(value, key, where) for key, value in _patterns(values, "rank_pattern", where)},
+        alpha_pattern={key: _alpha(value, key, where) for key, value in _patterns(values, "alpha_pattern", where)},
         use_rslora=bool(values.get("use_rslora")),
         base=base if isinstance(base, str) and base else None,
     )
 
 
-def _check_pattern(key: str, where: str) -> None:
-    try:
-        re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
-        raise CheckpointError(f"{where}: pattern {key!r:.100} is not a regular expression: {error}") from None
+def _rank(value: object, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{where}: rank {key!r}: expected a whole number from 1, found {value!r:.100}")
+    return value
 
 
-def _refuse_other_kinds(values: Mapping[str, Any], where: str) -> None:
+def _alpha(value: object, key: str, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MAX_ALPHA:
+        raise CheckpointError(f"{where}: {key!r}: expected a number up to {_MAX_ALPHA:.0e}, found {value!r:.100}")
+    return float(value)
+
+
+def _patterns(values: Mapping[str, object], key: str, where: str) -> Iterator[tuple[str, object]]:
+    patterns = values.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: {key} must be an object, found {patterns!r:.100}")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise CheckpointError(f"{where}: pattern {pattern!r:.100} is not a regular expression: {error}") from None
+        yield pattern, value
+
+
+def _refuse_other_kinds(values: Mapping[str, object], where: str) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{where}: peft_type is {kind!r:.100}: only LORA is a plain sum on base's weights")
+        raise CheckpointError(
+            f"{where}: peft_type is {kind!r:.100}: only LORA is a plain sum on base's weights; merge the adapter with "
+            "PEFT if it can be merged, and give the result as --aligned"
+        )
     start = values.get("init_lora_weights")
     reason = _start_problem(start) if isinstance(start, str) else None
     for key, value in values.items():
         if value and key in _REFUSED:
             reason = f"{key}: {_REFUSED[key]}"
         elif value and key not in _HARMLESS:
-            reason = f"{key} is set ({value!r:.60}), and what it means is not known here"
+            reason = f"{key} is set ({value!r:.60}), and its meaning is not known to this version"
     if reason:
         raise CheckpointError(
-            f"{where}: this adapter is not a plain sum on base's weights ({reason}); merge it with PEFT and give "
-            "--aligned instead"
+            f"{where}: this adapter is not a plain sum on base's weights ({reason}); merge it with PEFT if it can "
+            "be merged, and give the result as --aligned"
         )
 
 
@@ -156,10 +167,11 @@ def _start_problem(start: str) -> str | None:
     for prefix, reason in _REFUSED_STARTS.items():
         if start.lower().startswith(prefix):
             return f"init_lora_weights {start!r}: {reason}; PEFT's path_initial_model_for_weight_conversion converts it"
-    return None if start in _PLAIN_STARTS else f"init_lora_weights {start!r:.60} is not known here"
+    return None if start in _PLAIN_STARTS else f"init_lora_weights {start!r:.60} is not known to this version"
 
 
 def nothing_to_read(folder: Path) -> str:
+    """Return why a folder without adapter_model.safetensors cannot be read, for an error."""
     if (folder / _PICKLE).exists():
         return (
             f"{folder} holds its adapter as a pickle file only ({_PICKLE}), which can run code and is never opened; "
@@ -169,9 +181,20 @@ def nothing_to_read(folder: Path) -> str:
 
 
 def sort_tensors(
-    tensors: Mapping[str, TensorRecord],
-) -> tuple[dict[str, dict[str, TensorRecord]], dict[str, TensorRecord]]:
-    """The factors by module, and what was trained whole by name."""
+    tensors: Mapping[str, TensorRecord], config: LoraConfig
+) -> tuple[tuple[LoraModule, ...], dict[str, TensorRecord]]:
+    """Sort an adapter's tensors into modules and tensors that were trained whole.
+
+    Args:
+        tensors: all tensors by their names in the file.
+        config: the adapter's config, which gives the ranks and scales.
+
+    Returns:
+        The modules, and the whole tensors by base's names for them.
+
+    Raises:
+        CheckpointError: a module lacks a factor, or its factors do not have the rank that the config gives it.
+    """
     factors: defaultdict[str, dict[str, TensorRecord]] = defaultdict(dict)
     whole: dict[str, TensorRecord] = {}
     for name, record in tensors.items():
@@ -182,25 +205,27 @@ def sort_tensors(
             continue
         part = _FACTORS[ending] + (".embedding" if "embedding" in ending else "")
         factors[plain.removesuffix(ending)][part] = record
-    return factors, whole
+    return tuple(_module(name, parts, config) for name, parts in factors.items()), whole
 
 
-def make_module(name: str, parts: dict[str, TensorRecord], lora: LoraConfig) -> LoraModule:
+def _module(name: str, parts: Mapping[str, TensorRecord], config: LoraConfig) -> LoraModule:
     is_embedding = any("embedding" in part for part in parts)
     ending = ".embedding" if is_embedding else ""
     a, b = parts.get(f"A{ending}"), parts.get(f"B{ending}")
-    there = next(iter(parts.values()))
+    found = next(iter(parts.values()))
     if a is None or b is None or len(parts) != 2:
         raise CheckpointError(
-            f"{there.file}: module {name!r} has no {'A' if a is None else 'B'}: expected both factors of an adapter; "
+            f"{found.file}: module {name!r} has no {'A' if a is None else 'B'}: expected both factors of an adapter; "
             f"found {', '.join(record.name for record in parts.values())}"
         )
-    rank = lora.rank_of(name)
+    rank = config.rank_of(name)
     if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
-            f"{there.file}: module {name!r} has factors A {list(a.shape)} and B {list(b.shape)}, which do not have the "
-            f"rank that {CONFIG_FILE} gives it ({rank})"
+            f"{found.file}: module {name!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {CONFIG_FILE} "
+            f"gives it the rank {rank}"
         )
     if not (a.is_float and b.is_float):
-        raise CheckpointError(f"{there.file}: module {name!r} has factors of dtype {a.dtype} and {b.dtype}")
-    return LoraModule(name, a, b, lora.scale_of(name), is_embedding)
+        raise CheckpointError(
+            f"{found.file}: module {name!r} has factors of dtype {a.dtype} and {b.dtype}; expected floating point"
+        )
+    return LoraModule(name, a, b, config.scale_of(name), is_embedding)

@@ -1,4 +1,4 @@
-"""Which tensor of base stands against which of aligned, and what is left over on either side."""
+"""Pairs the tensors of two checkpoints, and tells what is left over in either."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ Tensors = Mapping[str, TensorRecord]
 
 @dataclass(frozen=True)
 class Matching:
-    """The outcome. Base's tensors go by the names that aligned has, or would have, for them."""
+    """The pairs of tensors. Tensors of base are keyed by the names that aligned has, or would have, for them."""
 
     partners: dict[str, TensorRecord | None]
-    """Each tensor of aligned, and base's for it; integers and leftovers have none: they are copied."""
+    """Every tensor of aligned with its partner in base; None for integers and leftovers, which are copied."""
     same_name: dict[str, TensorRecord]
     """Base's tensors whose name aligned has too, paired or not."""
     only_aligned: dict[str, TensorRecord]
+    """Tensors of aligned that should have a partner in base but have none."""
     only_base: dict[str, TensorRecord]
-    spare: tuple[str, ...]
-    """What only aligned has of multi-token prediction layers. The model itself does not load them."""
+    """Tensors of base that no tensor of aligned is paired with, and that would be missed."""
+    mtp_only_in_aligned: tuple[str, ...]
+    """Multi-token prediction layers that only aligned has. The model itself does not load them."""
     left_out: tuple[str, ...]
-    """A value head where text is generated: no model of that kind can load it."""
+    """Tensors of a value head in a model that generates text: no such model can load them."""
 
 
 def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
-    """Pair the tensors of two checkpoints by name, by prefixed name, and by tied embeddings."""
+    """Pair the tensors of two checkpoints by name, by name with a prefix, and by tied embeddings."""
     left_out = tuple(name for name in aligned.tensors if is_foreign_head(name, aligned.config))
     wanted = {name: record for name, record in aligned.tensors.items() if name not in left_out}
     renamed = _under_aligned_names(base.tensors, wanted)
@@ -48,18 +50,18 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
         for name, record in wanted.items()
         if partners[name] is None and record.is_float and not is_leftover(record)
     }
-    spare = {name for name, record in unpaired.items() if is_mtp(record, aligned.config)}
+    mtp_only = {name for name, record in unpaired.items() if is_mtp(record, aligned.config)}
     used = {partner.name for partner in partners.values() if partner}
     return Matching(
         partners=partners,
         same_name={name: record for name, record in renamed.items() if name in aligned.tensors},
-        only_aligned={name: record for name, record in unpaired.items() if name not in spare},
+        only_aligned={name: record for name, record in unpaired.items() if name not in mtp_only},
         only_base={
             name: record
             for name, record in renamed.items()
-            if record.name not in used and not _carries_nothing(name, record, base, aligned)
+            if record.name not in used and not _is_dispensable(name, record, base, aligned)
         },
-        spare=tuple(name for name in unpaired if name in spare),
+        mtp_only_in_aligned=tuple(name for name in unpaired if name in mtp_only),
         left_out=left_out,
     )
 
@@ -70,27 +72,22 @@ def _partner(record: TensorRecord, renamed: Tensors, base: Checkpoint, aligned: 
     if found := renamed.get(record.name):
         return found
     may_be_tied = is_output(record) and not is_mtp(record, aligned.config)
-    return _embedding(base, record) if may_be_tied and may_tie_output(base.config) else None
+    return _tied_embedding(base, record) if may_be_tied and may_tie_output(base.config) else None
 
 
-def _embedding(checkpoint: Checkpoint, output: TensorRecord) -> TensorRecord | None:
-    """The input embedding that is the output projection too, if there is just one that can be."""
+def _tied_embedding(checkpoint: Checkpoint, output: TensorRecord) -> TensorRecord | None:
+    """Return the input embedding that also serves as this output projection, if exactly one can."""
     found = [
         record
         for record in checkpoint.tensors.values()
-        if is_embedding(record) and not is_mtp(record, checkpoint.config) and _can_be_tied(record, output)
+        if is_embedding(record) and not is_mtp(record, checkpoint.config)
+        if len(record.shape) == 2 and record.grows_into(output)
     ]
     return found[0] if len(found) == 1 else None
 
 
-def _can_be_tied(embedding: TensorRecord, output: TensorRecord) -> bool:
-    """Of one width; the output may have more rows, of a vocabulary that has grown."""
-    are_matrices = len(embedding.shape) == len(output.shape) == 2
-    return are_matrices and embedding.shape[0] <= output.shape[0] and embedding.shape[1] == output.shape[1]
-
-
-def _carries_nothing(name: str, record: TensorRecord, base: Checkpoint, aligned: Checkpoint) -> bool:
-    """Whether a tensor of base without a partner is no loss."""
+def _is_dispensable(name: str, record: TensorRecord, base: Checkpoint, aligned: Checkpoint) -> bool:
+    """Return whether a tensor of base without a partner can be ignored without loss."""
     is_unused = is_leftover(record) or is_mtp(record, base.config) or is_foreign_head(name, base.config)
     if is_unused or not record.is_float:
         return True
@@ -100,14 +97,14 @@ def _carries_nothing(name: str, record: TensorRecord, base: Checkpoint, aligned:
         and ties_embeddings(base.config) is not False
         and ties_embeddings(aligned.config) is not False
     )
-    return is_tied_output and _embedding(base, record) is not None
+    return is_tied_output and _tied_embedding(base, record) is not None
 
 
 def _under_aligned_names(base: Tensors, aligned: Tensors) -> dict[str, TensorRecord]:
-    """Base's tensors by aligned's names.
+    """Key base's tensors by aligned's names for them.
 
-    A body that was saved without its head lacks the prefix under which the whole model holds it
-    (``layers.0`` against ``model.layers.0``); one saved within a wrapper has a prefix more.
+    A body that was saved without its head lacks the prefix that the whole model gives it (``layers.0`` against
+    ``model.layers.0``); one that was saved inside a wrapper has a prefix more.
     """
     renaming = find_renaming(base, aligned)
     renamed = {}
@@ -120,18 +117,22 @@ def _under_aligned_names(base: Tensors, aligned: Tensors) -> dict[str, TensorRec
 
 @dataclass(frozen=True)
 class Renaming:
-    """From base's names to aligned's: ``cut`` is a prefix that only base has, ``put`` one that only aligned has."""
+    """Turns base's names into aligned's: removes the prefix ``cut``, which only base has, or adds ``put``."""
 
     cut: str = ""
     put: str = ""
 
     def apply(self, name: str) -> str:
-        """The other side's name."""
+        """Return aligned's name for a tensor of base."""
         return self.put + name.removeprefix(self.cut)
 
 
 def find_renaming(base: Collection[str], aligned: Collection[str]) -> Renaming:
-    """The one prefix that pairs the most tensors, more of them than the names as they are, and most of base's."""
+    """Find the prefix that pairs the most tensors.
+
+    The prefix has to pair more tensors than the names as they are, and most of those that only base has; otherwise
+    nothing is renamed.
+    """
     only_base = dict.fromkeys(name for name in base if name not in aligned)
     only_aligned = dict.fromkeys(name for name in aligned if name not in base)
     votes = Counter(Renaming(put=prefix) for prefix in _prefixes(only_aligned, only_base))
@@ -142,10 +143,20 @@ def find_renaming(base: Collection[str], aligned: Collection[str]) -> Renaming:
 
 
 def _prefixes(longer: Iterable[str], shorter: Mapping[str, None]) -> Iterator[str]:
-    """What the ``longer`` names begin with where the rest is one of the ``shorter`` names."""
+    """Yield each prefix of a ``longer`` name after which one of the ``shorter`` names follows."""
     for name in longer:
         end = name.find(".") + 1
         while end:
             if name[end:] in shorter:
                 yield name[:end]
             end = name.find(".", end) + 1
+
+
+def base_names(names: Collection[str], base: Tensors) -> dict[str, str]:
+    """Return base's name for each name in a delta: the same name, or with one prefix more or less.
+
+    A name that base does not have in either form stays as it is.
+    """
+    renaming = find_renaming(names, base)
+    renamed = {name: name if name in base else renaming.apply(name) for name in names}
+    return {name: other if other in base else name for name, other in renamed.items()}

@@ -1,35 +1,37 @@
-"""A plan whose result is base with changes: for deltas that name tensors of base."""
+"""Plans a result that is base with changes: shared by the delta formats that name tensors of base."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.records import TensorRecord
+from expo_serve.checkpoint.records import JsonObject, TensorRecord
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.plan.matching import find_renaming
+from expo_serve.errors import count_of
 from expo_serve.plan.names import is_leftover
-from expo_serve.plan.pair import check_rules
+from expo_serve.plan.pair import vocabulary_warnings
 from expo_serve.plan.plan import OpenedSource, Plan, PlannedTensor
+from expo_serve.plan.refusals import refuse_unused_rules
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
 @dataclass(frozen=True)
 class BaseChanges:
-    """What a delta does, by base's names."""
+    """What a delta changes in base. All keys are base's names."""
 
-    steps: Mapping[str, TensorDelta]
-    """Tensors that become ``base + (1 + alpha) * step``."""
-    whole: Mapping[str, TensorRecord] = field(default_factory=dict)
-    """Tensors that the delta holds as they are at alpha 0."""
+    deltas: Mapping[str, TensorDelta]
+    """Tensors that become ``base + (1 + alpha) * delta``."""
+    whole_tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    """Tensors that the delta stores as they are at alpha 0."""
     partners: Mapping[str, TensorRecord] = field(default_factory=dict)
-    """Base's tensors for those of ``whole`` that base has under another name (a tied output)."""
+    """Base's tensors to extrapolate from, for whole tensors that base has under another name (a tied output)."""
     copies: Mapping[str, TensorRecord] = field(default_factory=dict)
-    """Base's tensors that the result has once more, under these names."""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Base's tensors that the result has a second time, under these names."""
+    overrides: JsonObject = field(default_factory=dict)
+    """Keys of base's config that the result changes."""
     ignored: tuple[str, ...] = ()
+    """Tensors of the delta that are not used."""
     warnings: tuple[str, ...] = ()
 
 
@@ -38,11 +40,18 @@ def plan_over_base(
 ) -> Plan:
     """Decide for every tensor of base, and for those that only the delta has.
 
+    Args:
+        delta: the opened delta.
+        base: its base, whose config and names the result has.
+        config: alpha and its rules.
+        changes: what the delta changes.
+        tokenizer: the source of the tokenizer, if it is not base.
+
     Raises:
-        UsageError: an alpha rule that matches no tensor.
+        UsageError: an alpha rule matches no tensor.
     """
-    new = {name: record for name, record in changes.whole.items() if name not in base.tensors}
-    check_rules(config, (*base.tensors, *new, *changes.copies))
+    new = {name: record for name, record in changes.whole_tensors.items() if name not in base.tensors}
+    refuse_unused_rules(config, (*base.tensors, *new, *changes.copies))
     tensors = {name: _planned(record, config, changes) for name, record in base.tensors.items()}
     for name, record in new.items():
         partner = changes.partners.get(name)
@@ -50,48 +59,32 @@ def plan_over_base(
         tensors[name] = PlannedTensor(replace(record, name=name), partner, config.alpha_for(name), "delta", None, dtype)
     for name, record in changes.copies.items():
         tensors[name] = PlannedTensor(replace(record, name=name), None, config.alpha_for(name), "base")
-    return Plan(
+    plan = Plan(
         base,
         delta,
-        base.source,
-        tensors,
+        model=base.source,
+        tensors=tensors,
         copied_unmatched=tuple(name for name in new if name not in changes.partners),
-        ignored_base=(),
-        left_out=(),
-        warnings=(*changes.warnings, *_warnings(tensors, changes)),
         unchanged=tuple(name for name, tensor in tensors.items() if tensor.origin == "base"),
         added=(*new, *changes.copies),
-        overrides=dict(changes.overrides),
+        overrides=changes.overrides,
         tokenizer=tokenizer,
     )
+    return replace(plan, warnings=(*changes.warnings, *_warnings(plan, changes)))
 
 
 def _planned(record: TensorRecord, config: ExpoConfig, changes: BaseChanges) -> PlannedTensor:
     alpha = config.alpha_for(record.name)
     can_change = record.is_float and not is_leftover(record)
-    if can_change and (step := changes.steps.get(record.name)):
-        return PlannedTensor(record, record, alpha, "delta", step)
-    if can_change and (whole := changes.whole.get(record.name)):
+    if can_change and (delta := changes.deltas.get(record.name)):
+        return PlannedTensor(record, record, alpha, "delta", delta)
+    if can_change and (whole := changes.whole_tensors.get(record.name)):
         return PlannedTensor(replace(whole, name=record.name), record, alpha, "delta", None, record.dtype)
     return PlannedTensor(record, None, alpha, "base")
 
 
-def _warnings(tensors: Mapping[str, PlannedTensor], changes: BaseChanges) -> list[str]:
-    grown = {name: tensor.grown_rows for name, tensor in tensors.items() if tensor.grown_rows}
-    warnings = []
-    if grown:
-        names = ", ".join(f"{name} (+{rows} rows)" for name, rows in grown.items())
-        warnings.append(f"the delta has a larger vocabulary than base: new rows are taken over from it: {names}")
+def _warnings(plan: Plan, changes: BaseChanges) -> Iterator[str]:
+    yield from vocabulary_warnings("the delta", plan.grown)
     if changes.ignored:
-        warnings.append(f"{len(changes.ignored)} tensors of the delta are ignored, the first {changes.ignored[0]}")
-    return warnings
-
-
-def base_names(names: Collection[str], base: Checkpoint) -> dict[str, str]:
-    """A delta's names of tensors to base's: the same, or with one prefix more or less.
-
-    A name that base does not have at all stays as it is.
-    """
-    renaming = find_renaming(names, base.tensors)
-    others = {name: renaming.apply(name) for name in names if name not in base.tensors}
-    return {name: other if (other := others.get(name)) in base.tensors else name for name in names}
+        ignored = count_of(len(changes.ignored), "tensor of the delta is", "tensors of the delta are")
+        yield f"{ignored} ignored, the first {changes.ignored[0]}"

@@ -1,23 +1,26 @@
-"""The packed delta, opened and planned: the result is that of the pair, bit for bit, at every alpha."""
+"""The packed delta, opened and planned. The result is that of the pair, bit for bit, at every alpha.
+
+:mod:`expo_serve.plan.packed_format` describes the format.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
 from expo_serve.checkpoint.header import read_header
-from expo_serve.checkpoint.records import FLOAT_DTYPES, Operand, TensorRecord
+from expo_serve.checkpoint.records import FLOAT_DTYPES, JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import CheckpointError, PairError
+from expo_serve.errors import CheckpointError, PairError, count_of
 from expo_serve.plan.names import is_foreign_head
 from expo_serve.plan.packed_format import VERSION_KEY, PackedTensor, read_info
-from expo_serve.plan.pair import check_rules, value_head_warning
+from expo_serve.plan.pair import value_head_warnings
 from expo_serve.plan.plan import Plan, PlannedTensor
-from expo_serve.plan.refusals import refuse_architectures
+from expo_serve.plan.refusals import refuse_architectures, refuse_unused_rules
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 
@@ -26,72 +29,82 @@ class PackedDelta:
     """A checked packed delta."""
 
     source: Source
-    config: dict[str, Any]
+    config: JsonObject
     """The aligned checkpoint's config.json."""
     files: tuple[Path, ...]
     tensors: dict[str, TensorRecord]
-    """The packed bytes, by the aligned tensors' names."""
+    """The packed bytes, by the names of the aligned tensors."""
     packed_tensors: dict[str, PackedTensor]
     """The metadata of each tensor."""
     block: int
+    """Number of values in a block."""
     base_name: str
-    """What it was made against."""
+    """Name of the base that the delta was made against."""
     format: ClassVar[str] = "packed"
     operand: ClassVar[Operand] = "delta"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is packed."""
-        return sum(record.nbytes for record in self.tensors.values())
+        """Size of the packed bytes of all tensors."""
+        return total_bytes(self.tensors.values())
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
-        return any(_says_packed(file) for file in sorted(folder.glob("*.safetensors"))[:1])
+        """Return whether the folder's first safetensors file has the metadata of a packed delta."""
+        return any(_is_packed(file) for file in sorted(folder.glob("*.safetensors"))[:1])
 
     @classmethod
     def open(cls, source: Source) -> PackedDelta:
-        """See :class:`~expo_serve.plan.delta.DeltaFormat`."""
+        """Read and check the headers, the metadata and the config.
+
+        Raises:
+            CheckpointError: a file breaks the format, is damaged or is missing.
+        """
         opened = open_files("delta", source)
         config = read_config("delta", source)
         infos = []
         for file, metadata in opened.metadata.items():
             records = {name: record for name, record in opened.tensors.items() if record.file == file}
             infos.append(read_info(metadata, records, str(file)))
-        if any(info.files != len(infos) or info.block != infos[0].block for info in infos):
+        first = infos[0]
+        if any(info.files != len(infos) or info.block != first.block for info in infos):
             raise CheckpointError(
-                f"delta: {source.path} holds {len(infos)} files of a packed delta of {infos[0].files}; copy all "
-                f"of it again"
+                f"delta: {source.path} holds {count_of(len(infos), 'file')} of a packed delta of {first.files}; copy "
+                "all of it again"
             )
-        packed_tensors = {name: tensor for info in infos for name, tensor in info.tensors.items()}
-        return cls(
-            opened.source, config, opened.files, opened.tensors, packed_tensors, infos[0].block, infos[0].base_name
-        )
+        packed = {name: tensor for info in infos for name, tensor in info.tensors.items()}
+        return cls(opened.source, config, opened.files, opened.tensors, packed, first.block, first.base_name)
 
-    def plan(self, base: Checkpoint, config: ExpoConfig) -> Plan:
-        """See :class:`~expo_serve.plan.delta.Delta`."""
-        plan = self.plan_all(base, config)
-        left_out = tuple(name for name in plan.tensors if is_foreign_head(name, self.config))
-        tensors = {name: tensor for name, tensor in plan.tensors.items() if name not in left_out}
-        warnings = (value_head_warning(left_out),) if left_out else ()
-        return Plan(base, self, self.source, tensors, plan.copied_unmatched, plan.ignored_base, left_out, warnings)
+    def plan(self, base: Checkpoint, config: ExpoConfig, keep_left_out: bool = False) -> Plan:
+        """Decide for every tensor of the aligned checkpoint.
 
-    def plan_all(self, base: Checkpoint, config: ExpoConfig) -> Plan:
-        """A plan with every tensor of the aligned checkpoint, also those that no model loads.
+        Args:
+            base: the base that the delta was made against.
+            config: alpha and its rules.
+            keep_left_out: plan the tensors that no model can load too, for a result that has to be complete.
 
         Raises:
-            PairError, UsageError: see :class:`~expo_serve.plan.delta.Delta`.
+            PairError: the delta was made against another base.
+            UsageError: an alpha rule matches no tensor.
         """
         refuse_architectures(base, Checkpoint("delta", self.source, self.config, self.files, self.tensors))
         self._refuse_other_base(base)
-        check_rules(config, self.tensors)
-        tensors = {name: self._planned(name, base, config) for name in self.tensors}
-        used = {tensor.base[0] for tensor in self.packed_tensors.values() if tensor.base}
-        alone = (
-            name for name, tensor in self.packed_tensors.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES
+        refuse_unused_rules(config, self.tensors)
+        packed = self.packed_tensors
+        used = {tensor.base[0] for tensor in packed.values() if tensor.base}
+        left_out = () if keep_left_out else tuple(name for name in self.tensors if is_foreign_head(name, self.config))
+        plan = Plan(
+            base,
+            self,
+            model=self.source,
+            tensors={name: self._planned(name, base, config) for name in self.tensors if name not in left_out},
+            copied_unmatched=tuple(
+                name for name, tensor in packed.items() if not tensor.base and tensor.dtype in FLOAT_DTYPES
+            ),
+            ignored_base=tuple(name for name, record in base.tensors.items() if name not in used and record.is_float),
+            left_out=left_out,
         )
-        ignored = tuple(name for name, record in base.tensors.items() if name not in used and record.is_float)
-        return Plan(base, self, self.source, tensors, tuple(alone), ignored, (), ())
+        return replace(plan, warnings=tuple(value_head_warnings(left_out)))
 
     def _planned(self, name: str, base: Checkpoint, config: ExpoConfig) -> PlannedTensor:
         tensor, record = self.packed_tensors[name], self.tensors[name]
@@ -105,8 +118,8 @@ class PackedDelta:
         if wrong := list(self._differences(base)):
             raise PairError(
                 f"{base.source.name} is not the base that {self.source.name} was made against ({self.base_name}): "
-                f"{len(wrong)} of {len(self.tensors)} tensors differ, the first {wrong[0].split(':')[0]}; give "
-                f"that base",
+                f"dtype or shape differs in {len(wrong)} of {count_of(len(self.tensors), 'tensor')}, the first "
+                f"{wrong[0].split(':')[0]}; give that base",
                 wrong,
             )
 
@@ -119,10 +132,10 @@ class PackedDelta:
             if record is None:
                 yield f"{name}: expected {dtype} {list(shape)}, base has no such tensor"
             elif (record.dtype, record.shape) != (dtype, shape):
-                yield f"{name}: expected {dtype} {list(shape)}, found {record.dtype} {list(record.shape)}"
+                yield f"{name}: expected {dtype} {list(shape)}, found {record.dtype_and_shape}"
 
 
-def _says_packed(file: Path) -> bool:
+def _is_packed(file: Path) -> bool:
     try:
         return VERSION_KEY in read_header(file).metadata
     except CheckpointError:

@@ -1,71 +1,83 @@
-"""Base and aligned made comparable: for each tensor of the aligned side, what becomes of it.
+"""Plans a pair of checkpoints: decides for each tensor of the aligned checkpoint what becomes of it.
 
-All refusals but one (values that are not finite) happen here, from headers alone.
+:mod:`expo_serve.plan.refusals` holds the checks that refuse a pair. Only values that are not finite are found later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.config import ExpoConfig
-from expo_serve.errors import UsageError
+from expo_serve.errors import count_of
 from expo_serve.plan.matching import Matching, match
 from expo_serve.plan.plan import Plan, PlannedTensor
-from expo_serve.plan.refusals import refuse_architectures, refuse_tensors
+from expo_serve.plan.refusals import refuse_architectures, refuse_tensors, refuse_unused_rules
 
 
-def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig) -> Plan:
+def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_left_out: bool = False) -> Plan:
     """Decide for every tensor, or refuse the pair.
 
+    Args:
+        base: the checkpoint before alignment.
+        aligned: the checkpoint after alignment.
+        config: alpha, its rules, and what to do with unmatched tensors.
+        keep_left_out: plan the tensors that no model can load too, for a result that has to be complete.
+
     Raises:
-        PairError: other architectures, shapes or tensors than a pair has; the first ten are named.
-        UsageError: an alpha rule that matches no tensor.
+        PairError: architectures, shapes or names of tensors differ as they do not in a pair.
+        UsageError: an alpha rule matches no tensor.
     """
     refuse_architectures(base, aligned)
     matching = match(base, aligned)
     refuse_tensors(base, aligned, matching, config)
-    check_rules(config, aligned.tensors)
-    tensors = {
-        name: PlannedTensor(aligned.tensors[name], partner, config.alpha_for(name))
-        for name, partner in matching.partners.items()
-    }
-    ignored = tuple(record.name for record in matching.only_base.values())
-    copied = (*matching.only_aligned, *(matching.spare if config.unmatched == "copy" else ()))
-    plan = Plan(base, aligned, aligned.source, tensors, copied, ignored, matching.left_out, ())
+    refuse_unused_rules(config, aligned.tensors)
+    partners = {**matching.partners, **(dict.fromkeys(matching.left_out) if keep_left_out else {})}
+    mtp_only = matching.mtp_only_in_aligned if config.unmatched == "copy" else ()
+    plan = Plan(
+        base,
+        aligned,
+        model=aligned.source,
+        tensors={
+            name: PlannedTensor(aligned.tensors[name], partner, config.alpha_for(name))
+            for name, partner in partners.items()
+        },
+        copied_unmatched=(*matching.only_aligned, *mtp_only),
+        ignored_base=tuple(record.name for record in matching.only_base.values()),
+        left_out=() if keep_left_out else matching.left_out,
+    )
     return replace(plan, warnings=tuple(_warnings(plan, matching)))
 
 
-def check_rules(config: ExpoConfig, names: Iterable[str]) -> None:
-    """Every alpha rule must match a tensor.
-
-    Raises:
-        UsageError: one matches none.
-    """
-    for rule in config.alpha_rules:
-        if not any(rule.matches(name) for name in names):
-            raise UsageError(f"alpha rule {rule.text!r} matches no tensor of the aligned checkpoint")
-
-
 def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
-    if grown := plan.grown:
-        names = ", ".join(f"{name} (+{rows} rows)" for name, rows in grown.items())
-        yield f"aligned has a larger vocabulary than base: new rows are taken over from aligned: {names}"
-    if matching.spare:
+    yield from vocabulary_warnings("aligned", plan.grown)
+    if matching.mtp_only_in_aligned:
         yield (
-            f"only aligned has multi-token prediction layers ({len(matching.spare)} tensors): they are not "
-            "extrapolated; the model itself does not load them"
+            f"only aligned has multi-token prediction layers ({count_of(len(matching.mtp_only_in_aligned), 'tensor')}):"
+            " they are not extrapolated; the model itself does not load them"
         )
-    if plan.left_out:
-        yield value_head_warning(plan.left_out)
+    yield from value_head_warnings(plan.left_out)
     if plan.copied_unmatched or plan.ignored_base:
         yield (
-            f"--unmatched copy: {len(plan.copied_unmatched)} tensors that only aligned has are taken over, "
-            f"{len(plan.ignored_base)} that only base has are ignored"
+            f"--unmatched copy: copied {count_of(len(plan.copied_unmatched), 'tensor')} that only aligned has, "
+            f"ignored {count_of(len(plan.ignored_base), 'tensor')} that only base has"
         )
 
 
-def value_head_warning(names: tuple[str, ...]) -> str:
-    """Says which tensors of a value head the result does not have."""
-    return f"a value head is left out, since a model that generates text cannot load it: {', '.join(names)}"
+def vocabulary_warnings(owner: str, grown: Mapping[str, int]) -> Iterable[str]:
+    """Warn of a vocabulary that is larger than base's.
+
+    Args:
+        owner: the source that has the new rows, for the message.
+        grown: tensor names to numbers of new rows; empty if there is nothing to warn of.
+    """
+    if grown:
+        names = ", ".join(f"{name} (+{count_of(rows, 'row')})" for name, rows in grown.items())
+        yield f"{owner} has a larger vocabulary than base: its new rows are copied: {names}"
+
+
+def value_head_warnings(names: tuple[str, ...]) -> Iterable[str]:
+    """Warn of the tensors of a value head that the result does not have; ``names`` may be empty."""
+    if names:
+        yield f"a value head is left out, because a model that generates text cannot load it: {', '.join(names)}"

@@ -1,14 +1,14 @@
-"""A load as data: what becomes of each tensor of the result. No file is read and nothing is computed here."""
+"""The plan of a load, as data: what becomes of each tensor of the result. Reads no file and computes no value."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.records import Operand, TensorRecord
+from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord
 from expo_serve.config import Source, format_alpha
 from expo_serve.plan.tensor_deltas import TensorDelta
 
@@ -36,47 +36,48 @@ def operands_used(has_base: bool, alpha: float, partner: Operand = "aligned") ->
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the result. Without ``base`` it is taken over."""
+    """One tensor of the result."""
 
     aligned: TensorRecord
-    """Its name, shape and dtype; without a change also where it lies at alpha 0."""
+    """Name, shape and dtype of the tensor at alpha 0; without ``delta`` also where its bytes are stored."""
     base: TensorRecord | None
+    """The tensor to extrapolate from; None if the result is ``aligned`` at every alpha."""
     alpha: float
     origin: Operand = "aligned"
-    """Of which source the bytes of ``aligned`` are."""
+    """The source to which the bytes of ``aligned`` belong."""
     delta: TensorDelta | None = None
-    """How a delta comes from base to aligned."""
+    """How the delta gives the aligned tensor; None if ``aligned`` is stored as it is."""
     dtype: str = ""
-    """What the result is rounded to, where it is not the dtype of ``aligned``; by the format's own name."""
+    """Dtype of the result by the format's name, where it differs from that of ``aligned``; else empty."""
 
     @property
     def name(self) -> str:
-        """The aligned side's name."""
+        """The tensor's name in the aligned checkpoint."""
         return self.aligned.name
 
     @property
     def result(self) -> TensorRecord:
-        """What it becomes: name, shape and dtype. It lies nowhere."""
+        """Name, shape and dtype of the result. The result is not stored: file and offset have no meaning."""
         return replace(self.aligned, dtype=self.dtype or self.aligned.dtype)
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """All that may be read for it."""
+        """All stored tensors that may be read to compute the result."""
         aligned = () if self.delta else (self.aligned,)
         return (*((self.base,) if self.base else ()), *aligned, *(self.delta.records if self.delta else ()))
 
     def used(self, has_base: bool) -> tuple[Operand, ...]:
-        """The operands of the elements that base has, or of those that it lacks."""
+        """Return the operands of the elements that base has, or of those that base lacks."""
         return operands_used(has_base, self.alpha, self.delta.operand if self.delta else "aligned")
 
     @property
     def grown_rows(self) -> int:
-        """Rows that only the aligned side has; they are taken over."""
+        """Number of rows that only the aligned tensor has; they are copied."""
         return self.aligned.shape[0] - self.base.shape[0] if self.base and self.aligned.shape else 0
 
     @property
     def read_bytes(self) -> dict[str, int]:
-        """Bytes that a load asks of storage for the whole tensor, by source."""
+        """Bytes that a load requests from storage for the whole tensor, by source."""
         used = self.used(self.base is not None)
         if self.delta:
             return self.delta.read_bytes(used)
@@ -88,81 +89,85 @@ class PlannedTensor:
 
 
 class OpenedSource(Protocol):
-    """What stands beside base. :class:`Checkpoint` is one; so is every delta."""
+    """A source whose headers are read and checked: a :class:`Checkpoint` or a delta."""
 
     @property
     def operand(self) -> Operand:
-        """``aligned`` or ``delta``."""
+        """What the source is in the formula."""
 
     @property
     def source(self) -> Source:
-        """Where it lies."""
+        """The source's folder and version."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files with its weights."""
+        """The files that hold its weights."""
 
     @property
     def tensors(self) -> dict[str, TensorRecord]:
-        """What the files hold, by name there."""
+        """All stored tensors, by their names in the files."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that."""
+        """Size of all stored tensors in bytes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a load will do, tensor by tensor, in the order in which they are stored."""
+    """What a load will do."""
 
     base: Checkpoint
     aligned_or_delta: OpenedSource
-    """What stands beside base: the aligned checkpoint, or a delta."""
+    """The source beside base: the aligned checkpoint, or a delta."""
     model: Source
-    """Whose config and names of tensors the result has; the folder that vLLM takes for the model."""
+    """The source whose config and tensor names the result has; vLLM gets its folder as the model."""
     tensors: dict[str, PlannedTensor]
-    copied_unmatched: tuple[str, ...]
-    ignored_base: tuple[str, ...]
-    left_out: tuple[str, ...]
-    """Tensors of the aligned side that no model of its kind can load, and that the result does not have."""
-    warnings: tuple[str, ...]
+    """All tensors of the result by name, in the order in which they are stored."""
+    copied_unmatched: tuple[str, ...] = ()
+    """Tensors without a partner in base, which are copied."""
+    ignored_base: tuple[str, ...] = ()
+    """Tensors of base that the result does not have."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the aligned checkpoint that the result does not have, because no model of its kind can load them."""
+    warnings: tuple[str, ...] = ()
+    """One line each, for the user."""
     unchanged: tuple[str, ...] = ()
-    """Tensors that a delta does not name: they are base's."""
+    """Tensors that a delta does not name; they are base's at every alpha."""
     added: tuple[str, ...] = ()
-    """Tensors that the files of ``model`` do not have."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """What the result's config says otherwise than the model's."""
+    """Tensors of the result that the files of ``model`` do not have."""
+    overrides: JsonObject = field(default_factory=dict)
+    """Keys of the model's config that the result changes, with their new values."""
     tokenizer: Source | None = None
-    """Where the tokenizer comes from, if not from ``model``."""
+    """The source of the tokenizer, if it is not ``model``."""
 
     @property
-    def sources(self) -> dict[str, Source]:
-        """Base and what stands beside it, by side."""
+    def sources(self) -> dict[Operand, Source]:
+        """Both sources by operand, base first."""
         return {opened.operand: opened.source for opened in (self.base, self.aligned_or_delta)}
 
     @property
     def extrapolated(self) -> list[PlannedTensor]:
-        """The tensors that have both sides."""
+        """The tensors that have a partner in base."""
         return [tensor for tensor in self.tensors.values() if tensor.base]
 
     @property
     def copied(self) -> list[PlannedTensor]:
-        """The tensors that are taken over from the aligned side."""
+        """The tensors that are the same at every alpha."""
         return [tensor for tensor in self.tensors.values() if not tensor.base]
 
     @property
     def grown(self) -> dict[str, int]:
-        """Tensors with a larger vocabulary on the aligned side, and by how many rows."""
+        """Tensors with more rows than in base (a larger vocabulary): name to number of new rows."""
         return {tensor.name: tensor.grown_rows for tensor in self.extrapolated if tensor.grown_rows}
 
     @property
     def alphas(self) -> dict[str, int]:
-        """How many extrapolated tensors get which alpha (its text)."""
+        """Number of extrapolated tensors by alpha, written in its canonical form."""
         return dict(Counter(format_alpha(tensor.alpha) for tensor in self.extrapolated))
 
     @property
     def read_bytes(self) -> dict[str, int]:
-        """Bytes that one rank alone asks of each side."""
+        """Bytes that a load by one rank alone requests from storage, by source."""
         totals: Counter[str] = Counter(dict.fromkeys(self.sources, 0))
         for tensor in self.tensors.values():
             totals.update(tensor.read_bytes)
@@ -170,5 +175,5 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the result, in its own dtypes."""
+        """Size of the result in bytes, in its own dtypes."""
         return sum(tensor.result.nbytes for tensor in self.tensors.values())

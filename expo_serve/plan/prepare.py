@@ -1,4 +1,4 @@
-"""From a configuration to a plan: find the sources, check the files, pair them."""
+"""Makes a plan from a configuration: finds the sources, checks their files and plans; then pins what was found."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from expo_serve.plan.plan import Plan
 
 
 def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
-    """Find, check and pair; reads headers only.
+    """Find, check and plan the sources; reads headers only.
 
     Args:
-        config: with ``base`` and one of ``aligned`` and ``delta`` set, or pinned sources.
-        hub: how the hub is reached.
+        config: with ``base`` and one of ``aligned`` and ``delta`` set, or with pinned sources.
+        hub: access to the hub.
 
     Raises:
-        SourceError, CheckpointError, PairError, UsageError: as found, base first.
+        ConfigError: a source is missing in the configuration.
+        SourceError: a source cannot be found.
+        CheckpointError: a file breaks its format, or has changed since it was pinned.
+        PairError: the sources do not belong together.
+        UsageError: an alpha rule matches no tensor.
     """
     hub = hub or HubAccess()
     pinned = config.pinned
     if not pinned and (config.base is None or (config.aligned is None and config.delta is None)):
-        raise ConfigError("base is missing" if config.base is None else "aligned is missing")
+        missing = "base" if config.base is None else "aligned"
+        raise ConfigError(f"{missing} is missing: expected a folder or hub id")
     base = open_checkpoint("base", locate("base", config, hub))
     if config.delta if pinned is None else pinned.delta:
         return open_delta(locate("delta", config, hub)).plan(base, config)
@@ -35,13 +40,20 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
 
 
 def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:
-    """The configuration for the workers: the very versions that were checked."""
+    """Return the configuration for the workers, with the versions that were checked.
+
+    Args:
+        config: the configuration that was planned.
+        plan: its plan.
+        started: CLOCK_MONOTONIC at the start of the command, in seconds; None if it does not matter.
+        on_terminal: True if the command's standard error is a terminal.
+    """
     sources = plan.sources
     pinned = Pinned(
         base=plan.base.source,
         aligned=sources.get("aligned"),
         delta=sources.get("delta"),
-        model=next(side for side in ("aligned", "base", "delta") if sources.get(side) == plan.model),
+        model=next(operand for operand in ("aligned", "base", "delta") if sources.get(operand) == plan.model),
         tokenizer=plan.tokenizer.path if plan.tokenizer else None,
         overrides=plan.overrides,
         started=started,
@@ -51,10 +63,15 @@ def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool
 
 
 def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
-    """Find the source of a side, or take what is pinned.
+    """Find the source of an operand, or return the pinned one.
+
+    Args:
+        operand: ``base``, ``aligned`` or ``delta``.
+        config: names or pins the source.
+        hub: access to the hub.
 
     Raises:
-        SourceError: nothing usable is there.
+        SourceError: there is no such folder or repository, or it cannot be reached.
     """
     if config.pinned:
         return _on_this_machine(operand, getattr(config.pinned, operand), hub)
@@ -62,7 +79,7 @@ def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
 
 
 def _on_this_machine(operand: Operand, source: Source, hub: HubAccess) -> Source:
-    """A worker on another machine may have to take the commit from its own cache or from the hub."""
+    """Return the source as this machine has it: a worker elsewhere may need its own cache or the hub."""
     if Path(source.path).is_dir() or source.revision is None:
         return source
     found = find_source(operand, source.name, source.revision, hub)

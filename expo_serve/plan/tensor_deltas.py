@@ -1,7 +1,7 @@
-"""How a delta takes one tensor from base to aligned: one small record for each delta format.
+"""How a delta gives one tensor of the aligned checkpoint: one small record for each delta format.
 
-Records and numbers only, since a plan travels to other processes. What reads a delta is made from these on the load
-side (:mod:`expo_serve.load.operands`).
+These are plain data, because a plan is data; :func:`expo_serve.load.fill.operands_of` makes from them the objects that
+read and decode. To add a delta format, add its record to :data:`TensorDelta`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from expo_serve.plan.packed_format import TABLE_ENTRY, PackedTensor
 
 @dataclass(frozen=True)
 class FullTensorDelta:
-    """``aligned - base``, stored as a tensor."""
+    """The difference ``aligned - base``, stored as a tensor of base's shape."""
 
     record: TensorRecord
     base: TensorRecord
@@ -26,34 +26,42 @@ class FullTensorDelta:
 
     @property
     def fits(self) -> bool:
-        """True if it can be added to base's tensor; integers stay base's, so nothing is asked of them."""
-        are_numbers = self.record.is_float == self.base.is_float
-        return are_numbers and (not self.base.is_float or self.record.shape == self.base.shape)
+        """True if the delta can be added to base's tensor, or if both are integers, which stay base's."""
+        same_kind = self.record.is_float == self.base.is_float
+        return same_kind and (not self.base.is_float or self.record.shape == self.base.shape)
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """The tensors of the delta's files that are read."""
+        """The stored tensors of the delta that are read."""
         return (self.record,)
 
     def read_bytes(self, used: Collection[Operand]) -> dict[str, int]:
-        """Bytes that a load asks of storage for the whole tensor, by source."""
+        """Return the bytes that a load requests from storage for the whole tensor, by source."""
         return {"base": self.base.nbytes, "delta": self.record.nbytes if "delta" in used else 0}
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The two factors of one module's step: ``scale * B A``."""
+    """The factors of one module: the delta of its weight is ``scale * B A``."""
 
     name: str
     a: TensorRecord
+    """Shape (rank, inputs), for convolutions (rank, inputs, ...)."""
     b: TensorRecord
+    """Shape (outputs, rank), for convolutions (outputs, rank, 1, ...)."""
     scale: float
     is_embedding: bool
+    """True for an embedding, whose weight is stored as (inputs, outputs): one row for each token."""
     inputs_first: bool = False
-    """Whether a square weight is stored so; of others their shape says it."""
+    """For square weights only: True if the layer stores (inputs, outputs), as GPT-2's Conv1D does. Other weights show
+    it by their shape."""
 
     def orientation(self, weight: tuple[int, ...]) -> bool | None:
-        """Whether a weight of this shape is changed by the transposed product; None where it does not fit."""
+        """Return how the product fits a weight of this shape.
+
+        Returns:
+            True if the transposed product is to be added, False for the product as it is, None if neither fits.
+        """
         inputs, outputs = math.prod(self.a.shape[1:]), self.b.shape[0]
         if math.prod(self.b.shape[2:]) != 1:
             return None
@@ -68,51 +76,57 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LowRankTensorDelta:
-    """``scale * B A`` of one module, or of several modules that share a tied tensor."""
+    """The sum of ``scale * B A`` over the modules that share one tensor of base; a tied tensor can have several."""
 
     base: TensorRecord
     modules: tuple[LoraModule, ...]
     start: TensorRecord | None = None
-    """What the product is added to where the adapter stores that too; most often base's own tensor."""
+    """A tensor that the adapter stores beside the factors, to which the product is added instead of to base's."""
     operand: ClassVar[Operand] = "delta"
     overflow_is_result_error: ClassVar[bool] = True
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """The tensors of the adapter's file that are read."""
+        """The stored tensors of the adapter that are read."""
         factors = tuple(record for module in self.modules for record in (module.a, module.b))
         return (*((self.start,) if self.start else ()), *factors)
 
     def read_bytes(self, used: Collection[Operand]) -> dict[str, int]:
-        """Bytes that a load asks of storage for the whole tensor, by source."""
+        """Return the bytes that a load requests from storage for the whole tensor, by source."""
         return {"base": self.base.nbytes, "delta": total_bytes(self.records) if "delta" in used else 0}
 
 
 @dataclass(frozen=True)
 class PackedTensorDelta:
-    """Packed bytes that decode to the aligned tensor."""
+    """Packed blocks that decode to the aligned tensor."""
 
     record: TensorRecord
+    """The packed bytes."""
     tensor: PackedTensor
     block: int
+    """Number of values in a block."""
     base: TensorRecord | None
-    """The tensor from which the values are predicted."""
+    """Base's tensor from which the values are predicted; None if they are stored as they are."""
     base_name: str
+    """Name of the base that the delta was made against, for messages."""
     operand: ClassVar[Operand] = "aligned"
     overflow_is_result_error: ClassVar[bool] = False
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """The tensors of the delta's files that are read."""
+        """The stored tensors of the delta that are read."""
         return (self.record,)
 
     def read_bytes(self, used: Collection[Operand]) -> dict[str, int]:
-        """Bytes that a load asks of storage, by source. Base is read at every alpha: it predicts the values."""
+        """Return the bytes that a load requests from storage for the whole tensor, by source.
+
+        Base is read at every alpha, because the values are predicted from it.
+        """
         base = self.tensor.values_in_base * self.base.itemsize if self.base else 0
         table = TABLE_ENTRY.size * self.tensor.count(self.block)
         return {"base": base, "delta": self.record.nbytes if "aligned" in used or not self.base else table}
 
 
 TensorDelta = FullTensorDelta | LowRankTensorDelta | PackedTensorDelta
-"""``operand`` names what a delta supplies beside base. ``overflow_is_result_error`` is true if the delta is the result
-of arithmetic (LoRA), so that an overflow in it means that alpha is too large, not that a file is damaged."""
+"""``operand`` names what a delta supplies beside base. ``overflow_is_result_error`` is true if the delta is computed
+(LoRA), so that an overflow in it means that alpha is too large, not that a file is damaged."""

@@ -173,7 +173,7 @@ def _encode(block: _Block, plan: Plan, reader: Reader) -> _Encoded:
     if block.tensor.base is None or block.start >= block.tensor.values_in_base:
         return _Encoded(encode(signed_bits(values), None), 0)
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
-    digest = checksum(base.view(torch.uint8).numpy())
+    digest = checksum(base.view(torch.uint8).numpy().data)
     return _Encoded(encode(signed_bits(values), signed_bits(base.to(values.dtype))), digest)
 
 

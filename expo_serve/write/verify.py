@@ -75,7 +75,7 @@ def _refuse_other_tensors(plan: Plan, aligned: Checkpoint) -> None:
 
 
 def _describe(record: TensorRecord | None) -> str:
-    return f"{record.dtype} {list(record.shape)}" if record else "nothing"
+    return record.dtype_and_shape if record else "nothing"
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

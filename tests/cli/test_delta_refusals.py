@@ -164,7 +164,7 @@ def test_out_that_exists_is_left_as_it_is(
 
 def test_wrong_base_is_refused_naming_the_tensor(packed: Path, tmp_path: Path) -> None:
     other = write_raw(tmp_path / "wide", tiny_tensors(hidden=4))
-    words = ("wide is not the base that delta was made against (base)", "8 of 8 tensors differ", "give that base")
+    words = ("wide is not the base that delta was made against (base)", "differs in 8 of 8 tensors", "give that base")
     printed = refused("delta", "verify", "--base", str(other), "--delta", str(packed), words=words)
     assert "the first lm_head.weight" in printed.splitlines()[-1] or "the first model." in printed.splitlines()[-1]
 

@@ -55,11 +55,11 @@ def _key(key: str, value: Any, *words: str) -> Bad:
 
 CASES = {
     "another architecture": Bad(
-        ("1 tensors that base", "lacks", "transformer.h.0.attn.c_attn.weight", "trained on"),
+        ("1 tensor that base", "lacks", "transformer.h.0.attn.c_attn.weight", "trained on"),
         lambda: factors("transformer.h.0.attn.c_attn", 24, 8),
     ),
     "more layers": Bad(
-        ("1 tensors that base", "lacks, the first model.layers.7.self_attn.q_proj.weight"),
+        ("1 tensor that base", "lacks, the first model.layers.7.self_attn.q_proj.weight"),
         lambda: {**GOOD, **factors(Q.replace("0", "7"), 8, 8)},
     ),
     "no A": Bad((FILE, f"module '{Q}' has no A", f"{PREFIX}{B}"), _without(A)),
@@ -68,21 +68,21 @@ CASES = {
         (FILE, f"module '{Q}'", "both factors"),
         lambda: {**GOOD, f"{Q}.lora_embedding_A": torch.ones(2, 8)},
     ),
-    "rank 0": Bad(("rank 'r'", "from 1", "0"), config={"r": 0}),
-    "rank missing": Bad(("rank 'r'", "from 1", "None"), config={"r": None}),
-    "rank a text": Bad(("rank 'r'", "from 1", "'2'"), config={"r": "2"}),
-    "rank 0 of a pattern": Bad(("rank 'q_proj'", "from 1", "0"), config={"rank_pattern": {"q_proj": 0}}),
-    "rank other than the factors'": Bad((FILE, f"'{Q}'", "A [2, 8]", "B [8, 2]", "(3)"), config={"r": 3}),
+    "rank 0": Bad(("rank 'r'", "whole number from 1", "0"), config={"r": 0}),
+    "rank missing": Bad(("rank 'r'", "whole number from 1", "None"), config={"r": None}),
+    "rank a text": Bad(("rank 'r'", "whole number from 1", "'2'"), config={"r": "2"}),
+    "rank 0 of a pattern": Bad(("rank 'q_proj'", "whole number from 1", "0"), config={"rank_pattern": {"q_proj": 0}}),
+    "rank other than the factors'": Bad((FILE, f"'{Q}'", "A [2, 8]", "B [8, 2]", "rank 3"), config={"r": 3}),
     "alpha a text": Bad(("'lora_alpha'", "a number", "'much'"), config={"lora_alpha": "much"}),
     "alpha infinite": Bad(("adapter_config.json",), config={"lora_alpha": float("inf")}),
     "pattern that is none": Bad(("pattern '('", "regular expression"), config={"alpha_pattern": {"(": 2}}),
-    "patterns in a list": Bad(("rank_pattern", "must be objects"), config={"rank_pattern": [1]}),
+    "patterns in a list": Bad(("rank_pattern", "must be an object"), config={"rank_pattern": [1]}),
     "other width": Bad(
-        ("1 of 1 modules have another shape", f"{Q}.weight: base [8, 8], adapter B [8, 2] times A [2, 6]"),
+        ("shape or kind differs in 1 of 1 module,", f"{Q}.weight: base [8, 8], adapter B [8, 2] times A [2, 6]"),
         lambda: factors(Q, 8, 6),
     ),
     "other height": Bad(
-        ("1 of 2 modules have another shape", f"{UP}.weight: base [12, 8], adapter B [16, 2] times A [2, 8]"),
+        ("shape or kind differs in 1 of 2 modules,", f"{UP}.weight: base [12, 8], adapter B [16, 2] times A [2, 8]"),
         lambda: {**GOOD, **factors(UP, 16, 8)},
     ),
     "factors of integers": Bad(
@@ -90,11 +90,11 @@ CASES = {
     ),
     "factors of one dimension": Bad((FILE, f"'{Q}'", "A [8]"), lambda: {**GOOD, A: torch.ones(8)}),
     "whole tensor of another shape": Bad(
-        ("tensors that it holds whole have another shape", "lm_head.weight: base [16, 8], adapter [15, 8]"),
+        ("shape or kind differs in 1 tensor that it stores whole", "lm_head.weight: base [16, 8], adapter [15, 8]"),
         lambda: {**GOOD, "lm_head.weight": torch.ones(15, 8)},
     ),
     "whole tensor that base lacks": Bad(
-        ("1 tensors that base", "lacks, the first score.weight", "--unmatched copy"),
+        ("1 tensor that base", "lacks, the first score.weight", "--unmatched copy"),
         lambda: {**GOOD, "score.weight": torch.ones(2, 8)},
     ),
     "whole tensor and factors": Bad(
@@ -113,7 +113,7 @@ CASES = {
     "target parameters": _key("target_parameters", ["mlp.experts.down_proj"], "parameters"),
     "bias in B": _key("lora_bias", True, "bias"),
     "single rows of the embedding": _key("trainable_token_indices", [3], "rows"),
-    "unknown key": _key("use_something_new", True, "not known here"),
+    "unknown key": _key("use_something_new", True, "not known to this version"),
     "PiSSA": _start("pissa"),
     "PiSSA, fast": _start("pissa_niter_16"),
     "OLoRA": _start("olora"),

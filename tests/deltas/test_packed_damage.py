@@ -130,12 +130,15 @@ def test_files_of_two_deltas_do_not_mix(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 OTHER_BASES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "other shape": (lambda base: base.update({EMBED: numbers(8, 10)}), rf"1 of 5 tensors differ, the first {EMBED}"),
+    "other shape": (
+        lambda base: base.update({EMBED: numbers(8, 10)}),
+        rf"dtype or shape differs in 1 of 5 tensors, the first {EMBED}",
+    ),
     "other dtype": (
         lambda base: base.update({EMBED: base[EMBED].half()}),
-        rf"1 of 5 tensors differ, the first {EMBED}",
+        rf"dtype or shape differs in 1 of 5 tensors, the first {EMBED}",
     ),
-    "missing": (lambda base: base.pop(EMBED), rf"1 of 5 tensors differ, the first {EMBED}"),
+    "missing": (lambda base: base.pop(EMBED), rf"dtype or shape differs in 1 of 5 tensors, the first {EMBED}"),
 }
 
 

@@ -72,7 +72,7 @@ def test_other_version_is_named(damaged: Pack, version: str) -> None:
         CheckpointError, match=rf"{damaged.file}: packed delta of format version '{version[:30]}"
     ) as caught:
         damaged.by_delta(ALPHA)
-    assert "version 1 is read here" in caught.value.message
+    assert "this expo-serve reads version 1" in caught.value.message
     assert len(caught.value.message) < 500
 
 

@@ -11,7 +11,7 @@ import torch
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import ConfigError, PairError, UsageError
+from expo_serve.errors import ConfigError, PairError, UsageError, count_of
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import pin, prepare
@@ -39,7 +39,8 @@ class Pairs:
         **options: Any,
     ) -> Plan:
         config = ExpoConfig(**{"base": "b", "alpha": 0.5, **options})
-        return plan_pair(self._open("base", base, base_config), self._open("aligned", aligned, aligned_config), config)
+        self.aligned = self._open("aligned", aligned, aligned_config)
+        return plan_pair(self._open("base", base, base_config), self.aligned, config)
 
     def _open(self, operand: Operand, tensors: Tensors | None, config: dict[str, Any] | None) -> Checkpoint:
         folder = write_raw(self._folder / operand, tensors, **(config or {}))
@@ -55,6 +56,12 @@ def changed(**tensors: torch.Tensor | None) -> Tensors:
     """The small Llama's tensors; ``__`` in a name stands for a dot, None takes one away."""
     given = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in {**tiny_tensors(), **given}.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(("number", "found"), [(0, "0 tensors"), (1, "1 tensor"), (2, "2 tensors")])
+def test_count_agrees_with_its_noun(number: int, found: str) -> None:
+    assert count_of(number, "tensor") == found
+    assert count_of(number, "module is", "modules are") == f"{number} {'module is' if number == 1 else 'modules are'}"
 
 
 def test_floats_of_one_shape_are_extrapolated(pairs: Pairs) -> None:
@@ -86,7 +93,7 @@ def test_integers_are_copied_from_aligned(pairs: Pairs, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("unmatched", ["refuse", "copy"])
 def test_float_on_one_side_and_integer_on_the_other_is_refused(pairs: Pairs, side: str, unmatched: str) -> None:
     other = changed(lm_head__weight=torch.ones(16, 8).to(torch.int8))
-    with pytest.raises(PairError, match="1 of 8 tensors differ in shape or kind") as caught:
+    with pytest.raises(PairError, match="shape or kind differs in 1 of 8 tensors") as caught:
         pairs.plan(**{side: other}, unmatched=unmatched)
     assert "I8 [16, 8]" in caught.value.details[0]
     assert "BF16 [16, 8]" in caught.value.details[0]
@@ -126,7 +133,7 @@ def test_hidden_tensor_does_not_grow_because_its_rows_number_the_vocabulary(pair
 
 @pytest.mark.parametrize("vocabulary", [15, 8])
 def test_less_vocabulary_on_the_aligned_side_is_refused(pairs: Pairs, vocabulary: int) -> None:
-    with pytest.raises(PairError, match="2 of 8 tensors differ"):
+    with pytest.raises(PairError, match="shape or kind differs in 2 of 8 tensors"):
         pairs.plan(aligned=tiny_tensors(vocabulary=vocabulary), aligned_config={"vocab_size": vocabulary})
 
 
@@ -147,17 +154,19 @@ def test_output_that_only_base_stores_is_the_tied_embedding(pairs: Pairs) -> Non
 
 @pytest.mark.parametrize("side", ["base", "aligned"])
 def test_output_on_one_side_of_an_untied_pair_is_refused(pairs: Pairs, side: str) -> None:
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(**{side: changed(lm_head__weight=None)})
 
 
 def test_output_missing_of_an_untied_aligned_model_is_refused_whatever_base_says(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(aligned=changed(lm_head__weight=None), base_config={"tie_word_embeddings": True})
 
 
 def test_one_sided_tensors_are_refused_and_counted(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match=r"17 tensors are on one side only \(15 in aligned, 2 in base\)") as caught:
+    with pytest.raises(
+        PairError, match=r"17 tensors are in one checkpoint only \(15 in aligned, 2 in base\)"
+    ) as caught:
         pairs.plan(changed(x=torch.zeros(1), y=torch.zeros(2)), tiny_tensors(layers=7))
     assert len(caught.value.details) == 17
     assert caught.value.detail_lines()[10:] == ["... and 7 more"]
@@ -187,13 +196,13 @@ def test_leftovers_never_matter(pairs: Pairs, name: str) -> None:
 @pytest.mark.parametrize("shape", [(9,), (8, 1), (), (1, 8)])
 @pytest.mark.parametrize("unmatched", ["refuse", "copy"])
 def test_any_other_shape_is_refused_with_both_shapes(pairs: Pairs, shape: tuple[int, ...], unmatched: str) -> None:
-    with pytest.raises(PairError, match="1 of 8 tensors differ") as caught:
+    with pytest.raises(PairError, match="shape or kind differs in 1 of 8 tensors") as caught:
         pairs.plan(aligned=changed(**{NORM.replace(".", "__"): torch.zeros(shape)}), unmatched=unmatched)
     assert caught.value.details == (f"{NORM}: base BF16 [8], aligned F32 {list(shape)}",)
 
 
 def test_sizes_of_the_configs_explain_the_shapes(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match=r"\(hidden_size 8 against 16\)"):
+    with pytest.raises(PairError, match=r"\(hidden_size is 8 in base and 16 in aligned\)"):
         pairs.plan(aligned=tiny_tensors(hidden=16), aligned_config={"hidden_size": 16})
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from expo_serve.config import ExpoConfig
 from expo_serve.errors import PairError
+from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
 from tests.models.raw import tiny_tensors
 from tests.plan.test_pair import EMBED, HEAD, Pairs, Tensors, changed
@@ -79,7 +81,7 @@ def test_tie_may_be_said_in_the_language_part_of_a_config(pairs: Pairs, config: 
 
 def test_language_part_that_is_untied_is_untied(pairs: Pairs) -> None:
     config = {"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": False}}
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(without_head(), base_config=config, aligned_config=UNTIED)
 
 
@@ -94,7 +96,7 @@ def test_output_of_an_untied_base_cannot_be_tied(pairs: Pairs, said: bool | None
 
 
 def test_other_tensors_on_one_side_are_told_before_an_untied_output(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match="2 tensors are on one side only"):
+    with pytest.raises(PairError, match="2 tensors are in one checkpoint only"):
         pairs.plan(aligned=without_head(model__x=torch.zeros(1)), aligned_config=TIED)
 
 
@@ -106,7 +108,7 @@ def test_stored_output_of_a_tied_base_is_as_good_as_its_embedding(pairs: Pairs) 
 
 def test_small_head_is_not_the_tied_embedding(pairs: Pairs) -> None:
     base, aligned = without_head(), without_head(head__weight=torch.zeros(1, 8))
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(base, aligned, base_config=TIED, aligned_config=TIED)
 
 
@@ -127,11 +129,11 @@ def test_bare_body_lacks_its_output_unless_it_is_tied(pairs: Pairs) -> None:
     plan = pairs.plan(bare(), tiny_tensors(vocabulary=18), base_config={**ALONE, **TIED})
     assert base_name(plan, HEAD) == "embed_tokens.weight"
     assert plan.grown == {EMBED: 2, HEAD: 2}
-    with pytest.raises(PairError, match=r"1 tensors are on one side only \(1 in aligned, 0 in base\)"):
+    with pytest.raises(PairError, match=r"1 tensor is in one checkpoint only \(1 in aligned, 0 in base\)"):
         pairs.plan(bare(), base_config=ALONE)
     plan = pairs.plan(bare(), base_config=ALONE, unmatched="copy")
     assert (plan.copied_unmatched, len(plan.extrapolated)) == ((HEAD,), 7)
-    with pytest.raises(PairError, match=r"1 tensors are on one side only \(0 in aligned, 1 in base\)") as caught:
+    with pytest.raises(PairError, match=r"1 tensor is in one checkpoint only \(0 in aligned, 1 in base\)") as caught:
         pairs.plan(aligned=bare(), aligned_config=ALONE)
     assert caught.value.details == ("only in base: lm_head.weight [16, 8]",)
     assert pairs.plan(aligned=bare(), aligned_config=ALONE, unmatched="copy").ignored_base == (HEAD,)
@@ -147,19 +149,19 @@ def test_few_names_that_fit_make_no_prefix(pairs: Pairs) -> None:
     base, aligned = changed(x__weight=torch.zeros(4)), changed(tower__x__weight=torch.zeros(4), y=torch.zeros(1))
     plan = pairs.plan(base, changed(tower__x__weight=torch.zeros(5)), unmatched="copy")
     assert (plan.copied_unmatched, plan.ignored_base) == (("tower.x.weight",), ("x.weight",))
-    with pytest.raises(PairError, match="3 tensors are on one side only"):
+    with pytest.raises(PairError, match="3 tensors are in one checkpoint only"):
         pairs.plan(base, aligned)
 
 
 def test_a_prefix_that_two_parts_could_have_is_none(pairs: Pairs) -> None:
     body = {f"layers.{layer}.up.weight": torch.zeros(12, 8) for layer in range(2)}
     aligned = {prefix + name: tensor.clone() for prefix in ("text.", "vision.") for name, tensor in body.items()}
-    with pytest.raises(PairError, match="no two have one name"):
+    with pytest.raises(PairError, match=r"share no tensor names \(\d+ in base, \d+ in aligned\)"):
         pairs.plan(body, aligned, unmatched="copy")
 
 
 def test_nothing_in_common_is_no_pair(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match="no two have one name"):
+    with pytest.raises(PairError, match=r"share no tensor names \(\d+ in base, \d+ in aligned\)"):
         pairs.plan({"x.y": torch.zeros(3)}, unmatched="copy")
 
 
@@ -172,7 +174,7 @@ def test_lone_tensors_of_one_size_are_no_layout(pairs: Pairs) -> None:
 def test_a_body_alone_says_whether_its_output_was_tied(pairs: Pairs) -> None:
     whole = {"architectures": ["LlamaForCausalLM"]}
     body: dict[str, Any] = {"architectures": ["LlamaModel"], "tie_word_embeddings": None}
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(bare(), base_config=body, aligned_config=whole)
     plan = pairs.plan(bare(), base_config={**body, "tie_word_embeddings": True}, aligned_config=whole)
     assert base_name(plan, HEAD) == "embed_tokens.weight"
@@ -219,7 +221,7 @@ def test_other_differences_of_architecture_are_refused(pairs: Pairs, aligned: di
 def test_reward_model_takes_its_head_over(pairs: Pairs) -> None:
     reward = without_head(score__weight=torch.zeros(1, 8))
     config = {"architectures": ["LlamaForSequenceClassification"]}
-    with pytest.raises(PairError, match=r"2 tensors are on one side only \(1 in aligned, 1 in base\)"):
+    with pytest.raises(PairError, match=r"2 tensors are in one checkpoint only \(1 in aligned, 1 in base\)"):
         pairs.plan(aligned=reward, aligned_config=config)
     plan = pairs.plan(aligned=reward, aligned_config=config, unmatched="copy")
     assert (plan.copied_unmatched, plan.ignored_base) == (("score.weight",), (HEAD,))
@@ -235,15 +237,27 @@ def test_value_head_does_not_matter_where_text_is_generated(pairs: Pairs) -> Non
         assert sorted(plan.left_out) == VALUE_HEAD
         assert (plan.copied, plan.copied_unmatched, len(plan.extrapolated)) == ([], (), 8)
         (warning,) = plan.warnings
-        assert warning.startswith("a value head is left out, since a model that generates text cannot load it: v_head.")
+        assert warning.startswith(
+            "a value head is left out, because a model that generates text cannot load it: v_head."
+        )
     plan = pairs.plan(value)
     assert (plan.left_out, plan.ignored_base) == ((), ())
+
+
+def test_value_head_is_kept_where_the_result_has_to_be_complete(pairs: Pairs) -> None:
+    value = changed(v_head__summary__weight=torch.zeros(1, 8), v_head__summary__bias=torch.zeros(1))
+    plan = pairs.plan(aligned=value)
+    complete = plan_pair(plan.base, pairs.aligned, ExpoConfig(base="b", alpha=0.5), keep_left_out=True)
+    assert (complete.left_out, complete.warnings) == ((), ())
+    assert {name: tensor for name, tensor in complete.tensors.items() if name in plan.tensors} == plan.tensors
+    assert [tensor.name for tensor in complete.copied] == list(complete.tensors)[len(plan.tensors) :]
+    assert sorted(complete.tensors.keys() - plan.tensors.keys()) == VALUE_HEAD
 
 
 def test_value_head_is_refused_or_taken_over_where_values_are_wanted(pairs: Pairs) -> None:
     value = changed(v_head__summary__weight=torch.zeros(1, 8), v_head__summary__bias=torch.zeros(1))
     config = {"architectures": ["LlamaForRewardModel"]}
-    with pytest.raises(PairError, match=r"2 tensors are on one side only \(2 in aligned, 0 in base\)") as caught:
+    with pytest.raises(PairError, match=r"2 tensors are in one checkpoint only \(2 in aligned, 0 in base\)") as caught:
         pairs.plan(aligned=value, base_config=config, aligned_config=config)
     assert "only in aligned: v_head.summary.weight [1, 8]" in caught.value.details
     plan = pairs.plan(aligned=value, base_config=config, aligned_config=config, unmatched="copy")
@@ -275,7 +289,7 @@ def test_leftovers_of_training_are_ignored(pairs: Pairs, name: str, shape: tuple
 
 @pytest.mark.parametrize("shape", [(4,), (1, 1, 4, 2), (2, 1, 4, 4)])
 def test_bias_of_another_shape_is_no_mask(pairs: Pairs, shape: tuple[int, ...]) -> None:
-    with pytest.raises(PairError, match="1 tensors are on one side only"):
+    with pytest.raises(PairError, match="1 tensor is in one checkpoint only"):
         pairs.plan(aligned=changed(h__0__attn__bias=torch.zeros(shape)))
 
 
@@ -333,12 +347,12 @@ def test_mtp_layers_of_one_side_do_not_matter(
     ],
 )
 def test_other_layers_of_one_side_do_matter(pairs: Pairs, prefix: str, config: dict[str, Any]) -> None:
-    with pytest.raises(PairError, match="3 tensors are on one side only"):
+    with pytest.raises(PairError, match="3 tensors are in one checkpoint only"):
         pairs.plan(aligned={**changed(), **mtp_layer(prefix)}, aligned_config=config)
 
 
 def test_a_towers_layers_are_no_mtp_layers(pairs: Pairs) -> None:
     tower = {f"vision.encoder.layers.{layer}.w.weight": torch.zeros(4, 4) for layer in range(3)}
     config = {"num_nextn_predict_layers": 1}
-    with pytest.raises(PairError, match="3 tensors are on one side only"):
+    with pytest.raises(PairError, match="3 tensors are in one checkpoint only"):
         pairs.plan(aligned={**changed(), **tower}, base_config=config, aligned_config=config)

@@ -86,7 +86,7 @@ def test_weights_stored_in_another_way_are_refused(
 ) -> None:
     split, fused = ({**changed(), **tensors} for tensors in make())
     base, aligned = (fused, split) if fused_side == "base" else (split, fused)
-    with pytest.raises(PairError, match=r"^1 modules are stored in one way in base and in another") as caught:
+    with pytest.raises(PairError, match=r"^1 module is stored differently in base and in aligned") as caught:
         pairs.plan(base, aligned, unmatched=unmatched)
     names = (fused_names, split_names) if fused_side == "base" else (split_names, fused_names)
     assert caught.value.details == (f"{LAYER}.{module}: {names[0]} in base, {names[1]} in aligned",)
@@ -99,7 +99,7 @@ def test_every_place_that_is_stored_in_another_way_is_listed(pairs: Pairs) -> No
     split |= {f"{LAYERS}.{n}.attn.{name}.bias": torch.zeros(8) for n in layers for name in "qkv"}
     fused = {f"{LAYERS}.{n}.attn.qkv.weight": torch.zeros(24, 8) for n in layers}
     fused |= {f"{LAYERS}.{n}.attn.qkv.bias": torch.zeros(24) for n in layers}
-    with pytest.raises(PairError, match=r"^12 modules .*such as with one version of one library") as caught:
+    with pytest.raises(PairError, match=r"^12 modules are .*for example with one version of one library") as caught:
         pairs.plan({**changed(), **split}, {**changed(), **fused})
     assert len(caught.value.details) == 12
     assert caught.value.detail_lines()[10:] == ["... and 2 more"]
@@ -115,5 +115,5 @@ def test_layouts_are_compared_under_one_name_and_beside_other_tensors(pairs: Pai
 
 
 def test_whole_model_under_other_names_is_refused(pairs: Pairs) -> None:
-    with pytest.raises(PairError, match=r"^1 modules .* the first the model: inner.model.embed_tokens"):
+    with pytest.raises(PairError, match=r"^1 module is .* the first the model: inner.model.embed_tokens"):
         pairs.plan(prefixed("inner.", without_head()), prefixed("outer.", without_head()), unmatched="copy")

@@ -40,7 +40,7 @@ def test_adapter_with_a_tokenizer(tiny_pair: tuple[Path, Path], tmp_path: Path) 
         assert 'expo_load_read_bytes{engine="0",rank="0",source="delta"}' in metrics
         assert 'delta="adapter"' in metrics
         assert 'aligned=""' in metrics
-        assert "trained on 'someone/else', base is 'base': is it the same model?" in server.text()
+        assert "trained on 'someone/else', base is 'base': are they the same model?" in server.text()
     finally:
         server.stop()
 
