@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
-from expo_serve import __version__
 from expo_serve.config import Source, format_alpha
+from expo_serve.version import __version__
 
 SCHEMA_VERSION: Literal[1] = 1
 # Serialises 1, not 1.0, as the canonical form of alpha demands.

@@ -22,23 +22,23 @@ UNKNOWN = "?"
 WEIGHT_ROOMS = {"checkpoint", "plan", "kernels", "load", "write"}
 
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"version", "config", "errors", "report", "plan", "checkpoint"},
+    "version": set(),
     "__main__": {"cli"},
     "errors": set(),
     "config": {"errors"},
     "memory": set(),
-    "progress": {"errors", "__init__"},
-    "report": {"__init__", "config"},
-    "metrics": {"__init__", "config", "report"},
+    "progress": {"errors"},
+    "report": {"version", "config"},
+    "metrics": {"config", "report"},
     "checkpoint": {"checkpoint", "config", "errors"},
     "plan": {"plan", "checkpoint", "config", "errors"},
     "kernels": {"kernels"},
     "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
     "write": {"write", "load", "plan", "checkpoint", "config", "errors", "progress"},
-    "cli": {"cli", "__init__", "config", "errors", "memory", "progress", "report", "write", "plan", "checkpoint"},
+    "cli": {"cli", "version", "config", "errors", "memory", "progress", "report", "write", "plan", "checkpoint"},
     "vllm_plugin": {
         "vllm_plugin",
-        "__init__",
         "config",
         "errors",
         "memory",
@@ -66,7 +66,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "load": NOT_FOR_WEIGHTS,
     "write": NOT_FOR_WEIGHTS,
     "cli": {"vllm", "transformers"},
-    "__init__": {"vllm", "torch"},
+    "__init__": {"vllm", "torch", "pydantic"},
+    "version": {"vllm", "torch", "os"},
     "__main__": {"vllm", "torch"},
 }
 """What a room never imports of the world outside."""

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 default_base=$(sed -n 's/^ARG BASE=//p' deploy/docker/Dockerfile | head -1)
-version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' expo_serve/__init__.py)
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' expo_serve/version.py)
 readonly base=${BASE:-$default_base} compiler=${COMPILER-g++} image=${IMAGE:-expo-serve:$version} label=expo-serve.content
 engine=${ENGINE:-$(command -v podman || command -v docker || true)}
 [ -n "$engine" ] || { echo "build.sh: neither podman nor docker is here; one of them builds the image" >&2; exit 1; }

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from expo_serve import __version__
 from expo_serve.report import SCHEMA_VERSION, Alpha, PublicSource
+from expo_serve.version import __version__
 
 
 class InspectedSource(PublicSource):

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from expo_serve import __version__, errors
+from expo_serve import errors
 from expo_serve.errors import ExpoError
+from expo_serve.version import __version__
 
 
 class _Stopped(BaseException):

@@ -48,7 +48,7 @@ XXH3 with 64 bits and no seed (https://github.com/Cyan4973/xxHash), as an intege
 digits in the metadata.
 
 Gaps and steps are stored instead of whole differences because a fine-tuned model shares 80 to 95% of its bf16 values
-with its base, and decoding costs only what is decoded. Measurements: docs/performance.md.
+with its base, and decoding costs only what is decoded. Measurements: docs/performance.md#packed.
 """
 
 from __future__ import annotations
