@@ -124,7 +124,7 @@ def test_source_of_the_config_file_must_be_a_string(pair: Pair, tmp_path: Path) 
 @pytest.mark.parametrize("variable", ["VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
 def test_variable_that_opens_routes_to_the_weights_is_refused(pair: Pair, variable: str) -> None:
     flags = ("--base", pair[0], "--aligned", pair[1], "--alpha", "0.5")
-    assert_refused_alike(*flags, words=(variable, "alpha is pinned"), **{variable: "1"})
+    assert_refused_alike(*flags, words=(variable, "alpha is pinned"), **{variable: "1"})  # type: ignore[arg-type]
 
 
 def _a_file(folder: Path) -> str:

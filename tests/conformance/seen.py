@@ -94,11 +94,11 @@ def _is_layer(module: torch.nn.Module) -> bool:
     return owns_a_parameter and type(module).__module__.startswith(_LAYERS)
 
 
-class _Noted(TorchDispatchMode):
+class _Noted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that get a tensor of our loader."""
 
     def __init__(self, operations: set[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations = operations
 
     def __torch_dispatch__(

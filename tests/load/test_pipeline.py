@@ -125,14 +125,16 @@ def _shards(tensor: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     return tensor.tensor_split(number, dim=-1)
 
 
-MANY = [{f"{index}.weight": numbers(8, 8, seed=seed + index) for index in range(60)} for seed in (0, 100)]
+MANY_BASE, MANY_ALIGNED = (
+    {f"{index}.weight": numbers(8, 8, seed=seed + index) for index in range(60)} for seed in (0, 100)
+)
 """Sixty tensors of 128 bytes a side."""
 
 
 @pytest.fixture
 def many(lazies: Lazies) -> Plan:
     """Their plan, with alpha 0.5."""
-    return lazies.plan(*MANY)
+    return lazies.plan(MANY_BASE, MANY_ALIGNED)
 
 
 def load(plan: Plan, threads: int = 4) -> dict[str, torch.Tensor]:
@@ -252,7 +254,7 @@ def test_threads_that_are_refused_are_done_without(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    base, aligned = MANY
+    base, aligned = MANY_BASE, MANY_ALIGNED
     found = load(many)
     assert len(found) == len(aligned)
     assert [name for name in aligned if not same_bits(found[name], extrapolate(base[name], aligned[name], 0.5))] == []

@@ -32,7 +32,7 @@ def start(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Start]:
     def start_server(base: Path | str | None = None, **environment: str) -> Server:
         arguments = ["--base", str(base or tiny_pair[0]), "--aligned", str(tiny_pair[1]), "--alpha", "0.5"]
         arguments += ["--enforce-eager", "--max-model-len", "64"]
-        servers.append(Server(arguments, tmp_path / "log", **environment))
+        servers.append(Server(arguments, tmp_path / "log", **environment))  # type: ignore[arg-type]
         return servers[-1]
 
     try:
