@@ -30,7 +30,7 @@ VLLM_FLAGS = {
 OTHER_FLAGS = {"--no-deps", "--device", "--help"}
 """Flags of other programs that prose mentions."""
 SET_BY_EXPO = {"--model", "--load-format", "--model-loader-extra-config", "--worker-extension-cls"}
-TARGETS = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def flags_in(words: list[str]) -> set[str]:
