@@ -1,123 +1,179 @@
-"""The product of two thin matrices, computed where it is used: never whole, and added in the same pass for bf16.
+"""The product of two thin matrices, computed where it is used: never stored whole, and added in the same pass for bf16.
 
 Every element is one chain of fused multiply-adds over the rank, in order, whatever the tile that it is computed in: a
 block, a shard or a view of the product has the bits of the whole. A library's matrix product does not promise that, and
 would write the product (twice the size of what it changes) to memory and read it again.
 
-The loop: a panel of columns of the right factor stays near the core, a few rows at a time go through it, and their sums
-stay in registers over the whole rank. One core of an AMD EPYC with AVX-512 does 70 GFLOP/s at rank 16 and 50 at rank 8,
-addition included; torch's product alone did 14 to 64 there, by shape.
+A panel of columns of the right factor stays in the cache, a few rows at a time go through it, and their sums stay in
+registers over the whole rank. The tile that does so is the one place that writes LLVM instructions itself: from a plain
+loop LLVM makes code that takes two to three times as long.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from expo_serve.kernels.low_rank_ir import source
-from expo_serve.kernels.native import compiled, once
+from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
+from expo_serve.kernels.compiling import Intrinsic, cgutils, has_feature, helper, intrinsic, llvm, loop, types
+from expo_serve.kernels.reading import pread
 
-_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_bool, *(_POINTER, _SIZE) * 4, *(_SIZE,) * 3, _FLOAT, _FLOAT)
-_SIGNATURES = {
-    "product": _SIGNATURE,
-    "stream": ctypes.CFUNCTYPE(
-        _SIZE, ctypes.c_int, _SIZE, _POINTER, *(_POINTER, _SIZE) * 2, *(_SIZE,) * 3, _FLOAT, _FLOAT, _SIZE
-    ),
-}
-STREAM_BYTES = 1 << 18
-"""Read before the product is added: it stays in the second cache."""
+Matrix = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.uint16]
+"""Whole rows of a bf16 matrix, as unsigned integers of two dimensions."""
+
+# As many sums as there are registers for: 16 of 64 bytes, or 8 of 32.
+_ROWS, _LANES = (8, 32) if has_feature("avx512f") else (4, 16)
+_PANEL = 512
+"""Columns: at rank 16 the panel of the right factor takes 32 KiB."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """``scale * left @ right``. fp32, contiguous: left is rows by rank, right rank by columns."""
+def _tile(rows: int, lanes: int) -> Callable[..., int]:
+    """Make an intrinsic that computes ``rows`` by ``lanes`` elements of a product of fp32 matrices.
 
-    left: torch.Tensor
-    right: torch.Tensor
-    scale: float
+    Its arguments are the address of the first row of the left factor, the rank, the address of the first column of the
+    right factor, the elements between two rows of that, and where the sums go, with :data:`_PANEL` elements between
+    two rows of them. It returns 0.
+    """
 
-    @property
-    def columns(self) -> int:
-        """Of the product."""
-        return self.right.shape[1]
+    @intrinsic(int)
+    def tile(typing: object, left: object, rank: object, right: object, stride: object, sums: object) -> Intrinsic:
+        word = types.intp
+        return word(word, word, word, word, word), lambda context, builder, signature, values: _write_tile(
+            builder, values, rows, lanes
+        )
 
-    def product(self, rows: range, columns: range, out: torch.Tensor) -> None:
-        """A part of the product.
-
-        Args:
-            rows: which.
-            columns: which.
-            out: fp32, contiguous, of these sizes.
-        """
-        shape = len(rows), len(columns)
-        if loops := low_rank():
-            loops.product(self._left(rows), self._right(columns), self._sizes(shape), self.scale, out)
-            return
-        left, right = self.left[rows.start : rows.stop].double(), self.right[:, columns.start : columns.stop].double()
-        out.view(shape).copy_((left @ right).float() * self.scale)
-
-    def stream(self, file: int, offset: int, rows: range, values: torch.Tensor, weight: float) -> int:
-        """Read whole rows of bf16 onto their place and add there ``weight`` times the product.
-
-        Args:
-            file: a descriptor.
-            offset: where in it the first row begins.
-            rows: which.
-            values: where they belong, contiguous.
-            weight: 1 + alpha.
-
-        Returns:
-            How many rows are done; fewer where a read gave less than was asked, or a value is not finite.
-        """
-        loops = low_rank()
-        assert loops is not None
-        step = max(1, STREAM_BYTES // (2 * self.columns))
-        sizes = self._sizes((len(rows), self.columns))
-        place = file, offset, values.data_ptr()
-        factors = *self._left(rows), *self._right(range(1))
-        return int(loops.stream(*place, *factors, *sizes, self.scale, weight, step))
-
-    def _left(self, rows: range) -> tuple[int, int]:
-        rank = self.left.shape[1]
-        return self.left.data_ptr() + 4 * rows.start * rank, rank
-
-    def _right(self, columns: range) -> tuple[int, int]:
-        return self.right.data_ptr() + 4 * columns.start, self.columns
-
-    def _sizes(self, shape: tuple[int, int]) -> tuple[int, int, int]:
-        return (*shape, self.left.shape[1])
+    return tile
 
 
-class LowRank:
-    """The compiled loops; matrices come as an address and the elements from row to row."""
+def _write_tile(builder: llvm.IRBuilder, values: list[llvm.Value], rows: int, lanes: int) -> llvm.Value:
+    """Write the tile's instructions: one vector of sums for each row, kept in registers over the rank."""
+    left, rank, right, stride, sums = values
+    single, vector = llvm.FloatType(), llvm.VectorType(llvm.FloatType(), lanes)
+    positions = llvm.Constant(llvm.VectorType(llvm.IntType(32), lanes), [0] * lanes)
+    fused = cgutils.get_or_insert_function(
+        builder.module, llvm.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32"
+    )
 
-    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
-        self._product, self.stream = functions["product"], functions["stream"]
+    def address(start: llvm.Value, index: llvm.Value, kind: llvm.Type) -> llvm.Value:
+        """Find an fp32 element, and take what is there to be of this type."""
+        return builder.inttoptr(builder.add(start, builder.mul(index, rank.type(4))), kind.as_pointer())
 
-    def product(
-        self,
-        left: tuple[int, int],
-        right: tuple[int, int],
-        sizes: tuple[int, int, int],
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        """See :meth:`Factors.product`."""
-        there = out.data_ptr(), sizes[1]
-        self._product(*there, *there, *left, *right, *sizes, scale, 0.0)
+    totals = [cgutils.alloca_once_value(builder, vector([0.0] * lanes)) for _ in range(rows)]
+    with cgutils.for_range(builder, rank) as loop:
+        columns = builder.load(address(right, builder.mul(loop.index, stride), vector), align=4)
+        for row, total in enumerate(totals):
+            index = builder.add(builder.mul(rank, rank.type(row)), loop.index)
+            one = builder.insert_element(
+                vector(llvm.Undefined), builder.load(address(left, index, single)), positions.type.element(0)
+            )
+            factor = builder.shuffle_vector(one, one, positions)
+            builder.store(builder.call(fused, (factor, columns, builder.load(total))), total)
+    for row, total in enumerate(totals):
+        builder.store(builder.load(total), address(sums, rank.type(row * _PANEL), vector), align=4)
+    return rank.type(0)
 
 
-@once
-def low_rank() -> LowRank | None:
-    """The loops, or None where they cannot be compiled; compiled once in a process."""
-    try:
-        text = source()
-    except ImportError:
-        return None
-    functions = compiled(text, _SIGNATURES)
-    return LowRank(functions) if functions else None
+_full, _column, _line, _single = _tile(_ROWS, _LANES), _tile(_ROWS, 1), _tile(1, _LANES), _tile(1, 1)
+
+
+@helper
+def _sum(left: Matrix, right: Matrix, row: int, count: int, start: int, sums: Matrix, width: int) -> None:
+    """Compute ``count`` rows of the product, 1 or :data:`_ROWS`, and ``width`` columns from ``start`` on."""
+    rank, stride = left.shape[1], right.shape[1]
+    first, columns, to = left.ctypes.data + 4 * row * rank, right.ctypes.data + 4 * start, sums.ctypes.data
+    whole = width - width % _LANES
+    if count == _ROWS:
+        for c in range(0, whole, _LANES):
+            _full(first, rank, columns + 4 * c, stride, to + 4 * c)
+        for c in range(whole, width):
+            _column(first, rank, columns + 4 * c, stride, to + 4 * c)
+    else:
+        for c in range(0, whole, _LANES):
+            _line(first, rank, columns + 4 * c, stride, to + 4 * c)
+        for c in range(whole, width):
+            _single(first, rank, columns + 4 * c, stride, to + 4 * c)
+
+
+@loop("void(float32[:, ::1], float32[:, ::1], int64, float32[:, ::1], float32)")
+def product(left: Matrix, right: Matrix, start: int, out: Matrix, scale: float) -> None:
+    """Compute ``scale * left @ right``, of some columns.
+
+    Args:
+        left: fp32, rows by rank.
+        right: fp32, rank by columns.
+        start: the first column that is wanted.
+        out: fp32, rows by the columns that are wanted.
+        scale: a factor for every element.
+    """
+    rows, width = out.shape
+    sums = np.empty((_ROWS, _PANEL), np.float32)
+    for panel in range(0, width, _PANEL):
+        end = min(panel + _PANEL, width)
+        row = 0
+        while row < rows:
+            count = _ROWS if row + _ROWS <= rows else 1
+            _sum(left, right, row, count, start + panel, sums, end - panel)
+            for r in range(count):
+                line, found = out[row + r, panel:end], sums[r, : end - panel]
+                for c in range(line.size):
+                    line[c] = found[c] * scale
+            row += count
+
+
+@helper
+def _add(left: Matrix, right: Matrix, values: Rows, scale: float, factor: float) -> bool:
+    """Add ``factor * (scale * left @ right)`` in place; return True if every result is finite."""
+    rows, width = values.shape
+    sums = np.empty((_ROWS, _PANEL), np.float32)
+    seen = np.uint16(0)
+    for panel in range(0, width, _PANEL):
+        end = min(panel + _PANEL, width)
+        row = 0
+        while row < rows:
+            count = _ROWS if row + _ROWS <= rows else 1
+            _sum(left, right, row, count, panel, sums, end - panel)
+            for r in range(count):
+                line, found = values[row + r, panel:end], sums[r, : end - panel]
+                for c in range(line.size):
+                    result = round_bits(fma(factor, found[c] * scale, widen(line[c])))
+                    line[c] = result
+                    seen = np.uint16(seen | mark(result))
+            row += count
+    return is_unmarked(seen)
+
+
+@loop("int64(int32, int64, float32[:, ::1], float32[:, ::1], uint16[:, ::1], float32, float32, int64)")
+def stream(
+    file: int, offset: int, left: Matrix, right: Matrix, values: Rows, scale: float, factor: float, step: int
+) -> int:
+    """Read whole rows of bf16 to where they belong, and add ``factor * (scale * left @ right)`` there, rounded once.
+
+    Args:
+        file: descriptor of the file of base.
+        offset: where in it the first row begins.
+        left: fp32, rows by rank.
+        right: fp32, rank by columns.
+        values: bf16, rows by columns: where base is read to, and the result.
+        scale: a factor for every element of the product.
+        factor: 1 + alpha.
+        step: rows to read before the product is added to them.
+
+    Returns:
+        How many rows are done: fewer than there are if a read returned less than was asked for, or a result is not
+        finite.
+    """
+    rows, columns = values.shape
+    done = 0
+    while done < rows:
+        end = min(done + step, rows)
+        part = values[done:end]
+        size = 2 * (end - done) * columns
+        if pread(file, part.ctypes.data, size, offset + 2 * done * columns) != size:
+            break
+        if not _add(left[done:end], right, part, scale, factor):
+            break
+        done = end
+    return done

@@ -1,83 +1,143 @@
-"""Many small reads in one call: the rows' parts that a tensor-parallel rank takes.
+"""Reads by system calls, without coming back to Python between them.
 
-A row-parallel matrix of a model with 1.1 B parameters has 90,000 rows, a few kilobytes of each on one rank. One
-by one from Python they took 2.3 microseconds each, holding Python's lock most of the time: three fifths of the load.
+Threads that take turns at the GIL for every read of a megabyte, or for every row of a matrix of which a tensor-parallel
+rank takes a part, lose a quarter to three fifths of their time to it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 
-from expo_serve.kernels.native import compiled, once
+from expo_serve.kernels.bf16 import Bits, combine
+from expo_serve.kernels.compiling import external, loop
 
-_IR = """
-define i64 @gather(i32 %file, ptr %memory, i64 %size, ptr %offsets, i64 %count) {
-entry:
-  %none = icmp eq i64 %count, 0
-  br i1 %none, label %done, label %loop
-loop:
-  %index = phi i64 [ 0, %entry ], [ %next, %read ]
-  %offset.at = getelementptr inbounds i64, ptr %offsets, i64 %index
-  %offset = load i64, ptr %offset.at
-  %place = mul i64 %index, %size
-  %at = getelementptr inbounds i8, ptr %memory, i64 %place
-  %got = call i64 @pread(i32 %file, ptr %at, i64 %size, i64 %offset)
-  %whole = icmp eq i64 %got, %size
-  br i1 %whole, label %read, label %stopped
-read:
-  %next = add nuw i64 %index, 1
-  %more = icmp ult i64 %next, %count
-  br i1 %more, label %loop, label %done
-stopped:
-  ret i64 %index
-done:
-  ret i64 %count
-}
-declare i64 @pread(i32, ptr, i64, i64)
-"""
-_SIGNATURE = ctypes.CFUNCTYPE(
-    ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
-)
-_MOST_AT_ONCE = 1 << 20
-"""Bytes asked for at a time."""
+Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
 
-
-@once
-def _native() -> Callable[..., int] | None:
-    functions = compiled(_IR, {"gather": _SIGNATURE})
-    return functions["gather"] if functions else None
+pread = external("pread", "int64(int32, intp, intp, int64)")
 
 
-def read_runs(file: int, memory: memoryview, offsets: Offsets) -> None:
-    """Read runs of one length, one behind the other into memory.
+def _xxh3_addresses() -> dict[str, int]:
+    """Find XXH3 in the shared library of the xxhash package; empty if it does not export the functions.
+
+    Where there are two of one kind, the ``_dispatch`` one chooses the vector instructions at run time.
+    """
+    found = {}
+    try:
+        spec = find_spec("xxhash._xxhash")
+        library = ctypes.CDLL(spec.origin if spec else None)
+        for name in ("XXH3_createState", "XXH3_64bits_reset", "XXH3_64bits_update", "XXH3_64bits_digest",
+                     "XXH3_freeState"):  # fmt: skip
+            function = getattr(library, f"{name}_dispatch", None) or getattr(library, name)
+            found[name] = ctypes.cast(function, ctypes.c_void_p).value or 0
+    except (AttributeError, ImportError, OSError):
+        return {}
+    return found
+
+
+_XXH3 = _xxh3_addresses()
+_create = external("XXH3_createState", "intp()", _XXH3.get("XXH3_createState"))
+_reset = external("XXH3_64bits_reset", "int32(intp)", _XXH3.get("XXH3_64bits_reset"))
+_update = external("XXH3_64bits_update", "int32(intp, intp, intp)", _XXH3.get("XXH3_64bits_update"))
+_digest = external("XXH3_64bits_digest", "uint64(intp)", _XXH3.get("XXH3_64bits_digest"))
+_free = external("XXH3_freeState", "int32(intp)", _XXH3.get("XXH3_freeState"))
+
+
+@loop(
+    "int64(int32, int64, int32, int64, uint16[::1], uint16[::1], uint16[::1], float32, boolean, boolean)",
+)
+def stream(
+    base_file: int,
+    base_offset: int,
+    other_file: int,
+    other_offset: int,
+    base: Bits,
+    other: Bits,
+    out: Bits,
+    factor: float,
+    from_other: bool,
+    is_delta: bool,
+) -> int:
+    """Read two operands from their files and combine them, as much at a time as their memory holds.
 
     Args:
-        file: a descriptor.
-        memory: as many bytes as the runs have together; at least one run, none of them empty.
-        offsets: where in the file each run begins, int64.
+        base_file: descriptor of the file of base.
+        base_offset: where its first byte is.
+        other_file: descriptor of the file of aligned, or of a delta.
+        other_offset: where its first byte is.
+        base: memory for a piece of base.
+        other: memory for a piece of the other operand, as large.
+        out: the results.
+        factor: see :func:`~expo_serve.kernels.bf16.combine`, as for those that follow.
+        from_other: the same.
+        is_delta: the same.
 
-    Raises:
-        EOFError: the file ends before.
-        OSError: as the system says.
+    Returns:
+        How many values are done: fewer than ``out`` has if a read returned less than was asked for, or a result is not
+        finite.
     """
-    size, done = len(memory) // len(offsets), 0
-    if len(offsets) > 1 and (native := _native()):
-        start = np.frombuffer(memory, dtype=np.uint8).ctypes.data
-        done = native(file, start, size, np.ascontiguousarray(offsets).ctypes.data, len(offsets))
-    # From a run that did not come whole on: Python says why.
-    for place in range(done, len(offsets)):
-        _read_exactly(file, memory[place * size : (place + 1) * size], int(offsets[place]))
+    done = 0
+    while done < out.size:
+        count = min(base.size, out.size - done)
+        size = 2 * count
+        if pread(base_file, base.ctypes.data, size, base_offset + 2 * done) != size:
+            break
+        if pread(other_file, other.ctypes.data, size, other_offset + 2 * done) != size:
+            break
+        if not combine(base[:count], other[:count], out[done : done + count], factor, from_other, is_delta):
+            break
+        done += count
+    return done
 
 
-def _read_exactly(file: int, memory: memoryview, offset: int) -> None:
-    """Fill ``memory``; a read may give less than was asked."""
-    while memory:
-        if not (count := os.preadv(file, [memory[:_MOST_AT_ONCE]], offset)):
-            raise EOFError
-        memory, offset = memory[count:], offset + count
+@loop("int64(int32, uint8[::1], int64[::1])")
+def gather(file: int, memory: Bytes, offsets: Offsets) -> int:
+    """Read extents of one length into memory, one after another.
+
+    Args:
+        file: descriptor.
+        memory: as many bytes as the extents have together.
+        offsets: where in the file each begins.
+
+    Returns:
+        How many extents are read: fewer than there are offsets if a read returned less than was asked for.
+    """
+    size = memory.size // offsets.size
+    for i in range(offsets.size):
+        if pread(file, memory.ctypes.data + i * size, size, offsets[i]) != size:
+            return i
+    return offsets.size
+
+
+@loop("boolean(int32, int64, uint8[::1], int64, uint64)", missing="" if _XXH3 else "xxhash exports no XXH3 functions")
+def fetch(file: int, offset: int, memory: Bytes, piece: int, checksum: int) -> bool:
+    """Read bytes and compute their checksum while they are in the cache.
+
+    Args:
+        file: descriptor.
+        offset: where in the file they begin.
+        memory: as many bytes as are wanted.
+        piece: bytes to read before they are added to the checksum.
+        checksum: XXH3 with 64 bits and no seed, which they must have.
+
+    Returns:
+        True if all came and have this checksum.
+    """
+    state = _create()
+    if state == 0:
+        return False
+    _reset(state)
+    done = 0
+    while done < memory.size:
+        count = min(piece, memory.size - done)
+        if pread(file, memory.ctypes.data + done, count, offset + done) != count:
+            break
+        _update(state, memory.ctypes.data + done, count)
+        done += count
+    found = _digest(state)
+    _free(state)
+    return done == memory.size and found == checksum

@@ -1,182 +1,186 @@
-"""Compiled loops that walk just the changes of a block: their cost grows with them, not with the values.
+"""The changes of a block of a packed delta, applied to base's values: the cost grows with the changes.
 
-For bf16 the loop also extrapolates. Where nothing changed, both sides are base and ``lerp`` gives base itself, but for
--0.0, which becomes 0.0 unless the step from the nearer side is negative: so a first loop, at the speed of the cache,
-looks for -0.0 and for what is not finite, and most often that is all that happens to most values.
+For bf16 a loop also extrapolates. Where nothing changed, both operands are base and lerp gives base itself, so that a
+look at all values, at the speed of the cache, is all that most of them cost.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TypeVar
 
+import numpy as np
 import numpy.typing as npt
-import torch
 
-from expo_serve.kernels.bf16 import step_of
-from expo_serve.kernels.fetch_ir import LEAST_BYTES
-from expo_serve.kernels.native import compiled, once
-from expo_serve.kernels.sparse_ir import source
+from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
+from expo_serve.kernels.compiling import helper, loop
 
-_POINTER, _SIZE = ctypes.c_char_p, ctypes.c_int64
-_ADDRESS = ctypes.c_void_p
-_PARTS = *(_POINTER, _SIZE) * 3, ctypes.c_float, ctypes.c_bool
-_WALK = ctypes.CFUNCTYPE(
-    ctypes.c_bool, _ADDRESS, _ADDRESS, _POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_float, ctypes.c_bool
-)
-_SIGNATURES = {
-    "keep16": _WALK,
-    "keep32": _WALK,
-    "keep64": _WALK,
-    "extrapolate": _WALK,
-    "look": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE),
-    "change": ctypes.CFUNCTYPE(ctypes.c_int32, _ADDRESS, _SIZE, ctypes.c_int32, *_PARTS),
-    "load": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int, _SIZE, _ADDRESS, _SIZE, ctypes.c_uint64, *_PARTS),
-    "fits": ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE),
-}
-_NOT_FINITE = 1
-_MINUS_ZERO = 3
+Bytes = npt.NDArray[np.uint8]
+Halves = npt.NDArray[np.int16]
+Values = TypeVar("Values", Halves, npt.NDArray[np.int32], npt.NDArray[np.int64])
+Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
+Places = npt.NDArray[np.uint32]
+SKIP = 255
+"""Escape code: skip 255 values, and continue with the next byte of the gaps."""
+LARGE = 255
+"""Escape code: the step does not fit in a byte and is stored among the large ones."""
+_CHUNK = 4096
+"""Gaps at a time, where arithmetic is done in vectors: what is computed from them stays in the L1 cache."""
+_MINUS_ZERO = np.int16(-(2**15))
 
 
-@dataclass(frozen=True, slots=True)
-class BaseBlock:
-    """A block of base: an open file, an offset in it, and the checksum that its bytes must have."""
-
-    file: int
-    offset: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The parts of a block of changes, decompressed; of one without any, nothing."""
-
-    gaps: bytes = b""
-    """How many values lie between the changes; see :mod:`.packed_format`."""
-    small: bytes = b""
-    """Their steps less one, or 255."""
-    large: bytes = b""
-    """Steps in the width of the dtype."""
+@helper
+def _fits(gaps: Bytes, small: Bytes, large: int, values: int) -> bool:
+    """Return True if the parts fit each other and so many values: no walk leaves them then."""
+    count = place = escapes = 0
+    for i in range(gaps.size):
+        is_change = gaps[i] != SKIP
+        count += is_change
+        place += gaps[i] + is_change
+    for i in range(small.size):
+        escapes += small[i] == LARGE
+    return count == small.size and escapes == large and place <= values
 
 
-@once
-def _functions() -> Mapping[str, Callable[..., int]] | None:
-    try:
-        return compiled(source(), _SIGNATURES)
-    except ImportError:
-        return None
+@helper
+def _moved(old: Integer, step: Integer, top: Integer, largest: Integer) -> Integer:
+    """Move a value's rank by a zigzag-coded step: 0, 1, 2, 3 are 0, -1, 1, -2.
+
+    The rank is the bits as a signed integer in the order of the floating-point numbers. ``top`` is the number of the
+    uppermost bit, ``largest`` the largest integer.
+    """
+    kind, one = type(old), type(old)(1)
+    difference = kind(kind(kind(step >> one) & largest) ^ kind(-kind(step & one)))
+    rank = kind(kind(old ^ kind(kind(old >> top) & largest)) + difference)
+    return kind(rank ^ kind(kind(rank >> top) & largest))
 
 
-def fits(parts: Parts, count: int, width: int) -> bool | None:
-    """Whether the parts of a block of so many values fit each other: no walk leaves them then. None without loops."""
-    functions = _functions()
-    if functions is None:
-        return None
-    small, large = len(parts.small), len(parts.large) // width
-    return bool(functions["fits"](parts.gaps, len(parts.gaps), count, parts.small, small, large))
+def _apply(gaps: Bytes, small: Bytes, large: Values, values: Values) -> bool:
+    """Change values in place.
 
+    Args:
+        gaps: how many values are between two changes; 255 is :data:`SKIP`.
+        small: the step of each change less one; 255 is :data:`LARGE`.
+        large: the steps that do not fit in a byte.
+        values: the bits of base's values, as signed integers of the width of the dtype.
 
-def patch(width: int) -> Callable[[npt.NDArray[Any], Parts], None] | None:
-    """The loop that applies changes to values of so many bytes in place; None where there is none."""
-    functions = _functions()
-    loop = functions.get(f"keep{8 * width}") if functions else None
-    return partial(_patch, loop) if loop else None
-
-
-def _patch(loop: Callable[..., int], out: npt.NDArray[Any], parts: Parts) -> None:
-    address = out.ctypes.data
-    loop(address, address, parts.gaps, len(parts.gaps), parts.small, parts.large, 0.0, False)
-
-
-class Extrapolating:
-    """The loops for bf16 that decode and extrapolate at once."""
-
-    def __init__(self, functions: Mapping[str, Callable[..., int]]) -> None:
-        self._look, self._walk = functions["look"], functions["extrapolate"]
-        self._load, self._change = functions["load"], functions["change"]
-
-    def is_finite(self, values: torch.Tensor) -> bool:
-        """Whether all of them are. bf16, contiguous, on the CPU."""
-        return not self._look(values.data_ptr(), values.numel()) & _NOT_FINITE
-
-    def load(self, base: BaseBlock, values: torch.Tensor, parts: Parts, weight: float) -> bool:
-        """Read base's values onto their place and turn them into the result.
-
-        Args:
-            base: where they are.
-            values: where they belong: bf16, contiguous, on the CPU.
-            parts: what changed.
-            weight: 1 + alpha.
-
-        Returns:
-            Whether all came, with the checksum that they must have, the parts fit, and all is finite. Where not, the
-            values are left as they fell, and plainer ways say what it was. So too for fewer than LEAST_BYTES, whose
-            checksum follows other rules.
-        """
-        if values.nbytes < LEAST_BYTES:
-            return False
-        step = step_of(weight)[:2]
-        place = base.file, base.offset, values.data_ptr(), values.numel(), base.checksum
-        found = self._load(*place, *_arguments(parts), *step)
-        return self._keeping_zeros(values, parts, *step) if found == _MINUS_ZERO else not found
-
-    def change(self, values: torch.Tensor, parts: Parts, weight: float) -> bool:
-        """The same for base's values that are in their place."""
-        step = step_of(weight)[:2]
-        flags = self._look(values.data_ptr(), values.numel())
-        found = self._change(values.data_ptr(), values.numel(), flags, *_arguments(parts), *step)
-        return self._keeping_zeros(values, parts, *step) if found == _MINUS_ZERO else not found
-
-    def _keeping_zeros(self, values: torch.Tensor, parts: Parts, step: float, from_aligned: bool) -> bool:
-        """Where base holds -0.0: it becomes 0.0 where it does not change."""
-        if not fits(parts, values.numel(), 2):
-            return False
-        base = values.clone()
-        values.view(torch.int16).masked_fill_(base.view(torch.int16) == -(2**15), 0)
-        changes = parts.gaps, len(parts.gaps), parts.small, parts.large
-        return not self._walk(base.data_ptr(), values.data_ptr(), *changes, step, from_aligned)
-
-
-def _arguments(parts: Parts) -> tuple[bytes, int, bytes, int, bytes, int]:
-    """Each part and its length; of large steps there are two bytes each."""
-    return parts.gaps, len(parts.gaps), parts.small, len(parts.small), parts.large, len(parts.large) // 2
-
-
-@once
-def extrapolating() -> Extrapolating | None:
-    """The loops, or None where torch has to do it: where they cannot be compiled, or a probe shows other bits."""
-    functions = _functions()
-    loops = Extrapolating(functions) if functions else None
-    return loops if loops and _agrees_with_torch(loops) else None
-
-
-def _agrees_with_torch(loops: Extrapolating) -> bool:
-    """Compare with :func:`torch.lerp` on every finite bf16 value, changed by one, by many, and not."""
-    keep = patch(2)
-    assert keep is not None
-    every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
-    base = every[every.isfinite()]
-    count = base.numel()
-    every_other = b"\x01" * (count // 2)
-    for gaps, steps in (
-        (b"", b""),
-        (bytes(count), bytes(count)),
-        (every_other, bytes(index % 97 for index in range(count // 2))),
-    ):
-        parts = Parts(gaps, steps, b"")
-        aligned = base.clone()
-        keep(aligned.view(torch.int16).numpy(), parts)
-        if not all(_same(loops, base, aligned, parts, weight) for weight in (1.5, 0.3, -2.0)):
-            return False
+    Returns:
+        False, with nothing changed, if the parts do not fit each other and the values.
+    """
+    if not _fits(gaps, small, large.size, values.size):
+        return False
+    kind, following = values.dtype.type, np.uint64(1)
+    top, largest = kind(8 * values.itemsize - 1), kind(np.iinfo(values.dtype).max)
+    place, done, used = np.uint64(0), np.uint64(0), np.uint64(0)
+    for i in range(gaps.size):
+        place += np.uint64(gaps[i])
+        if gaps[i] == SKIP:
+            continue
+        step = kind(kind(small[done]) + kind(1))
+        if small[done] == LARGE:
+            step = large[used]
+            used += following
+        values[place] = _moved(values[place], step, top, largest)
+        done += following
+        place += following
     return True
 
 
-def _same(loops: Extrapolating, base: torch.Tensor, aligned: torch.Tensor, parts: Parts, weight: float) -> bool:
-    expected, found = torch.lerp(base, aligned, weight), base.clone()
-    is_finite = loops.change(found, parts, weight)
-    finite = expected.isfinite() & aligned.isfinite()
-    same = torch.equal(found[finite].view(torch.int16), expected[finite].view(torch.int16))
-    return same and is_finite == bool(finite.all())
+_READ_ONLY = (
+    "Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), Array(int{0}, 1, 'C', readonly=True)"
+)
+apply16, apply32, apply64 = (
+    loop(f"boolean({_READ_ONLY}, int{{0}}[::1])".format(width))(_apply) for width in (16, 32, 64)
+)
+APPLY = {2: apply16, 4: apply32, 8: apply64}
+"""The loop for values of so many bytes. Each is compiled by itself: most deltas have values of one width."""
+
+
+@helper
+def _look(values: Halves) -> tuple[bool, bool]:
+    """Return whether all values are finite, and whether one is -0.0."""
+    seen, zeros = np.uint16(0), np.uint16(0)
+    for i in range(values.size):
+        seen = np.uint16(seen | mark(np.uint16(values[i])))
+        zeros = np.uint16(zeros | np.uint16(values[i] == _MINUS_ZERO))
+    return is_unmarked(seen), zeros != np.uint16(0)
+
+
+@helper
+def _clear_unchanged(gaps: Bytes, values: Halves) -> None:
+    """Make 0.0 of every -0.0 that no change belongs to."""
+    start = np.uint64(0)
+    for gap in range(gaps.size):
+        end = start + np.uint64(gaps[gap])
+        for i in range(start, end):
+            values[i] = np.int16(0) if values[i] == _MINUS_ZERO else values[i]
+        start = end + np.uint64(gaps[gap] != SKIP)
+    for i in range(start, np.uint64(values.size)):
+        values[i] = np.int16(0) if values[i] == _MINUS_ZERO else values[i]
+
+
+@helper
+def _find_places(gaps: Bytes, place: int, places: Places) -> tuple[int, int]:
+    """Write down where the changes are that some gaps lead to; return their number, and where the next gap begins."""
+    at, count = np.uint64(place), np.uint64(0)
+    for i in range(gaps.size):
+        is_change = np.uint64(gaps[i] != SKIP)
+        at += np.uint64(gaps[i])
+        places[count] = at  # overwritten where this is no change: a branch costs more
+        count += is_change
+        at += is_change
+    return int(count), int(at)
+
+
+@helper
+def _find_steps(small: Bytes, large: Halves, used: int, steps: Halves) -> int:
+    """Write down some steps; return how many of the large ones are used until here."""
+    escapes = np.uint8(0)
+    for i in range(small.size):
+        escapes = np.uint8(escapes | np.uint8(small[i] == LARGE))
+        steps[i] = np.int16(np.int16(small[i]) + np.int16(1))
+    if escapes:
+        for i in range(small.size):
+            if small[i] == LARGE:
+                steps[i] = large[np.uint64(used)]
+                used += 1
+    return used
+
+
+@loop(f"boolean({_READ_ONLY.format(16)}, int16[::1], float32, boolean)")
+def extrapolate(gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor: float, from_aligned: bool) -> bool:
+    """Turn base's bf16 values into ``lerp(base, aligned, weight)`` in place, where aligned is base with changes.
+
+    Args:
+        gaps: see :func:`apply16`, as for the two parts that follow.
+        small: the same.
+        large: the same.
+        values: the bits of base's values.
+        factor: see :func:`~expo_serve.kernels.bf16.lerp_factor`.
+        from_aligned: the same.
+
+    Returns:
+        True if the parts fit, and all operands and results are finite. If not, some values may be changed.
+    """
+    is_finite, has_minus_zeros = _look(values)
+    if not is_finite or not _fits(gaps, small, large.size, values.size):
+        return False
+    if has_minus_zeros and not np.signbit(factor):  # lerp(-0.0, -0.0) is 0.0 then
+        _clear_unchanged(gaps, values)
+    places, steps, bases = np.empty(_CHUNK, np.uint32), np.empty(_CHUNK, np.int16), np.empty(_CHUNK, np.int16)
+    seen = np.uint16(0)
+    place = done = used = 0
+    for first in range(0, gaps.size, _CHUNK):
+        count, place = _find_places(gaps[first : first + _CHUNK], place, places)
+        used = _find_steps(small[done : done + count], large, used, steps)
+        done += count
+        for i in range(count):
+            bases[i] = values[places[i]]
+        for i in range(count):
+            new = np.uint16(_moved(bases[i], steps[i], np.int16(15), np.int16(0x7FFF)))
+            base, aligned = widen(np.uint16(bases[i])), widen(new)
+            result = round_bits(fma(factor, aligned - base, aligned if from_aligned else base))
+            steps[i] = np.int16(result)
+            seen = np.uint16(seen | np.uint16(mark(result) | mark(new)))
+        for i in range(count):
+            values[places[i]] = steps[i]
+    return is_unmarked(seen)

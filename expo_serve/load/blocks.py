@@ -1,4 +1,4 @@
-"""One block of a packed delta: to its bytes and back. The format stands in :mod:`.packed_format`."""
+"""One block of a packed delta: to its bytes and back. :mod:`~expo_serve.plan.packed_format` describes the format."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from expo_serve.kernels.sparse import Parts, fits, patch
-from expo_serve.kernels.sparse_ir import LARGE, SKIP
+from expo_serve import kernels
+from expo_serve.kernels.sparse import APPLY, LARGE, SKIP
 from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
 
 LEVEL = 1
@@ -24,6 +24,15 @@ _local = threading.local()
 
 class DamagedError(ValueError):
     """A block's bytes do not decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a block of changes, decompressed; :mod:`~expo_serve.plan.packed_format` describes them."""
+
+    gaps: Values
+    small: Values
+    large: Values
 
 
 @dataclass(frozen=True)
@@ -90,82 +99,62 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
     if out is not base:
         out[:] = base
     if coded.coding == SPARSE:
-        _apply(changes_of(coded, count, out.itemsize), out)
+        _apply(decompressed(coded, count, out.itemsize), out)
 
 
-def changes_of(coded: Coded, count: int, width: int) -> Parts:
-    """A block of changes, decompressed and checked.
+def decompressed(coded: Coded, count: int, width: int) -> Parts:
+    """Decompress the parts of a block of changes; whether they fit each other is not known yet.
 
     Args:
-        coded: its bytes.
+        coded: the block's bytes.
         count: values in the block.
         width: bytes of a value.
 
     Raises:
-        DamagedError: the parts do not fit each other, so that whoever walks them would leave them.
-    """
-    parts = decompressed(coded, count, width)
-    if not (_fit(parts, count, width) if (found := fits(parts, count, width)) is None else found):
-        raise DamagedError(f"{len(parts.gaps)} gaps, {len(parts.small)} steps, {len(parts.large)} bytes of large ones")
-    return parts
-
-
-def decompressed(coded: Coded, count: int, width: int) -> Parts:
-    """A block of changes, of which nothing is known yet.
-
-    Raises:
         DamagedError: a part does not decode.
     """
-    if coded.coding == SAME:
-        return Parts()
     gaps, small = decompress(coded.parts[0], 2 * count), decompress(coded.parts[1], count)
     raw = decompress(coded.parts[2], count * width) if coded.parts[2] else b""
     if len(raw) % width:
         raise DamagedError(f"{len(raw)} bytes of large steps")
-    return Parts(gaps, small, _unshuffle(raw, width))
+    large = np.frombuffer(_unshuffle(raw, width), f"i{width}")
+    return Parts(np.frombuffer(gaps, np.uint8), np.frombuffer(small, np.uint8), large)
 
 
-def _fit(parts: Parts, count: int, width: int) -> bool:
-    """See :func:`~expo_serve.kernels.sparse.fits`."""
-    places = _places(parts)
-    is_full = len(places) == len(parts.small) and (_end(parts) <= count)
-    return is_full and parts.small.count(LARGE) * width == len(parts.large)
+def _apply(parts: Parts, values: Values) -> None:
+    """Change values in place.
+
+    Raises:
+        DamagedError: the parts do not fit each other and the values.
+    """
+    loop = APPLY.get(values.itemsize)
+    apply = loop if loop and kernels.available(loop) else _apply_plain
+    if not apply(parts.gaps, parts.small, parts.large, values):
+        raise DamagedError(f"{parts.gaps.size} gaps, {parts.small.size} steps, {parts.large.size} large ones")
 
 
-def _places(parts: Parts) -> Values:
-    """Where the changes are."""
-    gaps = np.frombuffer(parts.gaps, np.uint8)
+def _apply_plain(gaps: Values, small: Values, large: Values, values: Values) -> bool:
+    """Do in NumPy what :func:`~expo_serve.kernels.sparse.apply16` does."""
     is_change = gaps != SKIP
-    places: Values = (np.cumsum(gaps.astype(np.int64) + is_change) - 1)[is_change]
-    return places
-
-
-def _end(parts: Parts) -> int:
-    """One past the last value that the gaps lead to."""
-    gaps = np.frombuffer(parts.gaps, np.uint8)
-    return int(gaps.sum(dtype=np.int64)) + int((gaps != SKIP).sum())
+    places = (np.cumsum(gaps.astype(np.int64) + is_change) - 1)[is_change]
+    end = int(gaps.sum(dtype=np.int64)) + places.size
+    is_large = small == LARGE
+    if places.size != small.size or end > values.size or np.count_nonzero(is_large) != large.size:
+        return False
+    steps = small.astype(f"u{values.itemsize}")
+    steps += 1
+    steps[is_large] = large.view(steps.dtype)
+    values[places] = _rank(_rank(values[places]) + _unzigzag(steps))
+    return True
 
 
 def _gaps(changed: Values) -> bytes:
-    """The other way round."""
+    """Code where the changes are: the values between each and the one before it, 255 at a time."""
     gaps = np.diff(np.flatnonzero(changed), prepend=-1) - 1
     skips, rests = np.divmod(gaps, SKIP)
     coded = np.full(int(skips.sum()) + len(gaps), SKIP, dtype=np.uint8)
     coded[np.cumsum(skips + 1) - 1] = rests
     return coded.tobytes()
-
-
-def _apply(changes: Parts, out: Values) -> None:
-    """Change values in place."""
-    if loop := patch(out.itemsize):
-        loop(out, changes)
-        return
-    changed = _places(changes)
-    steps = np.frombuffer(changes.small, np.uint8).astype(f"u{out.itemsize}")
-    is_large = steps == LARGE
-    steps += 1
-    steps[is_large] = np.frombuffer(changes.large, steps.dtype)
-    out[changed] = _rank(_rank(out[changed]) + _unzigzag(steps))
 
 
 def _rank(bits: Values) -> Values:

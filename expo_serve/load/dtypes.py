@@ -32,5 +32,5 @@ def signed_bits(values: torch.Tensor) -> Bits:
 
 def bf16_bits(values: torch.Tensor) -> npt.NDArray[np.uint16]:
     """View a contiguous bf16 CPU tensor as unsigned 16-bit integers, flat; the memory is shared."""
-    bits: npt.NDArray[np.uint16] = values.view(-1).view(torch.uint16).numpy()
+    bits: npt.NDArray[np.uint16] = values.detach().view(-1).view(torch.uint16).numpy()
     return bits

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
-from expo_serve.kernels.bf16 import fused
-from expo_serve.kernels.low_rank import low_rank
-from expo_serve.kernels.sparse import extrapolating
+from expo_serve.kernels import bf16, low_rank, reading, sparse
 from expo_serve.load import sizes
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.load.lora import LowRankOperands
@@ -105,14 +104,21 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
             return RecordOperands(reader, {"base": delta.base}, {"base": "base"})
 
 
-def compile_kernels(delta_format: str | None) -> None:
+_LOOPS: dict[str | None, tuple[kernels.Loop, ...]] = {
+    "packed": (reading.fetch, sparse.extrapolate, sparse.apply16),
+    "lora": (low_rank.stream, low_rank.product),
+}
+"""By the format of the delta: the loops that only a load of this format uses."""
+
+
+def compile_kernels(delta_format: str | None) -> str:
     """Compile the loops that a load on the CPU uses, so that they are ready when it begins.
 
     Args:
         delta_format: ``packed``, ``lora`` or ``full``; None for a pair.
+
+    Returns:
+        Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
-    fused()
-    if delta_format == "packed":
-        extrapolating()
-    if delta_format == "lora":
-        low_rank()
+    kernels.available(bf16.combine, reading.stream, reading.gather, *_LOOPS.get(delta_format, ()))
+    return kernels.reason()

@@ -17,8 +17,10 @@ from collections.abc import Mapping
 
 import torch
 
+from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
-from expo_serve.kernels.bf16 import fused
+from expo_serve.kernels.bf16 import combine, lerp_factor
+from expo_serve.load.dtypes import bf16_bits
 
 
 class NotFiniteError(ArithmeticError):
@@ -102,16 +104,16 @@ def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch
 def _combined_at_once(
     dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, weight: float
 ) -> bool:
-    """Combine and check in one pass where that is possible and all is finite."""
+    """Combine and check in one pass; return False where that is not possible, or something is not finite."""
     tensors = (dest, *operands.values())
     if dtype != dest.dtype or any(tensor.dtype != dtype for tensor in tensors) or not _are_plain(*tensors):
         return False
-    loops = fused()
-    if loops is None:
+    if not kernels.available(combine):
         return False
+    base, out = bf16_bits(operands["base"]), bf16_bits(dest)
     if "delta" in operands:
-        return loops.add(operands["base"], operands["delta"], dest, weight)
-    return loops.combine(operands["base"], operands["aligned"], dest, weight)
+        return combine(base, bf16_bits(operands["delta"]), out, weight, False, True)
+    return combine(base, bf16_bits(operands["aligned"]), out, *lerp_factor(weight), False)
 
 
 def _are_plain(*tensors: torch.Tensor) -> bool:

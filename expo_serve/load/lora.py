@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
-from expo_serve.kernels.low_rank import Factors, low_rank
+from expo_serve.kernels import low_rank
 from expo_serve.load import sizes
-from expo_serve.load.dtypes import meta_tensor
+from expo_serve.load.dtypes import bf16_bits, meta_tensor
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import FileSpan, Selection, cut
@@ -22,6 +23,42 @@ from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 _FLOAT_BYTES = 4
 _BOX_VALUES = 1 << 21
 """Of the product at a time, where elements lie apart: what lies between them is computed too."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``scale * left @ right``. fp32, contiguous, on the CPU: left is rows by rank, right rank by columns."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def product(self, rows: range, columns: range, out: torch.Tensor) -> None:
+        """Compute a part of the product into ``out``: fp32, contiguous, as many rows and columns as the part has."""
+        left = self.left[rows.start : rows.stop]
+        if kernels.available(low_rank.product):
+            low_rank.product(left.numpy(), self.right.numpy(), columns.start, out.numpy(), self.scale)
+            return
+        right = self.right[:, columns.start : columns.stop]
+        out.copy_((left.double() @ right.double()).float() * self.scale)
+
+    def add_to_rows(self, base: FileSpan, rows: range, out: torch.Tensor, weight: float) -> int:
+        """Read rows of base and add ``weight`` times the product to them, by the compiled loop.
+
+        Args:
+            base: where the rows are.
+            rows: which.
+            out: bf16, contiguous, as many rows of as many columns as the product has.
+            weight: 1 + alpha.
+
+        Returns:
+            How many rows are done.
+        """
+        left = self.left[rows.start : rows.stop].numpy()
+        step = max(1, sizes.LOW_RANK_PIECE_BYTES // (2 * out.shape[1]))
+        bits = bf16_bits(out).reshape(out.shape)
+        place = base.descriptor, base.offset
+        return low_rank.stream(*place, left, self.right.numpy(), bits, self.scale, weight, step)
 
 
 class LowRankOperands:
@@ -88,14 +125,15 @@ class LowRankOperands:
     def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
         """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
-        if self._base.dtype != "BF16" or self._change.start or elements.offset % columns or not low_rank():
+        is_plain = self._base.dtype == "BF16" and not self._change.start and elements.offset % columns == 0
+        if not is_plain or not kernels.available(low_rank.stream):
             return 0
         factors = self._read_factors()
         first = elements.offset // columns
         rows = range(first, first + elements.numel // columns)
         there = self._reader.span_of("base", self._base, elements)
         with self._reader.activity.during(there.path):
-            done = factors.stream(there.descriptor, there.offset, rows, dest, 1 + alpha) * columns
+            done = factors.add_to_rows(there, rows, dest.view(-1, columns), 1 + alpha) * columns
         self._reader.activity.add_bytes(done * dest.element_size())
         return done
 

@@ -7,11 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
-from expo_serve.kernels.bf16 import STREAM_PIECE_BYTES, fused
+from expo_serve.kernels.bf16 import lerp_factor
+from expo_serve.kernels.reading import stream
+from expo_serve.load import sizes
+from expo_serve.load.dtypes import bf16_bits
 from expo_serve.load.reader import Buffer, Reader
 from expo_serve.load.selection import FileSpan, Selection
 
@@ -117,9 +123,18 @@ class RecordOperands:
         """Read and combine two bf16 operands without coming back to Python."""
         other: Operand = "delta" if "delta" in self.records else "aligned"
         dtypes = {record.dtype for record in self.records.values()}
-        if len(self.records) != 2 or dtypes != {"BF16"} or not (loops := fused()):
+        if len(self.records) != 2 or dtypes != {"BF16"} or not kernels.available(stream):
             return 0
-        with self.reader.placed(self.records, selection, STREAM_PIECE_BYTES) as places:
-            size = loops.stream(places["base"], places[other], dest, 1 + alpha, is_delta=other == "delta")
-        self.reader.activity.add_bytes(2 * size)
-        return size // dest.element_size()
+        factor, from_other = (1 + alpha, False) if other == "delta" else lerp_factor(1 + alpha)
+        one, two = (self.reader.span_of(operand, self.records[operand], selection) for operand in ("base", other))
+        places = one.descriptor, one.offset, two.descriptor, two.offset
+        memory = self._memory("base"), self._memory(other)
+        with self.reader.activity.during(one.path, two.path):
+            done = stream(*places, *memory, bf16_bits(dest), factor, from_other, other == "delta")
+        self.reader.activity.add_bytes(2 * done * dest.element_size())
+        return done
+
+    def _memory(self, operand: Operand) -> npt.NDArray[np.uint16]:
+        """Return this thread's memory for a piece of bf16 values."""
+        size = sizes.STREAM_PIECE_BYTES
+        return self.reader.buffer(operand, size).array[:size].view(np.uint16)

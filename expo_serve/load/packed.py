@@ -1,5 +1,4 @@
-"""How the elements of a packed tensor come out of files: whole blocks of base are read and checked, aligned is
-decoded."""
+"""Reads a packed tensor: whole blocks of base are read and checked, the blocks of aligned are decoded from them."""
 
 from __future__ import annotations
 
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 
+from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
 from expo_serve.errors import CheckpointError, ValuesError
-from expo_serve.kernels.bf16 import fused
-from expo_serve.kernels.fetch_ir import LEAST_BYTES
-from expo_serve.kernels.sparse import BaseBlock, extrapolating
+from expo_serve.kernels.bf16 import lerp_factor
+from expo_serve.kernels.reading import fetch
+from expo_serve.kernels.sparse import extrapolate
+from expo_serve.load import sizes
 from expo_serve.load.blocks import Coded, DamagedError, decode, decompressed
 from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
 from expo_serve.load.operands import Memory
@@ -111,67 +112,43 @@ class PackedOperands:
             value.copy_(around[side].as_strided(elements.shape, elements.stride, elements.offset - start))
 
     def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
-        """Read blocks of base to where they belong, and change there what the delta changes."""
-        first, end = int(elements.offset), int(elements.offset + elements.numel)
-        is_plain = self._dtype == self._base_dtype == torch.bfloat16 and "aligned" in self._used
-        is_result = alpha == 0 or "base" in self._used  # not where aligned is taken over at every alpha
-        if (
-            not (is_plain and is_result)
-            or self._base is None
-            or end > self._tensor.values_in_base
-            or not extrapolating()
-        ):
+        """Read blocks of base to where they belong, and extrapolate there what the delta changes."""
+        first, end = elements.offset, elements.end
+        is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
+        if not is_plain or end > self._tensor.values_in_base or not kernels.available(fetch, extrapolate):
             return 0
-        flat = dest.view(-1)
-        blocks, known = self._blocks(elements), self._table()
-        self._read_packed(known.offsets[blocks.start], known.offsets[blocks.stop])
+        flat, table, blocks = dest.view(-1), self._table(), self._blocks(elements)
+        self._read_packed(table.offsets[blocks.start], table.offsets[blocks.stop])
         for block in blocks:
             start, stop = self._spans[block]
             low, high = max(start, first), min(stop, end)
             part = flat[low - first : high - first]
             is_whole = (low, high) == (start, stop)
             values = part if is_whole else self._scratch("aligned", self._dtype, (stop - start,))
-            if not self._result(block, values, alpha, known.offsets[blocks.start]):
+            if not self._extrapolate(block, values, 1 + alpha, table.offsets[blocks.start]):
                 return low - first
             if not is_whole:
                 part.copy_(values[low - start : high - start])
-        return int(elements.numel)
+        return elements.numel
 
-    def _result(self, block: int, values: torch.Tensor, alpha: float, read_from: int) -> bool:
-        """A block's result, from base to the end; says whether all was plain and finite."""
-        loops = extrapolating()
-        assert loops is not None
-        coded = self._coded(block, read_from)
-        if alpha != 0 and coded.coding in (SAME, SPARSE):
-            return self._changed(block, values, coded, 1 + alpha)
-        self._read_base(block, values)
-        if alpha == 0:
-            self._decoded(block, coded, values, values)
-            return loops.is_finite(values)
-        aligned = self._scratch("base", self._dtype, (values.numel(),))
-        self._decoded(block, coded, None, aligned)
-        combine = fused()
-        return combine is not None and combine.combine(values.clone(), aligned, values, 1 + alpha)
-
-    def _changed(self, block: int, values: torch.Tensor, coded: Coded, weight: float) -> bool:
-        """The result of a block that holds changes or none."""
-        loops = extrapolating()
-        assert loops is not None
+    def _extrapolate(self, block: int, values: torch.Tensor, weight: float, read_from: int) -> bool:
+        """Compute the result of one block; return False for what :meth:`read` has to do."""
         assert self._base is not None
+        coded = self._coded(block, read_from)
+        if coded.coding not in (SAME, SPARSE):
+            return False
         try:
             parts = decompressed(coded, values.numel(), 2)
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
-        if values.nbytes < LEAST_BYTES:
-            self._read_base(block, values)
-            return loops.change(values, parts, weight)
         start, end = self._spans[block]
         there = self._reader.span_of("base", self._base, Selection.flat(start, end - start))
+        expected = self._table().base[block]
         with self._reader.activity.during(there.path):
-            base = BaseBlock(there.descriptor, there.offset, self._table().base[block])
-            is_done = loops.load(base, values, parts, weight)
+            if not fetch(there.descriptor, there.offset, _raw(values), sizes.FETCH_PIECE_BYTES, expected):
+                return False
         self._reader.activity.add_bytes(values.nbytes)
-        return is_done
+        return extrapolate(parts.gaps, parts.small, parts.large, signed_bits(values), *lerp_factor(weight))
 
     def _decode(self, block: int, base: torch.Tensor, aligned: torch.Tensor) -> None:
         """One block of both sides."""

@@ -11,17 +11,16 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from expo_serve.checkpoint.records import Operand, TensorRecord
+from expo_serve import kernels
+from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError, LoadError
-from expo_serve.kernels.bf16 import Place
-from expo_serve.kernels.reading import read_runs
+from expo_serve.kernels.reading import gather
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.dtypes import TORCH_DTYPES
@@ -37,7 +36,7 @@ class Buffer:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.bytes = _bytes(memory)
-        self.address = memory.data_ptr()
+        self.array: npt.NDArray[np.uint8] = memory.numpy()
         self._memory = memory
         self._views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = {}
 
@@ -158,27 +157,39 @@ class Reader:
         offset, length = record.offset + selection.offset * item, selection.numel * item
         return FileSpan(operand, record.file, self._descriptor(record.file), offset, length)
 
-    @contextmanager
-    def placed(
-        self, records: Mapping[Operand, TensorRecord], selection: Selection, piece_bytes: int
-    ) -> Iterator[dict[Operand, Place]]:
-        """Return where contiguous elements can be read from, with memory for a piece of each operand.
-
-        Within the context a compiled loop reads them, and its caller counts the bytes.
-        """
-        places: dict[Operand, Place] = {}
-        for operand, record in records.items():
-            part = self.span_of(operand, record, selection)
-            places[operand] = Place(part.descriptor, part.offset, self.buffer(operand, piece_bytes).address)
-        with self.activity.during(*(record.file for record in records.values())):
-            yield places
-
     def _descriptor(self, file: Path) -> int:
         if (descriptor := self._files.get(file)) is None:
             with self._lock:
                 if (descriptor := self._files.get(file)) is None:
                     descriptor = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         return descriptor
+
+
+def read_runs(file: int, memory: memoryview, offsets: Offsets) -> None:
+    """Read extents of one length into memory, one after another.
+
+    Args:
+        file: descriptor.
+        memory: as many bytes as the extents have together; at least one extent, none of them empty.
+        offsets: where in the file each begins.
+
+    Raises:
+        EOFError: the file ends too early.
+        OSError: from the system call.
+    """
+    size, done = len(memory) // len(offsets), 0
+    if len(offsets) > 1 and kernels.available(gather):
+        done = gather(file, np.frombuffer(memory, np.uint8), np.ascontiguousarray(offsets))
+    for index in range(done, len(offsets)):
+        _read_exactly(file, memory[index * size : (index + 1) * size], int(offsets[index]))
+
+
+def _read_exactly(file: int, memory: memoryview, offset: int) -> None:
+    """Fill ``memory``; one read may return less than was asked for."""
+    while memory:
+        if not (count := os.preadv(file, [memory[: sizes.REQUEST_BYTES]], offset)):
+            raise EOFError
+        memory, offset = memory[count:], offset + count
 
 
 def _is_scattered(ordered: Selection) -> bool:

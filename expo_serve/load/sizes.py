@@ -14,6 +14,7 @@ size                        value      reason
 ``STREAM_PIECE_BYTES``      1 MiB      Of each operand, read and combined at a time by the compiled loop. A cold disk is
                                        fastest with requests no larger than the kernel's read-ahead window.
 ``LOW_RANK_PIECE_BYTES``    256 KiB    Of base, read before a low-rank product is added: stays in the L2 cache.
+``FETCH_PIECE_BYTES``       256 KiB    Of a packed delta's base, read before it is added to the checksum: the same.
 ``REQUEST_BYTES``           1 MiB      Asked of the kernel by one read call.
 ``READ_AHEAD_BYTES``        1 MiB      The same for the threads that bring cold files into the page cache.
 ``STAGE_BYTES``             8 MiB      Of each operand in each turn of device staging: copying it takes the link far
@@ -35,6 +36,7 @@ PENDING_BYTES = 256 << 20
 PIECE_BYTES = 2 << 20
 STREAM_PIECE_BYTES = 1 << 20
 LOW_RANK_PIECE_BYTES = 256 << 10
+FETCH_PIECE_BYTES = 256 << 10
 REQUEST_BYTES = 1 << 20
 READ_AHEAD_BYTES = 1 << 20
 STAGE_BYTES = 8 << 20
