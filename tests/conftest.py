@@ -31,6 +31,20 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no loop can be compiled."""
+    monkeypatch.setattr("expo_serve.kernels.available", lambda *loops: False)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Run a test both ways: with compiled loops, and as where none can be compiled."""
+    if request.param == "plain":
+        request.getfixturevalue("without_loops")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def demo_pair() -> tuple[Path, Path]:
     """The demo's real base and aligned checkpoints."""

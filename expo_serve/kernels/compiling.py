@@ -30,8 +30,8 @@ except ImportError as error:  # also where numba does not support the NumPy that
     _import_error = str(error) or "ImportError"
 
 __all__ = [
-    "Intrinsic", "cgutils", "compile_loop", "external", "has_feature", "helper", "intrinsic", "llvm", "loop", "obstacle",
-    "types",
+    "Intrinsic", "cgutils", "compile_loop", "external", "has_feature", "helper", "intrinsic", "llvm", "loop",
+    "obstacle", "types",
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., object])

@@ -103,7 +103,7 @@ def decode(coded: Coded, base: Values | None, count: int, out: Values) -> None:
 
 
 def decompressed(coded: Coded, count: int, width: int) -> Parts:
-    """Decompress the parts of a block of changes; whether they fit each other is not known yet.
+    """Decompress the parts of a block of changes, or of none; whether they fit each other is not known yet.
 
     Args:
         coded: the block's bytes.
@@ -113,6 +113,8 @@ def decompressed(coded: Coded, count: int, width: int) -> Parts:
     Raises:
         DamagedError: a part does not decode.
     """
+    if coded.coding == SAME:
+        return Parts(np.empty(0, np.uint8), np.empty(0, np.uint8), np.empty(0, f"i{width}"))
     gaps, small = decompress(coded.parts[0], 2 * count), decompress(coded.parts[1], count)
     raw = decompress(coded.parts[2], count * width) if coded.parts[2] else b""
     if len(raw) % width:

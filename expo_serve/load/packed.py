@@ -117,7 +117,9 @@ class PackedOperands:
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
         if not is_plain or end > self._tensor.values_in_base or not kernels.available(fetch, extrapolate):
             return 0
-        flat, table, blocks = dest.view(-1), self._table(), self._blocks(elements)
+        flat, table, blocks = dest.detach().view(-1), self._table(), self._blocks(elements)
+        if not {SAME, SPARSE}.issuperset(table.codings[blocks.start : blocks.stop]):
+            return 0
         self._read_packed(table.offsets[blocks.start], table.offsets[blocks.stop])
         for block in blocks:
             start, stop = self._spans[block]
@@ -134,11 +136,8 @@ class PackedOperands:
     def _extrapolate(self, block: int, values: torch.Tensor, weight: float, read_from: int) -> bool:
         """Compute the result of one block; return False for what :meth:`read` has to do."""
         assert self._base is not None
-        coded = self._coded(block, read_from)
-        if coded.coding not in (SAME, SPARSE):
-            return False
         try:
-            parts = decompressed(coded, values.numel(), 2)
+            parts = decompressed(self._coded(block, read_from), values.numel(), 2)
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
         start, end = self._spans[block]

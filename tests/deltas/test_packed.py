@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_serve.kernels import sparse as patch
+from expo_serve import kernels
+from expo_serve.kernels.reading import fetch
+from expo_serve.kernels.sparse import extrapolate
 from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import lazy_tensor
@@ -98,13 +100,13 @@ def test_minus_zero_everywhere(packs: Packs, alpha: float, with_loops: bool, mon
     aligned[::3] = torch.where(odds[::3] % 0.1 < 0.05, -base[::3], torch.tensor(-0.0, dtype=torch.bfloat16))
     pack = packs.make({UP: base, EMBED: base.clone()}, {UP: aligned, EMBED: base.clone()})
     if not with_loops:
-        monkeypatch.setattr("expo_serve.load.packed.extrapolating", lambda: None)
+        monkeypatch.setattr(kernels, "available", lambda *_: False)
     assert_same_outcomes(outcomes(pack.by_delta(alpha)), outcomes(pack.by_pair(alpha)))
 
 
 def test_this_machine_has_the_loops() -> None:
     """The fast way would not be seen without them."""
-    assert patch.extrapolating() is not None
+    assert kernels.available(fetch, extrapolate)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from expo_serve import kernels
 from expo_serve.errors import ValuesError
 from expo_serve.kernels import low_rank
-from expo_serve.load import lora as lora_sides
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
@@ -76,13 +76,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Cases(tmp_path_factory.mktemp("cases")).make(numbers(37, 615, dtype=request.param))
 
 
-@pytest.fixture
-def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the loops cannot be compiled."""
-    for module in (low_rank, lora_sides):
-        monkeypatch.setattr(module, "low_rank", lambda: None)
-
-
 def copied(lazy: LazyTensor, view: View) -> torch.Tensor:
     """A copy of a view, as a model's loader takes it."""
     taken = view(lazy)
@@ -91,7 +84,7 @@ def copied(lazy: LazyTensor, view: View) -> torch.Tensor:
 
 def test_this_machine_has_the_loops() -> None:
     """Much of what is below would pass without them."""
-    assert low_rank.low_rank() is not None
+    assert kernels.available(low_rank.product, low_rank.stream), kernels.reason()
 
 
 def test_whole_is_the_product_added_once(case: Case) -> None:
@@ -210,7 +203,7 @@ def test_one_rounding_whatever_the_way(cases: Cases) -> None:
 @pytest.mark.parametrize("alpha", [-1, 0, 0.5, -3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_compiled_loops_it_is_the_same_sum(
-    cases: Cases, not_compiled: None, dtype: torch.dtype, alpha: float
+    cases: Cases, without_loops: None, dtype: torch.dtype, alpha: float
 ) -> None:
     case = cases.make(numbers(37, 65, dtype=dtype), alpha=alpha)
     assert_close(case.lazy.materialize(), case)
@@ -223,8 +216,7 @@ def test_with_and_without_compiled_loops_values_are_neighbours(
 ) -> None:
     base = numbers(37, 615, dtype=dtype)
     compiled = cases.make(base).lazy.materialize()
-    for module in (low_rank, lora_sides):
-        monkeypatch.setattr(module, "low_rank", lambda: None)
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
     assert units_apart(cases.make(base).lazy.materialize(), compiled).max() <= 1
 
 
@@ -246,15 +238,12 @@ def test_factor_that_is_not_finite_is_an_error(cases: Cases, name: str, bad: flo
         cases.make(numbers(12, 40, dtype=dtype), adapter).lazy.materialize()
 
 
-@pytest.mark.parametrize("way", ["compiled", "not compiled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[30:, 600:]], ids=["whole", "t", "part"])
 def test_base_that_is_not_finite_is_an_error(
-    cases: Cases, request: pytest.FixtureRequest, way: str, dtype: torch.dtype, bad: float, view: View
+    cases: Cases, way: str, dtype: torch.dtype, bad: float, view: View
 ) -> None:
-    if way == "not compiled":
-        request.getfixturevalue("not_compiled")
     base = numbers(37, 615, dtype=dtype)
     base[36, 614] = bad
     case = cases.make(base)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from expo_serve.kernels.sparse import patch as loop
+from expo_serve import kernels
+from expo_serve.kernels.sparse import APPLY
 from expo_serve.load import blocks
 from expo_serve.load.blocks import Coded, DamagedError, decode, encode
 from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
@@ -29,14 +30,14 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways of each test: with the compiled loops, and as where they cannot be compiled."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
-            patch.setattr(blocks, "patch", lambda width: None)
-            patch.setattr(blocks, "fits", lambda *_: None)
+            patch.setattr(kernels, "available", lambda *_: False)
         yield request.param
 
 
 def test_this_machine_has_the_loops() -> None:
     """Half of what is below would say nothing without them."""
-    assert [loop(width) is not None for width in (2, 4, 8)] == [True, True, True]
+    assert list(APPLY) == [2, 4, 8]
+    assert kernels.available(*APPLY.values()), kernels.reason()
 
 
 def special(dtype: np.dtype[np.signedinteger]) -> Values:
@@ -255,8 +256,7 @@ def test_any_bytes_give_the_same_both_ways_or_are_refused(
     coded = Coded(coding, parts)
     compiled = _values_or_refusal(coded, size, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "patch", lambda width: None)
-        patch.setattr(blocks, "fits", lambda *_: None)
+        patch.setattr(kernels, "available", lambda *_: False)
         assert compiled == _values_or_refusal(coded, size, dtype)
 
 

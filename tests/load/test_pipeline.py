@@ -16,9 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expo_serve import kernels
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
-from expo_serve.kernels import bf16 as fused
-from expo_serve.load import operands as sides
 from expo_serve.load import sizes
 from expo_serve.load import threads as threads_module
 from expo_serve.load.counts import Counts
@@ -106,7 +105,7 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     with pytest.MonkeyPatch.context() as patch, load_into(model, threads) as session:
         patch.setattr(sizes, "PIECE_BYTES", piece_bytes)
         patch.setattr(sizes, "BLOCK_BYTES", block_bytes)
-        patch.setattr(fused, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
+        patch.setattr(sizes, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
         patch.setattr(FileSpan, "is_cached", lambda part: part.offset % 3 > cold)
         patch.setattr(sizes, "PENDING_BYTES", pending_bytes)
         loaded = {name: lazy_tensor(tensor, session) for name, tensor in plan.tensors.items()}
@@ -154,7 +153,7 @@ def threads_left() -> list[str]:
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int = 30) -> None:
     """Let reads fail after some."""
     before_reads(monkeypatch, fail_from(after, error))
-    monkeypatch.setattr(sides, "fused", lambda: None)  # its reads are not Python's
+    monkeypatch.setattr(kernels, "available", lambda *_: False)  # its reads are not Python's
 
 
 def test_a_read_error_ends_the_load_with_its_cause(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +272,7 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
 
     before_reads(monkeypatch, hang)
-    monkeypatch.setattr(sides, "fused", lambda: None)
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
     monkeypatch.setattr(threads_module, "_JOIN_SECONDS", 0.2)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()

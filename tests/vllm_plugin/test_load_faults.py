@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from expo_serve import kernels
 from expo_serve.errors import CheckpointError
-from expo_serve.load import operands as sides
 from tests.faults import Read, before_reads, fail_from
 from tests.inprocess import worker_config
 from tests.load_memory import measure_load
@@ -49,7 +49,7 @@ def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base, aligned = build_pair(tmp_path)
     with monkeypatch.context() as patch:
         before_reads(patch, fail_from(20, OSError(errno.EIO, os.strerror(errno.EIO))))
-        patch.setattr(sides, "fused", lambda: None)  # its reads are not Python's
+        patch.setattr(kernels, "available", lambda *_: False)  # its reads are not Python's
         with pytest.raises(CheckpointError, match=r"model.safetensors: tensor '.*' cannot be read: Input/output error"):
             load_expo(base, aligned)
     assert threads_left() == []
@@ -65,7 +65,7 @@ def test_a_file_that_shrinks_while_it_is_loaded_ends_the_load(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         before_reads(patch, shrink_later)
-        patch.setattr(sides, "fused", lambda: None)
+        patch.setattr(kernels, "available", lambda *_: False)
         with pytest.raises(CheckpointError, match=r"base/model.safetensors: tensor '.*' is cut"):
             load_expo(base, aligned)
     assert threads_left() == []
