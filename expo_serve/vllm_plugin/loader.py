@@ -17,7 +17,7 @@ import torch
 
 from expo_serve.checkpoint.source import HubAccess, is_on_network
 from expo_serve.config import ExpoConfig, parse_config
-from expo_serve.errors import CheckpointError, ConfigError, LoadError
+from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.fill import compile_kernels
@@ -192,7 +192,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         names += [name for name in plan.added if not unused(name)]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(
-                f"{plan.model.path}: vLLM reads {len(unplanned)} tensors that were not planned", unplanned
+                f"{plan.model.path}: vLLM reads {count_of(len(unplanned), 'tensor')} not in the plan", unplanned
             )
         return names
 

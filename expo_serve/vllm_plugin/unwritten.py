@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from expo_serve.errors import LoadError
+from expo_serve.errors import LoadError, count_of
 from expo_serve.load.coverage import WriteTracker, still_lazy
 from expo_serve.vllm_plugin import compat
 
@@ -80,7 +80,7 @@ def is_quantised_late(module: torch.nn.Module) -> bool:
 
 
 def _parameters(names: Collection[str]) -> str:
-    return "1 parameter was" if len(names) == 1 else f"{len(names)} parameters were"
+    return count_of(len(names), "parameter was", "parameters were")
 
 
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -8,7 +8,7 @@ import torch
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import TensorRecord
-from expo_serve.errors import PairError, ValuesError
+from expo_serve.errors import PairError, ValuesError, count_of
 from expo_serve.load.fill import operands_of
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
@@ -66,7 +66,7 @@ def _refuse_other_tensors(plan: Plan, aligned: Checkpoint) -> None:
         if _describe(ours.get(name)) != _describe(aligned.tensors.get(name))
     ]
     if wrong:
-        count = "1 tensor differs" if len(wrong) == 1 else f"{len(wrong)} tensors differ"
+        count = count_of(len(wrong), "tensor differs", "tensors differ")
         raise PairError(
             f"the delta was made from another checkpoint than {aligned.source.name}: {count} in name, dtype or shape, "
             f"the first {wrong[0].split(':')[0]}",
