@@ -1,8 +1,8 @@
 """What does it cost to look at every value for NaN and Inf while it is combined?
 
 The loader's way through a whole pair (read, combine, copy into parameters, two threads), with the check and without, in
-turn, from a warm page cache. Without: the compiled loop with the line that notices taken out; for the way through
-torch, which other dtypes and processors go, the sum left out.
+turn, from a warm page cache. Without: the compiled loops with marks that are always 0; for the way through torch, which
+other dtypes and processors take, the sum left out.
 
     python -m loadtests.check_cost [--size 1.1b] [--rounds 9]
 """
@@ -11,73 +11,81 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
+import numba
+import numpy as np
 import torch
 
+from expo_serve import kernels
 from expo_serve.config import ExpoConfig
-from expo_serve.kernels.bf16 import _IR, _SIGNATURES, Fused, fused
-from expo_serve.kernels.native import compiled
-from expo_serve.load import fill as job
-from expo_serve.load import formula as extrapolate
-from expo_serve.load.counts import Counts
+from expo_serve.kernels import bf16, reading
+from expo_serve.load import formula, operands
 from expo_serve.load.lazy import lazy_tensor
-from expo_serve.load.reader import Reader
-from expo_serve.load.session import LoadSession
-from expo_serve.load.threads import Background
+from expo_serve.load.session import load_into
+from expo_serve.load.threads import default_threads
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
 from loadtests.page_cache import warm
 from loadtests.pairs import pair_of
 from loadtests.results import ALPHA, parser, ratio_spread, save, shown, spread, table, turns
 
-_NOTICES = "%seen.next = or i16 %seen, %mark"
+
+def _recompiled(loop: Any, **replaced: Any) -> Any:
+    """A compiled loop again, with other functions in the place of those that it calls."""
+    source = loop.py_func
+    copied = FunctionType(source.__code__, {**source.__globals__, **replaced}, source.__name__)
+    return numba.njit(nogil=True, boundscheck=False, error_model="numpy")(copied)
 
 
-def unchecked_loops() -> Fused:
-    """The compiled loops, deaf to what is not finite."""
-    assert _IR.count(_NOTICES) == 1
-    functions = compiled(_IR.replace(_NOTICES, "%seen.next = or i16 %seen, 0"), _SIGNATURES)
-    assert functions
-    return Fused(functions)
+def _without_check() -> AbstractContextManager[Any]:
+    """The compiled loops, blind to values that are not finite."""
+    combine = _recompiled(bf16.combine, mark=numba.njit(lambda value: np.uint16(0)))
+    stream = _recompiled(reading.stream, combine=combine)
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with (
+            mock.patch.dict(kernels._found, {combine: "", stream: ""}),
+            mock.patch.object(formula, "combine", combine),
+            mock.patch.object(operands, "stream", stream),
+        ):
+            yield
+
+    return patched()
+
+
+def _without_loops() -> AbstractContextManager[Any]:
+    """torch in the place of the compiled loops."""
+    return mock.patch.object(kernels, "available", return_value=False)
 
 
 @contextmanager
-def loops(chosen: Fused | None) -> Iterator[None]:
-    """The loader with other loops, or with none: then torch does it."""
-    with (
-        mock.patch.object(extrapolate, "fused", return_value=chosen),
-        mock.patch.object(job, "fused", return_value=chosen),
-    ):
+def _without_loops_or_check() -> Iterator[None]:
+    with _without_loops(), mock.patch.object(formula, "_check_finite"):
         yield
 
 
-def ways() -> dict[str, Callable[[], Any]]:
-    """A context for each."""
-    checked, unchecked = fused(), unchecked_loops()
+def ways() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """A context for each way."""
+    assert kernels.available(bf16.combine, reading.stream), kernels.reason()
     return {
-        "compiled": lambda: loops(checked),
-        "compiled, unchecked": lambda: loops(unchecked),
-        "torch": lambda: loops(None),
-        "torch, unchecked": _torch_unchecked,
+        "compiled": nullcontext,
+        "compiled, unchecked": _without_check,
+        "torch": _without_loops,
+        "torch, unchecked": _without_loops_or_check,
     }
-
-
-@contextmanager
-def _torch_unchecked() -> Iterator[None]:
-    with loops(None), mock.patch.object(extrapolate, "_check_finite"):
-        yield
 
 
 def load(plan: Plan, model: torch.nn.Module) -> None:
     """What the loader does with each tensor, without a model's own code around it."""
-    reader, counts = Reader(), Counts()
-    with Background(model) as background:
+    with load_into(model, default_threads()) as session:
         for parameter, planned in zip(model.parameters(), plan.tensors.values(), strict=True):
-            parameter.data.copy_(lazy_tensor(planned, LoadSession(reader, counts, background.submit)))
-        background.wait()
+            parameter.data.copy_(lazy_tensor(planned, session))
+        session.settle()
 
 
 def measure(plan: Plan, rounds: int) -> dict[str, Any]:

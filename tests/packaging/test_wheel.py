@@ -64,7 +64,7 @@ def test_environment_was_empty(installed: dict[str, Any]) -> None:
 
 def test_every_file_of_the_package_is_installed(installed: dict[str, Any]) -> None:
     """The data files too: py.typed, and whatever else is not Python."""
-    files = (file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    files = (file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     wanted = {str(file.relative_to(ROOT)) for file in files}
     assert "expo_serve/py.typed" in wanted
     found = {file for file in installed["files"] if not file.endswith(".pyc")}
