@@ -56,7 +56,7 @@ lint: setup ## ruff and mypy
 docs: setup ## the site of docs/, into .site, with every link and anchor checked
 	$(BIN)/mkdocs build --strict
 
-# Three in one environment would need three builds of torch: the others get what needs none (tests/pythons.py).
+# torch's CPU build may be there for one Python only, so the others run what needs no torch.
 test-pythons: setup ## ruff, mypy and the tests without torch under the other Pythons of this machine
 	$(BIN)/python -m tests.pythons
 

