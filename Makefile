@@ -14,7 +14,7 @@ TORCH := $(shell sed '/^\#/d' requirements/torch.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models serve test test-fast test-pythons test-kube tools image bench lint docs chart-docs lock clean
+.PHONY: help setup demo models serve test test-all test-fast test-pythons test-kube tools image bench lint docs chart-docs lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -64,12 +64,15 @@ test-pythons: setup ## ruff, mypy and the tests without torch under the other Py
 tools: setup
 	@$(BIN)/python -m tests.deploy.install
 
-test: lint models tools ## everything but test-kube: lint, fast tests, tests with real engines
+test: lint docs models tools ## lint, types, docs, all fast tests, and the engine tests that give the most (some 10 minutes)
+	$(BIN)/python -m pytest -m 'not slow'
+	@echo "Left out: slow tests (make test-all), other Pythons (make test-pythons), the image and its pods (make test-kube)."
+
+test-all: lint docs models tools test-pythons ## the slow tests too: every family, every combination (an hour)
 	$(BIN)/python -m pytest
-	@echo "Left out: make test-kube, which builds the image and runs it with podman, as root."
 
 test-fast: setup tools ## the tests that start no engine
-	$(BIN)/python -m pytest -m 'not engine'
+	$(BIN)/python -m pytest -m 'not engine and not slow'
 
 test-kube: models tools ## the image, and the chart's pods run from it by podman; as root (some four minutes)
 	$(BIN)/python -m pytest -m kube tests/deploy/kube -v --durations=5
