@@ -27,8 +27,8 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every write into the parameters of ``model`` while its context is entered.
 
     A write is recorded by the bytes it went to, so writing one place twice counts once. A parameter whose storage was
-    replaced counts as written, except one that began on the meta device: there vLLM tries every write before it makes
-    the layer and quantises it, and the tried writes are those that will have happened.
+    replaced counts as written, except one that began on the meta device: there vLLM tries every write on meta
+    tensors before it makes and quantises the layer, so the tried writes are recorded.
 
     Args:
         model: the model whose parameters are watched.
@@ -112,7 +112,7 @@ def _bytes_of(tensor: torch.Tensor) -> Selection:
 
 
 def _written_elements(parameter: torch.Tensor, regions: set[Selection]) -> int:
-    """Count the elements that at least one region covers, on the coarsest cells to whose borders all regions keep."""
+    """Count the elements that at least one region covers, using the largest cell to which every region is aligned."""
     whole = _bytes_of(parameter)
     if whole in regions or not regions:
         return parameter.numel() if regions else 0
@@ -124,7 +124,7 @@ def _written_elements(parameter: torch.Tensor, regions: set[Selection]) -> int:
 
 
 def _divisor(region: Selection) -> int:
-    """Return the largest cell in bytes to whose borders a region keeps."""
+    """Return the largest cell in bytes to which a region is aligned."""
     return math.gcd(region.offset, region.shape[-1], *region.stride[:-1])
 
 

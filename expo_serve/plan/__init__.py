@@ -1,1 +1,1 @@
-"""Plans: what becomes of each tensor, decided from headers alone. Every refusal of a pair or a delta is made here."""
+"""Plans: what becomes of each tensor, decided from headers alone; whatever headers can show is refused here."""

@@ -85,7 +85,7 @@ def ties_embeddings(config: Mapping[str, object]) -> bool | None:
 def may_tie_output(base: Mapping[str, object]) -> bool:
     """Return whether an output that base does not store can be its embedding.
 
-    Of a body that was saved without its head this is not known, unless its config says so.
+    For a body that was saved without its head this is unknown unless the config sets it.
     """
     architectures = base.get("architectures")
     is_body = isinstance(architectures, list) and all(_BODY.search(str(name)) for name in architectures)
