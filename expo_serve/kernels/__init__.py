@@ -5,22 +5,25 @@ A loop returns how much it has done, from the beginning on, and stops at whateve
 returned less than was asked for, a value that is not finite, another checksum. It reports no error. The caller does the
 rest the plain way, which finds the cause and reports it.
 
-Ask :func:`available` before a loop is called.
+Ask :func:`available` first, and import the loop after that, within the function that calls it: the modules of the loops
+need numba, which takes a quarter of a second to import.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
-from expo_serve.kernels import probe
-from expo_serve.kernels.bf16 import combine
-from expo_serve.kernels.compiling import compile_loop, obstacle
-
-Loop = Callable[..., object]
+Loop = Literal[
+    "bf16.combine", "reading.stream", "reading.gather", "reading.fetch",
+    "sparse.apply16", "sparse.apply32", "sparse.apply64", "sparse.extrapolate",
+    "low_rank.product", "low_rank.stream",
+]  # fmt: skip
+"""A loop, by its module and name."""
 _lock = threading.Lock()
 _found: dict[Loop, str] = {}
-"""By loop: why it cannot be used; empty if it can."""
+"""Why a loop cannot be used; empty if it can."""
 
 
 def available(*loops: Loop) -> bool:
@@ -31,15 +34,15 @@ def available(*loops: Loop) -> bool:
     torch does the work then.
 
     Args:
-        loops: functions of this room; by default the one that combines bf16 values.
+        loops: by default the one that combines bf16 values.
     """
-    found = [_obstacle(loop) for loop in loops or (combine,)]
+    found = [_obstacle(loop) for loop in loops or ("bf16.combine",)]
     return not any(found)
 
 
 def reason() -> str:
     """Return why loops that were asked for cannot be used, and what to do, in one line; empty if all of them can."""
-    found = "; ".join(dict.fromkeys(" ".join(found.split()) for found in _found.values() if found))
+    found = "; ".join(dict.fromkeys(" ".join(found.split()) for found in list(_found.values()) if found))
     return f"compiled loops are not used, so that the work takes longer: {found}" if found else ""
 
 
@@ -51,13 +54,28 @@ def _obstacle(loop: Loop) -> str:
     return found
 
 
-def _prepare(loop: Loop) -> str:
-    if found := obstacle(loop):
-        return found
+def _prepare(name: Loop) -> str:
     try:
-        compile_loop(loop)
-        is_right = loop is not combine or probe.gives_bits_of_torch()
+        from expo_serve.kernels import compiling, probe
+
+        loop = _loop(name)
+    except ImportError as error:  # numba is missing, or does not support the NumPy that is installed
+        return f"numba cannot be imported ({error}); install numba"
+    try:
+        if found := compiling.obstacle(loop):
+            return found
+        compiling.compile_loop(loop)
+        is_right = name != "bf16.combine" or probe.gives_bits_of_torch()
     except Exception as error:  # noqa: BLE001  # numba and LLVM raise many kinds, and no load may fail by one
         kind = type(error).__name__
         return f"numba cannot compile its loops ({kind}: {error}); set NUMBA_CACHE_DIR to an empty, writable folder"
     return "" if is_right else "they give other bits than torch on this processor; please report it"
+
+
+def _loop(name: Loop) -> Callable[..., object]:
+    from expo_serve.kernels import bf16, low_rank, reading, sparse
+
+    module, _, function = name.partition(".")
+    rooms = {"bf16": bf16, "low_rank": low_rank, "reading": reading, "sparse": sparse}
+    loop: Callable[..., object] = getattr(rooms[module], function)
+    return loop

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
-from expo_serve.kernels.compiling import Intrinsic, helper, intrinsic, loop, types
+from expo_serve.kernels.compiling import Intrinsic, helper, intrinsic, loop
 
 Bits = npt.NDArray[np.uint16]
 """bf16 values as unsigned integers, flat and contiguous."""

@@ -1,10 +1,7 @@
-"""How loops become machine code. The only module that imports numba.
+"""How loops become machine code: the only module of this room that decides how numba compiles.
 
-A load must not fail because numba is missing or cannot compile, so the modules of this room import without it: their
-functions stay as they are then, :func:`expo_serve.kernels.available` is False, and nothing calls them.
-
-Nothing is compiled at import. :func:`compile_loop` compiles a loop for the signatures that its decorator names, and for
-no others: a call with other types is an error, not a second compilation.
+Nothing is compiled at import. :func:`compile_loop` compiles a loop for the signature that its decorator names, and for
+no other: a call with other types is an error, not a second compilation.
 """
 
 from __future__ import annotations
@@ -12,27 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
-try:
-    import llvmlite.binding
-    import numba
-    from llvmlite import ir as llvm
-    from numba import types
-    from numba.core import cgutils
-    from numba.core.sigutils import normalize_signature
-    from numba.core.typing import signature as make_signature
-    from numba.extending import intrinsic as numba_intrinsic
-
-    _import_error = ""
-except ImportError as error:  # also where numba does not support the NumPy that is installed
-    cgutils = llvm = types = None
-    _import_error = str(error) or "ImportError"
-
-__all__ = [
-    "Intrinsic", "cgutils", "compile_loop", "external", "has_feature", "helper", "intrinsic", "llvm", "loop",
-    "obstacle", "types",
-]  # fmt: skip
+import llvmlite.binding
+import numba
+from numba import types
+from numba.core.sigutils import normalize_signature
+from numba.core.typing import signature as make_signature
 
 Function = TypeVar("Function", bound=Callable[..., object])
 Scalar = TypeVar("Scalar")
@@ -42,30 +25,28 @@ Intrinsic = tuple[object, Callable[..., object]]
 _OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in _SOURCES)).hexdigest()[:12]
-_signatures: dict[object, tuple[str, ...]] = {}
+_signatures: dict[object, str] = {}
 _missing: dict[object, str] = {}
 _cache_error = ""
 
 
-def loop(*signatures: str, missing: str = "") -> Callable[[Function], Function]:
-    """Mark a function that Python calls. It is compiled by :func:`compile_loop`, once for each signature.
+def loop(signature: str, missing: str = "") -> Callable[[Function], Function]:
+    """Mark a function that Python calls. It is compiled by :func:`compile_loop`.
 
     Compiled loops hold no GIL and check no bounds. They are kept in numba's cache: in ``NUMBA_CACHE_DIR`` if that is
     set, else beside the source, else under the user's home.
 
     Args:
-        signatures: as numba writes them.
+        signature: as numba writes it.
         missing: why this loop cannot be compiled here, if that is known already.
     """
 
     def decorate(function: Function) -> Function:
-        if _import_error:
-            return function
         # The name is part of the cache's file names. numba itself looks at the file of a cached function only, and
         # would not see that a function that it calls has changed in another file.
         function.__qualname__ = f"{function.__name__}_{_VERSION}"
         compiled = _with_cache(function)
-        _signatures[compiled], _missing[compiled] = signatures, missing
+        _signatures[compiled], _missing[compiled] = signature, missing
         return compiled
 
     return decorate
@@ -84,8 +65,6 @@ def _with_cache(function: Function) -> Function:
 
 def helper(function: Function) -> Function:
     """Mark a function that only loops call: it becomes part of them."""
-    if _import_error:
-        return function
     compiled: Function = numba.njit(**_OPTIONS)(function)
     return compiled
 
@@ -98,7 +77,7 @@ def intrinsic(result: type[Scalar]) -> Callable[[Callable[..., Intrinsic]], Call
     """
 
     def decorate(function: Callable[..., Intrinsic]) -> Callable[..., Scalar]:
-        made: Callable[..., Scalar] = _not_compiled if _import_error else numba_intrinsic(function)
+        made: Callable[..., Scalar] = numba.extending.intrinsic(function)
         return made
 
     return decorate
@@ -112,8 +91,6 @@ def external(name: str, signature: str, address: int | None = None) -> Callable[
         signature: as numba writes it.
         address: where the function is, unless the process's own libraries have the symbol.
     """
-    if _import_error:
-        return _not_compiled
     if address:
         llvmlite.binding.add_symbol(name, address)
     arguments, result = normalize_signature(signature)
@@ -121,14 +98,8 @@ def external(name: str, signature: str, address: int | None = None) -> Callable[
     return made
 
 
-def _not_compiled(*arguments: object) -> NoReturn:
-    raise ImportError(_import_error)
-
-
 def has_feature(name: str) -> bool:
     """Return True if loops are compiled for a processor with this feature, by LLVM's name."""
-    if _import_error:
-        return False
     features = numba.config.CPU_FEATURES
     if features is None:
         features = llvmlite.binding.get_host_cpu_features().flatten()
@@ -137,8 +108,6 @@ def has_feature(name: str) -> bool:
 
 def obstacle(function: Callable[..., object]) -> str:
     """Return why a loop cannot be compiled in this process, and what to do; empty if nothing is known against it."""
-    if _import_error:
-        return f"numba cannot be imported ({_import_error}); install numba"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set; unset it"
     if _cache_error:
@@ -147,11 +116,23 @@ def obstacle(function: Callable[..., object]) -> str:
 
 
 def compile_loop(function: Callable[..., object]) -> None:
-    """Compile a loop, or take it from numba's cache.
+    """Compile a loop, or take it from numba's cache, unless that was done.
 
     Raises:
         Exception: of whatever kind, from numba, LLVM, or reading and writing the cache.
     """
-    for signature in _signatures[function]:
-        function.compile(signature)  # type: ignore[attr-defined]
-    function.disable_compile()  # type: ignore[attr-defined]
+    if not function.signatures:  # type: ignore[attr-defined]
+        function.compile(_signatures[function])  # type: ignore[attr-defined]
+        function.disable_compile()  # type: ignore[attr-defined]
+
+
+def _give_a_dict(library: object) -> None:
+    """Let llvmlite's library answer ``__dict__`` like other objects.
+
+    It answers every name with a function. vLLM asks all that any module holds for its ``__dict__`` when an engine
+    starts, and the second engine of a process failed at this one.
+    """
+    getattr(library, "_fntab", {}).setdefault("__dict__", {})
+
+
+_give_a_dict(llvmlite.binding.ffi.lib)

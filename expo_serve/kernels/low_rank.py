@@ -15,9 +15,12 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir as llvm
+from numba import types
+from numba.core import cgutils
 
 from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
-from expo_serve.kernels.compiling import Intrinsic, cgutils, has_feature, helper, intrinsic, llvm, loop, types
+from expo_serve.kernels.compiling import Intrinsic, has_feature, helper, intrinsic, loop
 from expo_serve.kernels.reading import pread
 
 Matrix = npt.NDArray[np.float32]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
+from expo_serve.kernels.codes import LARGE, SKIP
 from expo_serve.kernels.compiling import helper, loop
 
 Bytes = npt.NDArray[np.uint8]
@@ -19,10 +20,6 @@ Halves = npt.NDArray[np.int16]
 Values = TypeVar("Values", Halves, npt.NDArray[np.int32], npt.NDArray[np.int64])
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
 Places = npt.NDArray[np.uint32]
-SKIP = 255
-"""Escape code: skip 255 values, and continue with the next byte of the gaps."""
-LARGE = 255
-"""Escape code: the step does not fit in a byte and is stored among the large ones."""
 _CHUNK = 4096
 """Gaps at a time, where arithmetic is done in vectors: what is computed from them stays in the L1 cache."""
 _MINUS_ZERO = np.int16(-(2**15))
@@ -58,8 +55,8 @@ def _apply(gaps: Bytes, small: Bytes, large: Values, values: Values) -> bool:
     """Change values in place.
 
     Args:
-        gaps: how many values are between two changes; 255 is :data:`SKIP`.
-        small: the step of each change less one; 255 is :data:`LARGE`.
+        gaps: how many values are between two changes; 255 is :data:`~expo_serve.kernels.codes.SKIP`.
+        small: the step of each change less one; 255 is :data:`~expo_serve.kernels.codes.LARGE`.
         large: the steps that do not fit in a byte.
         values: the bits of base's values, as signed integers of the width of the dtype.
 
@@ -91,8 +88,6 @@ _READ_ONLY = (
 apply16, apply32, apply64 = (
     loop(f"boolean({_READ_ONLY}, int{{0}}[::1])".format(width))(_apply) for width in (16, 32, 64)
 )
-APPLY = {2: apply16, 4: apply32, 8: apply64}
-"""The loop for values of so many bytes. Each is compiled by itself: most deltas have values of one width."""
 
 
 @helper

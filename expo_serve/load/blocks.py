@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import zstandard
 
 from expo_serve import kernels
-from expo_serve.kernels.sparse import APPLY, LARGE, SKIP
+from expo_serve.kernels.codes import LARGE, SKIP
 from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
 
 LEVEL = 1
@@ -129,10 +130,18 @@ def _apply(parts: Parts, values: Values) -> None:
     Raises:
         DamagedError: the parts do not fit each other and the values.
     """
-    loop = APPLY.get(values.itemsize)
-    apply = loop if loop and kernels.available(loop) else _apply_plain
-    if not apply(parts.gaps, parts.small, parts.large, values):
+    if not _loop_for(values.itemsize)(parts.gaps, parts.small, parts.large, values):
         raise DamagedError(f"{parts.gaps.size} gaps, {parts.small.size} steps, {parts.large.size} large ones")
+
+
+def _loop_for(width: int) -> Callable[[Values, Values, Values, Values], bool]:
+    """Return what applies changes to values of so many bytes."""
+    loops: dict[int, kernels.Loop] = {2: "sparse.apply16", 4: "sparse.apply32", 8: "sparse.apply64"}
+    if width not in loops or not kernels.available(loops[width]):
+        return _apply_plain
+    from expo_serve.kernels import sparse
+
+    return {2: sparse.apply16, 4: sparse.apply32, 8: sparse.apply64}[width]
 
 
 def _apply_plain(gaps: Values, small: Values, large: Values, values: Values) -> bool:

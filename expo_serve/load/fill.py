@@ -8,7 +8,6 @@ import torch
 
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
-from expo_serve.kernels import bf16, low_rank, reading, sparse
 from expo_serve.load import sizes
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.load.lora import LowRankOperands
@@ -105,8 +104,8 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
 
 
 _LOOPS: dict[str | None, tuple[kernels.Loop, ...]] = {
-    "packed": (reading.fetch, sparse.extrapolate, sparse.apply16),
-    "lora": (low_rank.stream, low_rank.product),
+    "packed": ("reading.fetch", "sparse.extrapolate", "sparse.apply16"),
+    "lora": ("low_rank.stream", "low_rank.product"),
 }
 """By the format of the delta: the loops that only a load of this format uses."""
 
@@ -120,5 +119,5 @@ def compile_kernels(delta_format: str | None) -> str:
     Returns:
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
-    kernels.available(bf16.combine, reading.stream, reading.gather, *_LOOPS.get(delta_format, ()))
+    kernels.available("bf16.combine", "reading.stream", "reading.gather", *_LOOPS.get(delta_format, ()))
     return kernels.reason()

@@ -19,7 +19,6 @@ import torch
 
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
-from expo_serve.kernels.bf16 import combine, lerp_factor
 from expo_serve.load.dtypes import bf16_bits
 
 
@@ -108,8 +107,10 @@ def _combined_at_once(
     tensors = (dest, *operands.values())
     if dtype != dest.dtype or any(tensor.dtype != dtype for tensor in tensors) or not _are_plain(*tensors):
         return False
-    if not kernels.available(combine):
+    if not kernels.available("bf16.combine"):
         return False
+    from expo_serve.kernels.bf16 import combine, lerp_factor
+
     base, out = bf16_bits(operands["base"]), bf16_bits(dest)
     if "delta" in operands:
         return combine(base, bf16_bits(operands["delta"]), out, weight, False, True)

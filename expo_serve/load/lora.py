@@ -12,7 +12,6 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
-from expo_serve.kernels import low_rank
 from expo_serve.load import sizes
 from expo_serve.load.dtypes import bf16_bits, meta_tensor
 from expo_serve.load.operands import Memory
@@ -36,7 +35,9 @@ class Factors:
     def product(self, rows: range, columns: range, out: torch.Tensor) -> None:
         """Compute a part of the product into ``out``: fp32, contiguous, as many rows and columns as the part has."""
         left = self.left[rows.start : rows.stop]
-        if kernels.available(low_rank.product):
+        if kernels.available("low_rank.product"):
+            from expo_serve.kernels import low_rank
+
             low_rank.product(left.numpy(), self.right.numpy(), columns.start, out.numpy(), self.scale)
             return
         right = self.right[:, columns.start : columns.stop]
@@ -54,6 +55,8 @@ class Factors:
         Returns:
             How many rows are done.
         """
+        from expo_serve.kernels import low_rank
+
         left = self.left[rows.start : rows.stop].numpy()
         step = max(1, sizes.LOW_RANK_PIECE_BYTES // (2 * out.shape[1]))
         bits = bf16_bits(out).reshape(out.shape)
@@ -126,7 +129,7 @@ class LowRankOperands:
         """Read base onto its place and add the step there, some whole rows at a time."""
         columns = self._columns
         is_plain = self._base.dtype == "BF16" and not self._change.start and elements.offset % columns == 0
-        if not is_plain or not kernels.available(low_rank.stream):
+        if not is_plain or not kernels.available("bf16.combine", "low_rank.stream"):
             return 0
         factors = self._read_factors()
         first = elements.offset // columns

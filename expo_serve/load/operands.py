@@ -14,8 +14,6 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
-from expo_serve.kernels.bf16 import lerp_factor
-from expo_serve.kernels.reading import stream
 from expo_serve.load import sizes
 from expo_serve.load.dtypes import bf16_bits
 from expo_serve.load.reader import Buffer, Reader
@@ -123,8 +121,11 @@ class RecordOperands:
         """Read and combine two bf16 operands without coming back to Python."""
         other: Operand = "delta" if "delta" in self.records else "aligned"
         dtypes = {record.dtype for record in self.records.values()}
-        if len(self.records) != 2 or dtypes != {"BF16"} or not kernels.available(stream):
+        if len(self.records) != 2 or dtypes != {"BF16"} or not kernels.available("bf16.combine", "reading.stream"):
             return 0
+        from expo_serve.kernels.bf16 import lerp_factor
+        from expo_serve.kernels.reading import stream
+
         factor, from_other = (1 + alpha, False) if other == "delta" else lerp_factor(1 + alpha)
         one, two = (self.reader.span_of(operand, self.records[operand], selection) for operand in ("base", other))
         places = one.descriptor, one.offset, two.descriptor, two.offset

@@ -12,9 +12,6 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
 from expo_serve.errors import CheckpointError, ValuesError
-from expo_serve.kernels.bf16 import lerp_factor
-from expo_serve.kernels.reading import fetch
-from expo_serve.kernels.sparse import extrapolate
 from expo_serve.load import sizes
 from expo_serve.load.blocks import Coded, DamagedError, decode, decompressed
 from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
@@ -26,6 +23,8 @@ from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
 _SPAN_BYTES = 8 << 20
 """Decoded at a time where elements lie apart: what lies between them is decoded too."""
+
+_LOOPS: tuple[kernels.Loop, ...] = ("bf16.combine", "reading.fetch", "sparse.extrapolate")
 
 
 class PackedOperands:
@@ -115,7 +114,7 @@ class PackedOperands:
         """Read blocks of base to where they belong, and extrapolate there what the delta changes."""
         first, end = elements.offset, elements.end
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
-        if not is_plain or end > self._tensor.values_in_base or not kernels.available(fetch, extrapolate):
+        if not is_plain or end > self._tensor.values_in_base or not kernels.available(*_LOOPS):
             return 0
         flat, table, blocks = dest.detach().view(-1), self._table(), self._blocks(elements)
         if not {SAME, SPARSE}.issuperset(table.codings[blocks.start : blocks.stop]):
@@ -135,6 +134,10 @@ class PackedOperands:
 
     def _extrapolate(self, block: int, values: torch.Tensor, weight: float, read_from: int) -> bool:
         """Compute the result of one block; return False for what :meth:`read` has to do."""
+        from expo_serve.kernels.bf16 import lerp_factor
+        from expo_serve.kernels.reading import fetch
+        from expo_serve.kernels.sparse import extrapolate
+
         assert self._base is not None
         try:
             parts = decompressed(self._coded(block, read_from), values.numel(), 2)

@@ -20,7 +20,6 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError, LoadError
-from expo_serve.kernels.reading import gather
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.dtypes import TORCH_DTYPES
@@ -178,7 +177,9 @@ def read_runs(file: int, memory: memoryview, offsets: Offsets) -> None:
         OSError: from the system call.
     """
     size, done = len(memory) // len(offsets), 0
-    if len(offsets) > 1 and kernels.available(gather):
+    if len(offsets) > 1 and kernels.available("reading.gather"):
+        from expo_serve.kernels.reading import gather
+
         done = gather(file, np.frombuffer(memory, np.uint8), np.ascontiguousarray(offsets))
     for index in range(done, len(offsets)):
         _read_exactly(file, memory[index * size : (index + 1) * size], int(offsets[index]))

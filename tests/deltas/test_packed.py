@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve import kernels
-from expo_serve.kernels.reading import fetch
-from expo_serve.kernels.sparse import extrapolate
 from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.lazy import lazy_tensor
@@ -106,7 +104,7 @@ def test_minus_zero_everywhere(packs: Packs, alpha: float, with_loops: bool, mon
 
 def test_this_machine_has_the_loops() -> None:
     """The fast way would not be seen without them."""
-    assert kernels.available(fetch, extrapolate)
+    assert kernels.available("reading.fetch", "sparse.extrapolate"), kernels.reason()
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -20,7 +20,7 @@ WEIGHTS = st.one_of(st.floats(-101, 101), st.sampled_from([0.5, -0.5, 1 + 1e-9, 
 
 def test_this_machine_has_the_loop() -> None:
     """Everything below would pass without it."""
-    assert kernels.available(combine), kernels.reason()
+    assert kernels.available("bf16.combine"), kernels.reason()
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,7 +12,6 @@ import torch
 
 from expo_serve import kernels
 from expo_serve.errors import ValuesError
-from expo_serve.kernels import low_rank
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
@@ -84,7 +83,7 @@ def copied(lazy: LazyTensor, view: View) -> torch.Tensor:
 
 def test_this_machine_has_the_loops() -> None:
     """Much of what is below would pass without them."""
-    assert kernels.available(low_rank.product, low_rank.stream), kernels.reason()
+    assert kernels.available("low_rank.product", "low_rank.stream"), kernels.reason()
 
 
 def test_whole_is_the_product_added_once(case: Case) -> None:
