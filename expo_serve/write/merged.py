@@ -91,7 +91,7 @@ def _write_shard(
     offset = 0
     with SafetensorsWriter(file, len(header)) as writer:
         for tensor, values in in_order(value, ordered, _THREADS):
-            writer.write(offset, memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            writer.write(offset, values.view(-1).view(torch.uint8).numpy().data)
             offset += tensor.result.nbytes
             progress.advance(tensor.result.nbytes)
         writer.finish(header)
