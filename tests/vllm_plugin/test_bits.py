@@ -77,7 +77,9 @@ def test_draft_model_loads_as_it_is(tmp_path: Path) -> None:
     speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
     found, report = load(aligned, role="draft", speculative_config=speculative, **by_expo(base, 0.5))
     assert report is None
-    assert differing(found, expected) == []
+    # Once processed, a draft's output is another tensor than the embedding that it was tied to.
+    assert found.keys() - expected.keys() == {"lm_head.weight (processed)"}
+    assert differing({name: found[name] for name in expected}, expected) == []
 
 
 def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:

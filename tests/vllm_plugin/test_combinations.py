@@ -136,7 +136,7 @@ def test_a_quantised_layer_without_a_weight_is_an_error(missing: str, tmp_path: 
     for folder in (base, aligned):
         drop_tensor(folder, f"model.layers.1.{missing}.weight")
     with (
-        pytest.raises(LoadError, match=r"1 parameters were not loaded"),
+        pytest.raises(LoadError, match=r"1 parameter was not loaded"),
         vllm_model(aligned, quantization="fp8_per_channel", **by_expo(base, ALPHA)),
     ):
         pass
