@@ -23,7 +23,7 @@ import torch
 from expo_serve import kernels
 from expo_serve.config import ExpoConfig
 from expo_serve.kernels import bf16, reading
-from expo_serve.load import formula, operands
+from expo_serve.load import formula
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import load_into
 from expo_serve.load.threads import default_threads
@@ -49,9 +49,8 @@ def _without_check() -> AbstractContextManager[Any]:
     @contextmanager
     def patched() -> Iterator[None]:
         with (
-            mock.patch.dict(kernels._found, {combine: "", stream: ""}),
-            mock.patch.object(formula, "combine", combine),
-            mock.patch.object(operands, "stream", stream),
+            mock.patch.object(bf16, "combine", combine),
+            mock.patch.object(reading, "stream", stream),
         ):
             yield
 
@@ -71,7 +70,7 @@ def _without_loops_or_check() -> Iterator[None]:
 
 def ways() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """A context for each way."""
-    assert kernels.available(bf16.combine, reading.stream), kernels.reason()
+    assert kernels.available("bf16.combine", "reading.stream"), kernels.reason()
     return {
         "compiled": nullcontext,
         "compiled, unchecked": _without_check,

@@ -1,4 +1,4 @@
-"""One block of a packed delta: to its bytes and back. :mod:`~expo_serve.plan.packed_format` describes the format."""
+"""Encodes and decodes one block of a packed delta. :mod:`~expo_serve.plan.packed_format` describes the format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expo_serve.kernels.codes import LARGE, SKIP
 from expo_serve.plan.packed_format import RAW, SAME, SHUFFLED, SPARSE
 
 LEVEL = 1
-"""Higher ones gain nothing: 3.28% of the demo's checkpoint at level 1, 3.33 at level 9."""
+"""Higher levels gain nothing (docs/performance.md#packed)."""
 Values = npt.NDArray[Any]
 TABLE = np.dtype([("base", "<u8"), ("bytes", "<u8"), ("coding", "<u4"), ("parts", "<u4", 3)])
 """An entry of a tensor's table, as :data:`~expo_serve.plan.packed_format.TABLE_ENTRY` describes it."""
@@ -45,7 +45,7 @@ class Coded:
 
 
 def encode(aligned: Values, base: Values | None) -> Coded:
-    """Code one block, in the smallest way.
+    """Encode one block, in the smallest coding.
 
     Args:
         aligned: the values' bits, as signed integers of their width.
@@ -135,7 +135,7 @@ def _apply(parts: Parts, values: Values) -> None:
 
 
 def _loop_for(width: int) -> Callable[[Values, Values, Values, Values], bool]:
-    """Return what applies changes to values of so many bytes."""
+    """Return the function that applies changes to values of this many bytes."""
     loops: dict[int, kernels.Loop] = {2: "sparse.apply16", 4: "sparse.apply32", 8: "sparse.apply64"}
     if width not in loops or not kernels.available(loops[width]):
         return _apply_plain
@@ -160,7 +160,7 @@ def _apply_plain(gaps: Values, small: Values, large: Values, values: Values) -> 
 
 
 def _gaps(changed: Values) -> bytes:
-    """Code where the changes are: the values between each and the one before it, 255 at a time."""
+    """Encode where the changes are: the unchanged values before each of them, 255 at most in a byte."""
     gaps = np.diff(np.flatnonzero(changed), prepend=-1) - 1
     skips, rests = np.divmod(gaps, SKIP)
     coded = np.full(int(skips.sum()) + len(gaps), SKIP, dtype=np.uint8)
@@ -169,7 +169,7 @@ def _gaps(changed: Values) -> bytes:
 
 
 def _rank(bits: Values) -> Values:
-    """Signed integers in the order of the floating-point numbers; it is its own inverse."""
+    """Map bits to signed integers in the order of the floating-point numbers; its own inverse."""
     width = 8 * bits.itemsize
     ranks: Values = bits ^ ((bits >> (width - 1)) & np.array((1 << (width - 1)) - 1, dtype=bits.dtype))
     return ranks
@@ -203,7 +203,7 @@ def _compress(raw: bytes) -> bytes:
 
 
 def decompress(raw: bytes | memoryview, limit: int) -> bytes:
-    """One Zstandard frame of at most ``limit`` bytes of content.
+    """Decompress one Zstandard frame of at most ``limit`` bytes of content.
 
     Raises:
         DamagedError: it is none, or has more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 
@@ -78,29 +79,31 @@ def _combine_piece(out: torch.Tensor, operands: dict[Operand, torch.Tensor], rec
 
 
 def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...]) -> Operands:
-    """Make what reads a planned tensor's operands.
+    """Make the object that reads a planned tensor's operands.
 
     Args:
         planned: the tensor.
         reader: opens its files.
         used: the operands that are wanted.
     """
-    match planned.delta:
+    delta = planned.delta
+    match delta:
         case None:
             records = {"base": planned.base, "aligned": planned.aligned}
             sources = {"base": "base", "aligned": planned.origin}
-            return RecordOperands(
-                reader, {operand: record for operand in used if (record := records[operand])}, sources
-            )
-        case PackedTensorDelta() as delta:
+            stored = {operand: record for operand in used if (record := records[operand])}
+            return RecordOperands(reader, stored, sources)
+        case PackedTensorDelta():
             return PackedOperands(delta, reader, used)
-        case LowRankTensorDelta() as delta if "delta" in used:
-            return LowRankOperands(delta, reader)
-        case FullTensorDelta() as delta if "delta" in used:
-            stored: dict[Operand, TensorRecord] = {"base": delta.base, "delta": delta.record}
-            return RecordOperands(reader, stored, {"base": "base", "delta": "delta"})
-        case delta:
+        case LowRankTensorDelta() | FullTensorDelta() if "delta" not in used:
             return RecordOperands(reader, {"base": delta.base}, {"base": "base"})
+        case LowRankTensorDelta():
+            return LowRankOperands(delta, reader)
+        case FullTensorDelta():
+            both: dict[Operand, TensorRecord] = {"base": delta.base, "delta": delta.record}
+            return RecordOperands(reader, both, {"base": "base", "delta": "delta"})
+        case _:
+            assert_never(delta)
 
 
 _LOOPS: dict[str | None, tuple[kernels.Loop, ...]] = {

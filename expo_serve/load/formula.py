@@ -1,4 +1,4 @@
-"""The formulas, and their one rounding.
+"""The formulas of pairs and deltas, and their one rounding.
 
 ExPO (arXiv 2404.16792): ``theta = theta_aligned + alpha * (theta_aligned - theta_base)``, which is
 ``lerp(theta_base, theta_aligned, 1 + alpha)``. It is computed on fp32 values (fp64 where an operand
@@ -23,7 +23,7 @@ from expo_serve.load.dtypes import bf16_bits
 
 
 class NotFiniteError(ArithmeticError):
-    """A piece of the result, or an operand of it, holds NaN or Inf. Args: the operand's side, or ``result``."""
+    """A piece of the result, or of an operand, holds NaN or Inf; its argument is the operand's name, or ``result``."""
 
 
 def combine_into(
@@ -49,10 +49,10 @@ def combine_into(
 def combine_unchecked(
     dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float
 ) -> torch.Tensor:
-    """Write the result into ``dest`` whatever it is; see :func:`combine_into`.
+    """Write the result into ``dest``, finite or not, as :func:`combine_into` does.
 
     Returns:
-        The result before it was cast to the dtype of ``dest``: what must be finite.
+        The result before the cast to the dtype of ``dest``: the values to check for NaN and Inf.
     """
     base, aligned, delta = operands.get("base"), operands.get("aligned"), operands.get("delta")
     if base is not None and delta is not None:
@@ -70,11 +70,11 @@ def combine_unchecked(
 
 
 _STEP_VALUES = 1 << 14
-"""At a time, so that what is computed on the way stays in the cache."""
+"""Values processed at a time, so that intermediates stay in the cache."""
 
 
 def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
-    """``base + weight * delta`` with one rounding to fp32.
+    """Compute ``base + weight * delta`` with one rounding to fp32.
 
     torch fuses the two operations or not, by processor and by place in the vector. In fp64 the product of fp32 values
     is exact, and the sum is rounded to odd, so that rounding it again gives what a fused operation gives (Boldo and
@@ -122,8 +122,11 @@ def _are_plain(*tensors: torch.Tensor) -> bool:
 
 
 def _check_finite(value: torch.Tensor, operands: Mapping[Operand, torch.Tensor]) -> None:
-    """A finite sum proves finite terms at a fraction of the price of looking at each; a sum that is
-    not finite proves nothing (it may have overflowed), so then each is looked at."""
+    """Raise if a value is not finite.
+
+    A finite sum proves finite terms at a fraction of the cost of looking at each; a sum that is not finite proves
+    nothing, since it may have overflowed, so then each value is looked at.
+    """
     if not value.is_floating_point() or math.isfinite(value.sum().item()):
         return
     for side, operand in operands.items():

@@ -1,4 +1,4 @@
-"""How the elements of a tensor with a low-rank step come out of files: base is read, the step is computed."""
+"""Reads a tensor that a LoRA adapter changes: base is read, the low-rank product is computed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from expo_serve.load.selection import FileSpan, Selection, cut
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _FLOAT_BYTES = 4
-_BOX_VALUES = 1 << 21
-"""Of the product at a time, where elements lie apart: what lies between them is computed too."""
 
 
 @dataclass(frozen=True)
@@ -65,76 +63,74 @@ class Factors:
 
 
 class LowRankOperands:
-    """Base, and ``s * B A`` for just the rows and columns that are wanted. See
-    :class:`~expo_serve.load.operands.Operands`.
+    """Reads base, and computes ``scale * B A`` for just the rows and columns that are wanted.
 
-    The factors are read when the first element is wanted, and go when the tensor is done.
+    The factors are read when the first element is wanted, and freed with this object.
     """
 
-    def __init__(self, change: LowRankTensorDelta, reader: Reader) -> None:
-        self._change, self._reader = change, reader
-        self._base = change.base
-        self._columns = _columns(change)
+    def __init__(self, delta: LowRankTensorDelta, reader: Reader) -> None:
+        self._delta, self._reader = delta, reader
+        self._base = delta.base
+        self._columns = _columns(delta)
         self._factors: Factors | None = None
         self._lock = threading.Lock()
-        start = change.start
+        start = delta.start
         self._start_bytes = start.itemsize if start else 0
-        self._unread = sum(record.nbytes for record in change.records) - (start.nbytes if start else 0)
+        self._unread = sum(record.nbytes for record in delta.records) - (start.nbytes if start else 0)
 
     @property
     def grain(self) -> int:
-        """A row."""
+        """Elements of one row."""
         return self._columns
 
     @property
     def widest(self) -> int:
-        """Steps are fp32."""
+        """Bytes of the wider of a base element and an fp32 value of the product."""
         return max(_FLOAT_BYTES, self._base.itemsize)
 
-    def spans(self, elements: Selection) -> list[FileSpan]:
-        """Those of base: factors are small."""
-        return [self._reader.span_of("base", self._base, elements)] if elements.is_contiguous else []
+    def spans(self, selection: Selection) -> list[FileSpan]:
+        """Return base's span only: the factors are too small to prefetch."""
+        return [self._reader.span_of("base", self._base, selection)] if selection.is_contiguous else []
 
-    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
-        """Base's elements; and the factors, once."""
+    def read_bytes(self, selection: Selection) -> Mapping[str, int]:
+        """Count base's elements, and the factors with the first call."""
         with self._lock:
             unread, self._unread = self._unread, 0
-        stored = elements.stored
+        stored = selection.stored
         return {"base": stored * self._base.itemsize, "delta": unread + stored * self._start_bytes}
 
-    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
-        """The elements of base in their dtype, and their steps in fp32."""
-        size = elements.numel * self._base.itemsize
-        base = self._reader.read_into(self._base, elements, memory("base", size))
-        values = memory("delta", elements.numel * _FLOAT_BYTES).values(torch.float32, elements.shape)
-        self._compute(elements, values)
-        if start := self._change.start:
-            values += self._reader.read(start, elements, "start").float() - base.float()
+    def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
+        """Read elements of base in their dtype, and compute the product for them in fp32."""
+        size = selection.numel * self._base.itemsize
+        base = self._reader.read_into(self._base, selection, memory("base", size))
+        values = memory("delta", selection.numel * _FLOAT_BYTES).values(torch.float32, selection.shape)
+        self._compute(selection, values)
+        if start := self._delta.start:
+            values += self._reader.read(start, selection, "start").float() - base.float()
         return {"base": base, "delta": values}
 
-    def _compute(self, elements: Selection, values: torch.Tensor) -> None:
-        """The product around some elements, and they out of it; in parts where that would be much."""
-        box = _Box.around(elements, self._columns)
-        if box.size > _BOX_VALUES and max(elements.shape, default=1) > 1:
-            dim = elements.outer_dim
-            half = elements.shape[dim] // 2
-            for start, length in ((0, half), (half, elements.shape[dim] - half)):
-                self._compute(elements.narrow(dim, start, length), values.narrow(dim, start, length))
+    def _compute(self, selection: Selection, values: torch.Tensor) -> None:
+        """Compute the product over the bounding box of the selection and pick its elements; split large boxes."""
+        box = _Box.around(selection, self._columns)
+        if box.size > sizes.LOW_RANK_BOX_VALUES and max(selection.shape, default=1) > 1:
+            dim, halves = selection.halves()
+            for start, length in halves:
+                self._compute(selection.narrow(dim, start, length), values.narrow(dim, start, length))
             return
         steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
         self._read_factors().product(box.rows, box.columns, steps)
-        values.copy_(box.pick(steps, elements))
+        values.copy_(box.pick(steps, selection))
 
-    def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
-        """Read base onto its place and add the step there, some whole rows at a time."""
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+        """Read rows of base straight into ``dest`` and add the product in place."""
         columns = self._columns
-        is_plain = self._base.dtype == "BF16" and not self._change.start and elements.offset % columns == 0
+        is_plain = self._base.dtype == "BF16" and not self._delta.start and selection.offset % columns == 0
         if not is_plain or not kernels.available("bf16.combine", "low_rank.stream"):
             return 0
         factors = self._read_factors()
-        first = elements.offset // columns
-        rows = range(first, first + elements.numel // columns)
-        there = self._reader.span_of("base", self._base, elements)
+        first = selection.offset // columns
+        rows = range(first, first + selection.numel // columns)
+        there = self._reader.span_of("base", self._base, selection)
         with self._reader.activity.during(there.path):
             done = factors.add_to_rows(there, rows, dest.view(-1, columns), 1 + alpha) * columns
         self._reader.activity.add_bytes(done * dest.element_size())
@@ -143,7 +139,7 @@ class LowRankOperands:
     def _read_factors(self) -> Factors:
         with self._lock:
             if self._factors is None:
-                self._factors = _join([self._module(module) for module in self._change.modules])
+                self._factors = _join([self._module(module) for module in self._delta.modules])
             return self._factors
 
     def _module(self, module: LoraModule) -> Factors:
@@ -164,13 +160,13 @@ class LowRankOperands:
         return values
 
 
-def _columns(change: LowRankTensorDelta) -> int:
-    rows = change.base.shape[0]
-    return change.base.numel // rows if rows else 1
+def _columns(delta: LowRankTensorDelta) -> int:
+    rows = delta.base.shape[0]
+    return delta.base.numel // rows if rows else 1
 
 
 def _join(parts: list[Factors]) -> Factors:
-    """One product for all modules that share a tensor: the ranks side by side."""
+    """Join the modules that share a tensor into one product, their ranks side by side."""
     if len(parts) == 1:
         return parts[0]
     left = torch.cat([part.left * part.scale for part in parts], dim=1)
@@ -179,34 +175,34 @@ def _join(parts: list[Factors]) -> Factors:
 
 @dataclass(frozen=True)
 class _Box:
-    """The smallest part of a matrix, rows by columns, that holds some elements."""
+    """The smallest rectangle of a matrix that covers a selection."""
 
     rows: range
     columns: range
     width: int
-    """Of the matrix."""
+    """Columns of the matrix."""
 
     @property
     def size(self) -> int:
-        """Values in it."""
+        """Number of values in it."""
         return len(self.rows) * len(self.columns)
 
     @staticmethod
-    def around(elements: Selection, width: int) -> _Box:
-        """Where no step along a dimension crosses from one row's end into the next row, the columns are few."""
-        if not elements.numel:
+    def around(selection: Selection, width: int) -> _Box:
+        """Return the box of a selection: all columns if a dimension of the selection wraps around rows."""
+        if not selection.numel:
             return _Box(range(0), range(0), width)
-        start, last = elements.offset, elements.end - 1
+        start, last = selection.offset, selection.end - 1
         across = start % width + sum(
-            (size - 1) * (stride % width) for size, stride in zip(elements.shape, elements.stride, strict=True)
+            (size - 1) * (stride % width) for size, stride in zip(selection.shape, selection.stride, strict=True)
         )
         rows = range(start // width, last // width + 1)
         return _Box(rows, range(start % width, across + 1) if across < width else range(width), width)
 
-    def pick(self, values: torch.Tensor, elements: Selection) -> torch.Tensor:
-        """The elements, out of the box's values."""
+    def pick(self, values: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Pick the elements of the selection from the values of the box."""
         columns = len(self.columns)
         if columns == self.width:
-            return values.as_strided(elements.shape, elements.stride, elements.offset - self.rows.start * self.width)
-        strides = [stride // self.width * columns + stride % self.width for stride in elements.stride]
-        return values.as_strided(elements.shape, strides, 0)
+            return values.as_strided(selection.shape, selection.stride, selection.offset - self.rows.start * self.width)
+        strides = [stride // self.width * columns + stride % self.width for stride in selection.stride]
+        return values.as_strided(selection.shape, strides, 0)

@@ -50,7 +50,7 @@ class Operands(Protocol):
     def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
         """Read and combine as many elements as the compiled loops can, from the first one on.
 
-        This is the fast path. It stops without a word at whatever is not as it should be (a short read, a value that is
+        This is the fast path. It returns early, without raising, at any anomaly (a short read, a value that is
         not finite, loops that are not available): the caller goes on from there by :meth:`read`, which reports the
         cause.
 

@@ -21,83 +21,81 @@ from expo_serve.load.selection import FileSpan, Selection
 from expo_serve.plan.packed_format import SAME, SPARSE, TABLE_ENTRY, Table, checksum, read_table
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
 
-_SPAN_BYTES = 8 << 20
-"""Decoded at a time where elements lie apart: what lies between them is decoded too."""
-
 _LOOPS: tuple[kernels.Loop, ...] = ("bf16.combine", "reading.fetch", "sparse.extrapolate")
 
 
 class PackedOperands:
-    """Base and the decoded aligned tensor. See :class:`~expo_serve.load.operands.Operands`.
+    """Reads base and decodes the aligned tensor from it.
 
     Base's bytes are compared with the checksums of those that the delta was made against, at every alpha: so blocks
     of it are read whole, also where a rank wants a part of each row.
     """
 
-    def __init__(self, change: PackedTensorDelta, reader: Reader, used: tuple[Operand, ...]) -> None:
-        self._change, self._reader, self._used = change, reader, used
-        self._tensor, self._base = change.tensor, change.base
-        self._spans: list[tuple[int, int]] = self._tensor.spans(change.block)
+    def __init__(self, delta: PackedTensorDelta, reader: Reader, used: tuple[Operand, ...]) -> None:
+        self._delta, self._reader, self._used = delta, reader, used
+        self._tensor, self._base = delta.tensor, delta.base
+        self._spans: list[tuple[int, int]] = self._tensor.spans(delta.block)
         self._known: Table | None = None
         self._lock = threading.Lock()
-        self._uncounted = self._tensor.count(change.block) * TABLE_ENTRY.size
+        self._uncounted = self._tensor.count(delta.block) * TABLE_ENTRY.size
         self._dtype = TORCH_DTYPES[self._tensor.dtype]
         self._base_dtype = TORCH_DTYPES[self._base.dtype] if self._base else self._dtype
 
     @property
     def grain(self) -> int:
-        """A block."""
-        return self._change.block
+        """Values in one block."""
+        return self._delta.block
 
     @property
     def widest(self) -> int:
-        """Bytes of an element of base or aligned."""
+        """Bytes of the wider of an element of base and one of aligned."""
         return max(self._dtype.itemsize, self._base_dtype.itemsize)
 
-    def spans(self, elements: Selection) -> list[FileSpan]:
-        """See :class:`~expo_serve.load.operands.Operands`."""
-        if not elements.is_contiguous or not elements.numel:
+    def spans(self, selection: Selection) -> list[FileSpan]:
+        """Return the packed bytes of the blocks that cover the selection, and what those need of base."""
+        if not selection.is_contiguous or not selection.numel:
             return []
-        blocks = self._blocks(elements)
+        blocks = self._blocks(selection)
         offsets = self._table().offsets
         packed = Selection.flat(offsets[blocks.start], offsets[blocks.stop] - offsets[blocks.start])
-        wanted = [self._reader.span_of("delta", self._change.record, packed)] if packed.numel else []
+        wanted = [self._reader.span_of("delta", self._delta.record, packed)] if packed.numel else []
         if self._base and (shared := self._shared(blocks)).numel:
             wanted.append(self._reader.span_of("base", self._base, shared))
         return wanted
 
-    def read_bytes(self, elements: Selection) -> Mapping[str, int]:
-        """Whole blocks of both; and the table, once."""
-        if not elements.numel:
+    def read_bytes(self, selection: Selection) -> Mapping[str, int]:
+        """Count whole blocks of base and delta, and the table with the first call."""
+        if not selection.numel:
             return {}
         with self._lock:
             table, self._uncounted = self._uncounted, 0
-        blocks = self._blocks(elements)
+        blocks = self._blocks(selection)
         offsets = self._table().offsets
         base = self._shared(blocks).numel * self._base.itemsize if self._base else 0
         packed = offsets[blocks.stop] - offsets[blocks.start] if "aligned" in self._used else 0
         return {"base": base, "delta": table + packed}
 
-    def read(self, elements: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
-        """See :class:`~expo_serve.load.operands.Operands`."""
+    def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
+        """Decode the blocks that cover the selection."""
         dtypes: dict[Operand, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
         values = {
-            side: memory(side, elements.numel * dtypes[side].itemsize).values(dtypes[side], elements.shape)
-            for side in self._used
+            operand: memory(operand, selection.numel * dtypes[operand].itemsize).values(
+                dtypes[operand], selection.shape
+            )
+            for operand in self._used
         }
-        self._pick(elements, values)
+        self._pick(selection, values)
         return values
 
-    def _pick(self, elements: Selection, values: dict[Operand, torch.Tensor]) -> None:
-        """Decode what lies around elements and take them out of it, in parts where that would be much."""
-        if (elements.end - elements.offset) * self.widest > _SPAN_BYTES and max(elements.shape) > 1:
-            dim = elements.outer_dim
-            half = elements.shape[dim] // 2
-            for start, length in ((0, half), (half, elements.shape[dim] - half)):
-                part = {side: value.narrow(dim, start, length) for side, value in values.items()}
-                self._pick(elements.narrow(dim, start, length), part)
+    def _pick(self, selection: Selection, values: dict[Operand, torch.Tensor]) -> None:
+        """Decode the blocks that cover the selection and copy its elements out; split large selections."""
+        if (selection.end - selection.offset) * self.widest > sizes.PACKED_SPAN_BYTES and max(selection.shape) > 1:
+            dim, halves = selection.halves()
+            for start, length in halves:
+                part = {operand: value.narrow(dim, start, length) for operand, value in values.items()}
+                self._pick(selection.narrow(dim, start, length), part)
             return
-        blocks = self._blocks(elements)
+        blocks = self._blocks(selection)
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
         shape = (end - start,)
         around: dict[Operand, torch.Tensor] = {
@@ -107,16 +105,16 @@ class PackedOperands:
         for block in blocks:
             first, last = (place - start for place in self._spans[block])
             self._decode(block, around["base"][first:last], around["aligned"][first:last])
-        for side, value in values.items():
-            value.copy_(around[side].as_strided(elements.shape, elements.stride, elements.offset - start))
+        for operand, value in values.items():
+            value.copy_(around[operand].as_strided(selection.shape, selection.stride, selection.offset - start))
 
-    def fill_prefix(self, dest: torch.Tensor, elements: Selection, alpha: float) -> int:
-        """Read blocks of base to where they belong, and extrapolate there what the delta changes."""
-        first, end = elements.offset, elements.end
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+        """Read blocks of base straight into ``dest``, and extrapolate in place what the delta changes."""
+        first, end = selection.offset, selection.end
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
         if not is_plain or end > self._tensor.values_in_base or not kernels.available(*_LOOPS):
             return 0
-        flat, table, blocks = dest.detach().view(-1), self._table(), self._blocks(elements)
+        flat, table, blocks = dest.detach().view(-1), self._table(), self._blocks(selection)
         if not {SAME, SPARSE}.issuperset(table.codings[blocks.start : blocks.stop]):
             return 0
         self._read_packed(table.offsets[blocks.start], table.offsets[blocks.stop])
@@ -130,7 +128,7 @@ class PackedOperands:
                 return low - first
             if not is_whole:
                 part.copy_(values[low - start : high - start])
-        return elements.numel
+        return selection.numel
 
     def _extrapolate(self, block: int, values: torch.Tensor, weight: float, read_from: int) -> bool:
         """Compute the result of one block; return False for what :meth:`read` has to do."""
@@ -153,7 +151,7 @@ class PackedOperands:
         return extrapolate(parts.gaps, parts.small, parts.large, signed_bits(values), *lerp_factor(weight))
 
     def _decode(self, block: int, base: torch.Tensor, aligned: torch.Tensor) -> None:
-        """One block of both sides."""
+        """Read one block of base, and decode the same block of aligned."""
         start, _ = self._spans[block]
         coded = self._coded(block) if "aligned" in self._used else None
         is_shared = self._base is not None and start < self._tensor.values_in_base
@@ -169,23 +167,23 @@ class PackedOperands:
             raise self._damaged(block, str(error)) from None
 
     def _read_base(self, block: int, out: torch.Tensor) -> None:
-        """A block of base, which must be what the delta was made against."""
+        """Read a block of base, which must have the checksum of the base that the delta was made against."""
         assert self._base is not None
         start, end = self._spans[block]
         self._reader.read_onto(self._base, Selection.flat(start, end - start), out)
         if checksum(_raw(out)) != self._table().base[block]:
             raise ValuesError(
-                f"base is not the one that the delta was made against ({self._change.base_name}): tensor "
+                f"base is not the one that the delta was made against ({self._delta.base_name}): tensor "
                 f"{self._base.name!r} in {self._base.file} has other values (values {start} to {end}); give that base"
             )
 
     def _read_packed(self, start: int, end: int) -> Any:
-        """Bytes of the delta, in this thread's memory for them."""
-        elements = Selection.flat(start, end - start)
-        return self._reader.read(self._change.record, elements, "packed").numpy()
+        """Read bytes of the delta into this thread's buffer for them."""
+        selection = Selection.flat(start, end - start)
+        return self._reader.read(self._delta.record, selection, "packed").numpy()
 
     def _coded(self, block: int, read_from: int | None = None) -> Coded:
-        """A block's bytes, checked.
+        """Return the checked bytes of a block.
 
         Args:
             block: which.
@@ -205,7 +203,7 @@ class PackedOperands:
         return Coded(table.codings[block], (view[:one], view[one : one + two], view[one + two :]))
 
     def _damaged(self, block: int, why: str) -> CheckpointError:
-        record = self._change.record
+        record = self._delta.record
         return CheckpointError(
             f"{record.file}: tensor {record.name!r}: block {block} is damaged ({why}); copy it again"
         )
@@ -215,28 +213,28 @@ class PackedOperands:
             return self._known
         with self._lock:
             if self._known is None:
-                record, tensor = self._change.record, self._tensor
-                size = tensor.count(self._change.block) * TABLE_ENTRY.size
+                record, tensor = self._delta.record, self._tensor
+                size = tensor.count(self._delta.block) * TABLE_ENTRY.size
                 raw = self._reader.read(record, Selection.flat(0, size), "packed").numpy().tobytes()
-                self._known = read_table(raw, tensor, self._change.block, record)
+                self._known = read_table(raw, tensor, self._delta.block, record)
             return self._known
 
-    def _blocks(self, elements: Selection) -> range:
-        """Those that hold elements, of which there are some."""
-        return range(self._block_of(elements.offset), self._block_of(elements.end - 1) + 1)
+    def _blocks(self, selection: Selection) -> range:
+        """Return the blocks that cover a selection, which is not empty."""
+        return range(self._block_of(selection.offset), self._block_of(selection.end - 1) + 1)
 
     def _block_of(self, place: int) -> int:
-        size, shared = self._change.block, int(self._tensor.values_in_base)
+        size, shared = self._delta.block, int(self._tensor.values_in_base)
         return place // size if place < shared else -(-shared // size) + (place - shared) // size
 
     def _shared(self, blocks: range) -> Selection:
-        """What of base these blocks need."""
+        """Return the elements of base that these blocks need."""
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
         shared = self._tensor.values_in_base
         return Selection.flat(min(start, shared), max(0, min(end, shared) - start))
 
     def _scratch(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """This thread's memory of a name."""
+        """Return this thread's buffer of this name."""
         size = math.prod(shape) * dtype.itemsize
         return self._reader.buffer(f"packed-{name}", size).values(dtype, shape)
 

@@ -233,7 +233,8 @@ def register_loader() -> None:
 def _compile(config: ExpoConfig) -> None:
     """Compile the loops that this load needs."""
     delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
-    compile_kernels(format_of(Path(delta)).format if delta and Path(delta).is_dir() else None)
+    if reason := compile_kernels(format_of(Path(delta)).format if delta and Path(delta).is_dir() else None):
+        logger.warning("expo: %s", reason)
 
 
 def _threads(plan: Plan) -> int:

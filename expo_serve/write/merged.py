@@ -11,6 +11,8 @@ import torch
 
 from expo_serve.checkpoint.source import INDEX_FILE
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_of
+from expo_serve.errors import warn
+from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import LoadSession
 from expo_serve.load.threads import in_order
@@ -38,6 +40,8 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progr
         ExpoError: a source cannot be read, or a value is not finite.
         OSError: the folder cannot be written to.
     """
+    if reason := compile_kernels(getattr(plan.aligned_or_delta, "format", None)):
+        warn(reason)
     copy_companion_files(Path(plan.model.path), folder)
     if plan.tokenizer:
         copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)

@@ -15,7 +15,6 @@ import torch
 import expo_serve
 from expo_serve import kernels
 from expo_serve.kernels import reading
-from expo_serve.load import operands
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import load_into
 from expo_serve.load.threads import DaemonPool
@@ -60,9 +59,8 @@ def walked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, s
         return stream(*arguments)
 
     monkeypatch.setattr(DaemonPool, "submit", watched_submit)
-    assert kernels.available(stream)
-    monkeypatch.setitem(kernels._found, watched_stream, "")
-    monkeypatch.setattr(operands, "stream", watched_stream)
+    assert kernels.available("reading.stream")
+    monkeypatch.setattr(reading, "stream", watched_stream)
     plan = Lazies(tmp_path).plan({NAME: numbers(64, 32)}, {NAME: numbers(64, 32, seed=1)})
     model = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
     with load_into(model, threads=2) as session:
