@@ -7,15 +7,23 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 import loadtests
-from loadtests import answers, bench, growth, pairs, results, summary
+from expo_serve import kernels
+from expo_serve.config import ExpoConfig
+from expo_serve.errors import ValuesError
+from expo_serve.plan.plan import Plan
+from expo_serve.plan.prepare import prepare
+from loadtests import answers, bench, check_cost, growth, pairs, results, summary
+from tests.models.raw import tiny_tensors, write_raw
 
 MODULES = sorted(file.stem for file in Path(loadtests.__file__).parent.glob("*.py") if file.stem != "__init__")
 STEPS = {
@@ -77,6 +85,33 @@ def test_cost_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     figures = measured("check_cost", tmp_path, monkeypatch, "--rounds", "1")
     assert min(series["median"] for series in figures["seconds"].values()) > 0
     assert figures["checked_over_unchecked"].keys() == {"compiled", "torch"}
+
+
+def test_ways_with_the_check_notice_what_is_not_finite_and_the_others_do_not(tmp_path: Path) -> None:
+    """Else ``check_cost`` would compare a way with itself."""
+    sides = []
+    for seed, side in enumerate(("base", "aligned")):
+        tensors = tiny_tensors(seed)
+        tensors["lm_head.weight"][2, 1] = torch.nan
+        sides.append(str(write_raw(tmp_path / side, tensors)))
+    plan = prepare(ExpoConfig(base=sides[0], aligned=sides[1], alpha=0.5))
+    noticed = {name: _notices(plan, way) for name, way in check_cost.ways().items()}
+    assert noticed == {"compiled": True, "compiled, unchecked": False, "torch": True, "torch, unchecked": False}
+    with check_cost.ways()["torch"]():
+        assert not kernels.available()
+
+
+def _notices(plan: Plan, way: Callable[[], AbstractContextManager[Any]]) -> bool:
+    model = torch.nn.Module()
+    for name, planned in plan.tensors.items():
+        values = torch.zeros(planned.aligned.shape, dtype=torch.bfloat16)
+        model.register_parameter(name.replace(".", "-"), torch.nn.Parameter(values, requires_grad=False))
+    try:
+        with way():
+            check_cost.load(plan, model)
+    except ValuesError:
+        return True
+    return False
 
 
 def test_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
