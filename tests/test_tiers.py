@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -14,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiers import SLICE_SECONDS, Budget, read, rotated, store
+from tests.conformance.families import FAMILIES
+from tests.conformance.seen import CORE
+from tests.tiers import SLICE_SECONDS, Budget, Stopwatch, read, rotated, store
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
@@ -76,6 +77,17 @@ def test_durations_of_other_tests_stay(tmp_path: Path) -> None:
     assert read(tmp_path / "none") == {}
 
 
+def test_only_slow_tests_are_timed(tmp_path: Path) -> None:
+    stopwatch = Stopwatch(tmp_path / "file")
+    for name, keywords in (("slow", {"slow": 1}), ("quick", {})):
+        for when, seconds in (("setup", 2.0), ("call", 1.0)):
+            stopwatch.pytest_runtest_logreport(
+                pytest.TestReport(name, ("", 0, ""), keywords, "passed", None, when, duration=seconds)  # type: ignore[arg-type]
+            )
+    stopwatch.pytest_sessionfinish()
+    assert read(tmp_path / "file") == {"slow": 3.0}
+
+
 def run_pytest(folder: Path, *arguments: str, fails: int = 9) -> subprocess.CompletedProcess[str]:
     """Four tests under this plugin, one of which may fail."""
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -97,8 +109,12 @@ def test_run_ends_as_pytest_does(tmp_path: Path, seconds: str, fails: int, code:
     assert ("4 tests were not reached within 0 s" in result.stdout) == (seconds == "0")
 
 
-def test_all_that_is_slow_has_a_duration() -> None:
-    """Those of slow tests only: of what runs every time nobody asks."""
-    durations = json.loads((ROOT / "tests/durations.json").read_text())
-    assert durations
-    assert all((ROOT / test.partition("::")[0]).is_file() for test in durations)
+def test_durations_are_those_of_the_slow_tests() -> None:
+    """Of what runs every time nobody asks. ``pytest -m slow --store-durations`` writes them."""
+    durations = read()
+    families = {f"tests/conformance/test_families.py::test_family[{family.name}]": family.name for family in FAMILIES}
+    assert {name for test, name in families.items() if test not in durations} == CORE.keys()
+    texts = {test: (ROOT / test.partition("::")[0]).read_text() for test in durations}
+    assert [test for test, text in texts.items() if "pytest.mark.slow" not in text] == []
+    names = {test: test.split("::")[1].partition("[")[0] for test in durations}
+    assert [test for test, text in texts.items() if f"def {names[test]}(" not in text] == []

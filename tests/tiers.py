@@ -6,7 +6,7 @@ further on, a slice being tests of five minutes by ``durations.json``, and goes 
 there is time. So the tests of every slice run within as many commits as there are slices, wherever a run gets through
 at least one. Splitters such as pytest-split select one slice and stop there; ``--session-timeout`` fails the run.
 
-``--store-durations`` renews ``durations.json`` with what the tests of this run took.
+``--store-durations`` renews ``durations.json`` with what the slow tests of this run took.
 """
 
 from __future__ import annotations
@@ -87,14 +87,15 @@ class Budget:
 
 
 class Stopwatch:
-    """Writes down what each test of a run took, fixtures included."""
+    """Writes down what each slow test of a run took, fixtures included."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds[report.nodeid] += report.duration
+        if "slow" in report.keywords:
+            self._seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self) -> None:
         store(self._file, self._seconds)
@@ -116,7 +117,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers")
     group.addoption("--budget", type=float, metavar="SECONDS", help="start no test that would end later than this")
     group.addoption("--turn", type=int, default=0, metavar="N", help="begin at the Nth slice, counted around")
-    group.addoption("--store-durations", action="store_true", help=f"write what the tests took into {DURATIONS.name}")
+    group.addoption("--store-durations", action="store_true", help=f"write what slow tests took into {DURATIONS.name}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
