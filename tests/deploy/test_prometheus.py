@@ -31,7 +31,7 @@ from tests.deploy.monitoring import (
 from tests.deploy.prometheus import Prometheus, discovered, scrape_job
 from tests.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SERVED = {"right": ALPHA, "wrong": "0.7"}
 DECLARED = {"right": ALPHA, "wrong": "0.9"}
 ALWAYS = {"namespace": "models", "release": "demo"}

@@ -106,6 +106,7 @@ def test_a_rank_reads_only_its_share(ranks: dict[str, list[tuple[RankAnswer, Ran
     assert counts["pipeline parallel"] == [10, 11]  # nine of a layer, and the embedding or norm and lm_head
 
 
+@pytest.mark.slow
 @covers("quantised: int8_per_channel_weight_only", "bits")
 @covers("quantised: nvfp4_per_token", "bits")
 @pytest.mark.parametrize("method", ["int8_per_channel_weight_only", "nvfp4_per_token"])
@@ -115,6 +116,7 @@ def test_quantised(method: str, tmp_path: Path) -> None:
     assert differ == []
 
 
+@pytest.mark.slow
 @covers("quantised: fp8, fp8_per_tensor", "bits")
 @pytest.mark.parametrize("method", ["fp8", "fp8_per_tensor"])
 def test_quantised_by_a_kernel_that_the_cpu_build_lacks(
@@ -142,6 +144,7 @@ def test_a_quantised_layer_without_a_weight_is_an_error(missing: str, tmp_path: 
         pass
 
 
+@pytest.mark.slow
 @covers("draft model", "bits")
 @covers("EAGLE head", "bits")
 @pytest.mark.parametrize("name", ["draft model", "EAGLE head"])
@@ -159,6 +162,7 @@ def mtp_arguments() -> dict[str, Any]:
     return {"role": "draft", **combination("MTP head in the checkpoint").arguments()}
 
 
+@pytest.mark.slow
 @covers("MTP head in the checkpoint", "bits")
 def test_a_head_on_both_sides_is_extrapolated(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, "qwen2")
@@ -169,6 +173,7 @@ def test_a_head_on_both_sides_is_extrapolated(tmp_path: Path) -> None:
     assert report.tensors == {"extrapolated": 18, "materialized": 0, "copied": 0}  # 16 of the head, embedding, lm_head
 
 
+@pytest.mark.slow
 @covers("MTP head in the checkpoint", "bits")
 def test_a_head_on_the_aligned_side_only_is_copied(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, "qwen2")
@@ -179,6 +184,7 @@ def test_a_head_on_the_aligned_side_only_is_copied(tmp_path: Path) -> None:
     assert report.tensors == {"extrapolated": 2, "materialized": 0, "copied": 16}
 
 
+@pytest.mark.slow
 def test_a_head_beside_tied_embeddings_gets_the_targets(tmp_path: Path) -> None:
     """vLLM gives the draft the target's lm_head, so that the checkpoint need not hold it twice."""
     base, aligned = build_pair(tmp_path, "qwen2")
@@ -193,7 +199,10 @@ def test_a_head_beside_tied_embeddings_gets_the_targets(tmp_path: Path) -> None:
 @covers("multimodal", "bits")
 @covers("encoder only", "bits")
 @covers("language model only", "bits")
-@pytest.mark.parametrize("name", ["multimodal", "encoder only", "language model only"])
+@pytest.mark.parametrize(
+    "name",
+    ["multimodal", *(pytest.param(part, marks=pytest.mark.slow) for part in ("encoder only", "language model only"))],
+)
 def test_multimodal(name: str, tmp_path: Path) -> None:
     base, aligned = build_multimodal_pair(tmp_path, shard_size="60KB")
     differ, report = load_both(base, aligned, tmp_path, **combination(name).arguments())

@@ -12,7 +12,7 @@ from expo_serve.report import DeploymentReport
 from tests.models.deltas import write_lora
 from tests.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_adapter_with_a_tokenizer(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_a_wrong_base_is_found_while_loading(tmp_path: Path) -> None:
     assert_not_loaded(case.delta, ours, r"base is not the one that the delta was made against \(base\): tensor '")
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     loads: list[dict[str, Any]] = []
     for kind in KINDS:
@@ -144,6 +145,7 @@ def test_two_ranks(tmp_path: Path) -> None:
             assert set(expo["read_bytes"]) == {"base", "delta"}
 
 
+@pytest.mark.slow
 def test_lora_on_two_ranks_reads_half_of_base(tmp_path: Path) -> None:
     base, _ = build_pair(tmp_path, "llama")
     load = {"path": str(base), **by_delta(write_lora(base, tmp_path / "lora"))}

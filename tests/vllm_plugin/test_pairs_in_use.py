@@ -255,7 +255,33 @@ def assert_same_bits(case: Case, folder: Path, **arguments: Any) -> LoadReport:
     return compare.assert_same_bits(merged, aligned, ours, **case.arguments, **arguments)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = {
+    "tokens added and padded",
+    "tied base, tokens added",
+    "tied base stores its output",
+    "tied aligned stores its output",
+    "untied base",
+    "bare base, tokens added",
+    "bare base, other prefix",
+    "bare aligned, untied",
+    "reward model",
+    "fp32 base",
+    "shards in other orders",
+    "masks left in both",
+    "MTP in aligned",
+    "named MTP in base",
+}
+"""One case of each kind; the others differ from these in one point and are slow."""
+
+
+def test_quick_cases_are_cases() -> None:
+    assert CASES.keys() > QUICK
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_bits_are_those_of_the_reference(case: Case, tmp_path: Path) -> None:
     report = assert_same_bits(case, tmp_path)
     assert report.grown_rows == case.grown

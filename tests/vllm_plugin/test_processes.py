@@ -83,6 +83,7 @@ def test_second_signal_ends_at_once(start: Start) -> None:
     assert_all_gone(family)
 
 
+@pytest.mark.slow
 def test_interrupt_while_loading(start: Start) -> None:
     server = start()
     server.wait_for_line(LOADING)
