@@ -2,7 +2,8 @@
 
 expo-serve on the pair and plain vLLM on the merged checkpoint, in turn. The log is watched: a phase ends when the line
 comes that closes it, so processes, imports and configuration are seen as a user sees them. What is ours is the report's
-`resolve` and `weights` beside vLLM's own line, and what the command does before vLLM begins.
+`resolve` and `weights` beside vLLM's own line, and what the command does before vLLM begins. Compiling the loops goes
+on in a thread meanwhile; what it costs the first start of a node and later ones is measured apart, without a model.
 
     python -m loadtests.phases [--size demo] [--rounds 3]
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from loadtests.kernels import compile_seconds, show_compile_seconds
 from loadtests.page_cache import warm
 from loadtests.pairs import Pair, pair_of, weight_files
 from loadtests.results import parser, save, shown, spread, table, turns, workplace
@@ -82,6 +84,7 @@ def measure(pair: Pair, rounds: int, work: Path) -> dict[str, Any]:
         "side_bytes": pair.side_bytes,
         "phases": {name: {key: spread([run[key] for run in own]) for key in keys} for name, own in runs.items()},
         "report_phase_seconds": {key: spread([run[key] for run in ours]) for key in ours[0]},
+        "compile_seconds": compile_seconds(rounds),
     }
 
 
@@ -107,7 +110,8 @@ def show(size: str, figures: dict[str, Any]) -> str:
         for key in expo
     ]
     rows += [(size, f"report: {key}", shown(own), "", "") for key, own in figures["report_phase_seconds"].items()]
-    return table(("pair", "phase", "expo-serve, s", "plain vLLM, s", "difference"), rows)
+    phases = table(("pair", "phase", "expo-serve, s", "plain vLLM, s", "difference"), rows)
+    return f"{phases}\n\n{show_compile_seconds(figures['compile_seconds'])}"
 
 
 def main() -> None:

@@ -123,4 +123,9 @@ def compile_kernels(delta_format: str | None) -> str:
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
     kernels.available("bf16.combine", "reading.stream", "reading.gather", *_LOOPS.get(delta_format, ()))
+    return missing_kernels()
+
+
+def missing_kernels() -> str:
+    """Return why loops that were wanted until now are not used, and what to do, in one line; empty if all are used."""
     return kernels.reason()

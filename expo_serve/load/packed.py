@@ -102,6 +102,10 @@ class PackedOperands:
             "base": self._scratch("base", self._base_dtype, shape),
             "aligned": self._scratch("aligned", self._dtype, shape),
         }
+        if len(blocks) == 1 and selection.is_contiguous and selection.numel == end - start:  # as most pieces are
+            around |= {side: value.view(-1) for side, value in values.items()}
+            self._decode(blocks.start, around["base"], around["aligned"])
+            return
         for block in blocks:
             first, last = (place - start for place in self._spans[block])
             self._decode(block, around["base"][first:last], around["aligned"][first:last])

@@ -8,8 +8,8 @@ import torch
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import TensorRecord
-from expo_serve.errors import PairError, ValuesError, count_of
-from expo_serve.load.fill import operands_of
+from expo_serve.errors import PairError, ValuesError, count_of, warn
+from expo_serve.load.fill import missing_kernels, operands_of
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
 from expo_serve.load.threads import in_order
@@ -49,6 +49,8 @@ def verify_packed_delta(plan: Plan, aligned: Checkpoint | None, progress: Progre
 
     for (tensor, elements), _ in in_order(work, _blocks(plan)):
         progress.advance(elements.numel * tensor.result.nbytes // max(1, tensor.result.numel))
+    if reason := missing_kernels():
+        warn(reason)
 
 
 def _blocks(plan: Plan) -> Iterator[_Block]:

@@ -25,6 +25,8 @@ import expo_serve
 from expo_serve import kernels
 from expo_serve.kernels import bf16, compiling, probe
 from expo_serve.kernels.bf16 import Bits
+from tests.load.lazies import numbers
+from tests.models.packs import UP, Packs
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +124,26 @@ def test_without_a_compiler(before: str, environment: dict[str, str], words: tup
     for word in words:
         assert word in found.reason
     assert found.reason.count("compiled loops are not used") == 1
+
+
+@pytest.mark.parametrize("command", ["verify", "apply", "merge"])
+def test_commands_say_it_once_on_standard_error(tmp_path: Path, command: str) -> None:
+    base = numbers(40, 50)
+    pack = Packs(tmp_path).make({UP: base}, {UP: torch.where(numbers(40, 50, seed=1) > 1, base * 2, base)})
+    arguments = ["delta", command] if command != "merge" else ["merge", "--alpha", "0.5"]
+    arguments += ["--base", str(pack.base), "--delta", str(pack.delta)]
+    arguments += ["--out", str(tmp_path / "out")] if command != "verify" else []
+    result = subprocess.run(
+        [sys.executable, "-m", "expo_serve", *arguments],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("NUMBA_DISABLE_JIT is set; unset it") == 1
+    assert result.stderr.startswith("expo-serve: warning: compiled loops are not used")
 
 
 Combine = Callable[[Bits, Bits, Bits, float, bool, bool], bool]

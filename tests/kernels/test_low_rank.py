@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from expo_serve import kernels
 from expo_serve.errors import ValuesError
+from expo_serve.kernels import compiling, low_rank
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
@@ -284,3 +287,21 @@ def test_plan_says_what_is_read(cases: Cases) -> None:
     case = cases.make(numbers(12, 40))
     case.lazy.materialize()
     assert case.lazy._pending.planned.read_bytes == case.counts.read_bytes
+
+
+def test_tiles_of_every_processor_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of a tile depends on the registers; here the other size is compiled too, apart from the cache."""
+    monkeypatch.setattr(compiling, "has_feature", lambda name: low_rank._LANES == 16)
+    monkeypatch.setattr(compiling, "loop", lambda signature: compiling.helper)
+    spec = importlib.util.spec_from_file_location("low_rank_of_others", low_rank.__file__)
+    assert spec
+    assert spec.loader
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other._LANES != low_rank._LANES
+    left, right = numbers(37, 5, dtype=torch.float32).numpy(), numbers(5, 615, dtype=torch.float32).numpy()
+    for start, columns in ((0, 615), (100, 515), (3, 77), (614, 1)):
+        ours, theirs = (np.empty((37, columns), np.float32) for _ in range(2))
+        low_rank.product(left, right, start, ours, 0.5)
+        other.product(left, right, start, theirs, 0.5)
+        assert np.array_equal(ours, theirs)
