@@ -56,7 +56,7 @@ def _obstacle(loop: Loop) -> str:
 
 def _prepare(name: Loop) -> str:
     try:
-        from expo_serve.kernels import compiling, probe
+        from expo_serve.kernels import compiling
 
         loop = _loop(name)
     except ImportError as error:  # numba is missing, or does not support the NumPy that is installed
@@ -65,11 +65,17 @@ def _prepare(name: Loop) -> str:
         if found := compiling.obstacle(loop):
             return found
         compiling.compile_loop(loop)
-        is_right = name != "bf16.combine" or probe.gives_bits_of_torch()
+        is_right = name != "bf16.combine" or _gives_bits_of_torch()
     except Exception as error:  # noqa: BLE001  # numba and LLVM raise many kinds, and no load may fail by one
         kind = type(error).__name__
         return f"numba cannot compile its loops ({kind}: {error}); set NUMBA_CACHE_DIR to an empty, writable folder"
     return "" if is_right else "they give other bits than torch on this processor; please report it"
+
+
+def _gives_bits_of_torch() -> bool:
+    from expo_serve.kernels import probe  # it imports torch, which no loop needs
+
+    return probe.gives_bits_of_torch()
 
 
 def _loop(name: Loop) -> Callable[..., object]:
