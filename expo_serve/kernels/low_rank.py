@@ -79,7 +79,7 @@ def _write_tile(builder: llvm.IRBuilder, values: list[llvm.Value], rows: int, la
     return rank.type(0)
 
 
-_full, _column, _line, _single = _tile(_ROWS, _LANES), _tile(_ROWS, 1), _tile(1, _LANES), _tile(1, 1)
+_full, _line, _single = _tile(_ROWS, _LANES), _tile(1, _LANES), _tile(1, 1)
 
 
 @helper
@@ -88,16 +88,14 @@ def _sum(left: Matrix, right: Matrix, row: int, count: int, start: int, sums: Ma
     rank, stride = left.shape[1], right.shape[1]
     first, columns, to = left.ctypes.data + 4 * row * rank, right.ctypes.data + 4 * start, sums.ctypes.data
     whole = width - width % _LANES
-    if count == _ROWS:
-        for c in range(0, whole, _LANES):
+    for c in range(0, whole, _LANES):
+        if count == _ROWS:
             _full(first, rank, columns + 4 * c, stride, to + 4 * c)
-        for c in range(whole, width):
-            _column(first, rank, columns + 4 * c, stride, to + 4 * c)
-    else:
-        for c in range(0, whole, _LANES):
+        else:
             _line(first, rank, columns + 4 * c, stride, to + 4 * c)
+    for r in range(count):
         for c in range(whole, width):
-            _single(first, rank, columns + 4 * c, stride, to + 4 * c)
+            _single(first + 4 * r * rank, rank, columns + 4 * c, stride, to + 4 * (r * _PANEL + c))
 
 
 @loop("void(float32[:, ::1], float32[:, ::1], int64, float32[:, ::1], float32)")
