@@ -274,6 +274,7 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatc
     before_reads(monkeypatch, hang)
     monkeypatch.setattr(kernels, "available", lambda *_: False)
     monkeypatch.setattr(threads_module, "_JOIN_SECONDS", 0.2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
