@@ -128,12 +128,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index cannot be read, is not JSON, has no weight_map, or names a file outside its folder.
     """
-    try:
-        content = json.loads(index.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not JSON: {error}") from None
+    content = _read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected an object 'weight_map' from tensor names to file names")
@@ -188,14 +183,19 @@ def read_config(operand: str, source: Source, name: str = "config.json") -> Json
     path = Path(source.path) / name
     if not path.is_file():
         raise CheckpointError(f"{operand}: {source.path} has no {name}; give the folder of a checkpoint")
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_json(path: Path) -> object:
     try:
-        content = json.loads(path.read_bytes())
+        content: object = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except _Stopped as stopped:
         sys.stderr.flush()
-        # A normal exit would wait for the threads of a download or of a merge.
+        # A normal exit would wait for the threads of a download.
         os._exit(128 + int(stopped.args[0]))
 
 

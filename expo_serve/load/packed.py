@@ -103,7 +103,7 @@ class PackedOperands:
             "aligned": self._scratch("aligned", self._dtype, shape),
         }
         if len(blocks) == 1 and selection.is_contiguous and selection.numel == end - start:  # as most pieces are
-            around |= {side: value.view(-1) for side, value in values.items()}
+            around |= {operand: value.view(-1) for operand, value in values.items()}
             self._decode(blocks.start, around["base"], around["aligned"])
             return
         for block in blocks:

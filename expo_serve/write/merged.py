@@ -12,7 +12,7 @@ import torch
 from expo_serve.checkpoint.source import INDEX_FILE
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_of
 from expo_serve.errors import warn
-from expo_serve.load.fill import compile_kernels
+from expo_serve.load.fill import missing_kernels
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import LoadSession
 from expo_serve.load.threads import in_order
@@ -40,14 +40,14 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progr
         ExpoError: a source cannot be read, or a value is not finite.
         OSError: the folder cannot be written to.
     """
-    if reason := compile_kernels(getattr(plan.aligned_or_delta, "format", None)):
-        warn(reason)
     copy_companion_files(Path(plan.model.path), folder)
     if plan.tokenizer:
         copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)
     if plan.overrides:
         _override(folder / "config.json", plan.overrides)
     _write_weights(list(plan.tensors.values()), folder, shard_bytes, progress)
+    if reason := missing_kernels():
+        warn(reason)
 
 
 def _override(file: Path, overrides: dict[str, Any]) -> None:

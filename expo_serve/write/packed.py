@@ -136,7 +136,7 @@ def _write_tensors(
         one = written[block.tensor.name]
         _write_block(one, block, encoded, writer)
         end = one.end
-        progress.advance((block.end - block.start) * _itemsize(plan.tensors[block.tensor.name].aligned))
+        progress.advance((block.end - block.start) * plan.tensors[block.tensor.name].aligned.itemsize)
     # An empty tensor gets the offset that its place in the order implies: the format allows no holes.
     offset = 0
     for tensor in layout.tensors:
@@ -175,7 +175,3 @@ def _encode(block: _Block, plan: Plan, reader: Reader) -> _Encoded:
     base = reader.read(plan.base.tensors[block.tensor.base[0]], elements, "base")
     digest = checksum(base.view(torch.uint8).numpy().data)
     return _Encoded(encode(signed_bits(values), signed_bits(base.to(values.dtype))), digest)
-
-
-def _itemsize(record: TensorRecord) -> int:
-    return record.nbytes // max(1, record.numel)

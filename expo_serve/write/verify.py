@@ -48,7 +48,7 @@ def verify_packed_delta(plan: Plan, aligned: Checkpoint | None, progress: Progre
             )
 
     for (tensor, elements), _ in in_order(work, _blocks(plan)):
-        progress.advance(elements.numel * tensor.result.nbytes // max(1, tensor.result.numel))
+        progress.advance(elements.numel * tensor.result.itemsize)
     if reason := missing_kernels():
         warn(reason)
 
