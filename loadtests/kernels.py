@@ -131,7 +131,7 @@ def _stream(operands: Operands) -> Case:
         sides = [torch.from_numpy(memory.view(np.int16)).view(torch.bfloat16) for memory in operands.memory]
         for start in range(0, operands.out.numel(), count):
             for file, memory in zip(operands.files, operands.memory, strict=True):
-                os.preadv(file, [memory], 2 * start)  # type: ignore[list-item]
+                os.preadv(file, [memory.data], 2 * start)
             _lerp_and_look(sides[0], sides[1], operands.out[start : start + count])
 
     return Case(
@@ -146,7 +146,7 @@ def _gather(operands: Operands, size: int) -> Case:
 
     def plain() -> None:
         for index, offset in enumerate(offsets):
-            os.preadv(file, [memory[index * size : (index + 1) * size]], offset)  # type: ignore[list-item]
+            os.preadv(file, [memory[index * size : (index + 1) * size].data], offset)
 
     name = f"gather, {offsets.size} extents of {size} bytes"
     return Case(name, {"compiled": lambda: reading.gather(file, memory, offsets), "plain": plain})
@@ -157,8 +157,8 @@ def _fetch(operands: Operands) -> Case:
     expected = checksum(bf16_bits(operands.base).tobytes())
 
     def plain() -> None:
-        os.preadv(file, [memory], 0)  # type: ignore[list-item]
-        assert checksum(memory) == expected  # type: ignore[arg-type]
+        os.preadv(file, [memory.data], 0)
+        assert checksum(memory.data) == expected
 
     def compiled() -> None:
         assert reading.fetch(file, 0, memory, sizes.FETCH_PIECE_BYTES, expected)
@@ -200,7 +200,7 @@ def _low_rank(operands: Operands, rank: int, rows: int = 128, columns: int = 204
     step = max(1, sizes.LOW_RANK_PIECE_BYTES // (2 * columns))
 
     def plain() -> None:
-        os.preadv(file, [bits], 0)  # type: ignore[list-item]
+        os.preadv(file, [bits.data], 0)
         torch.mm(left, right, out=product)
         torch.add(values.float(), product, alpha=0.5 * _WEIGHT, out=product)
         values.copy_(product)
