@@ -141,6 +141,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(guarded: Release) -> None:
 @pytest.mark.parametrize(
     ("token", "words"),
     [("hf_another-one-nobody-may-see", "Invalid credentials in Authorization header"), (None, "requires approval")],
+    ids=["another token", "no token"],  # pytest-xdist's workers show the test's id in their command line
 )
 def test_a_token_that_does_not_open_the_gate(guarded: Release, token: str | None, words: str) -> None:
     guarded.secrets = {("hub", "token"): token or ""}
