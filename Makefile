@@ -67,7 +67,7 @@ tools: setup
 # Two processes for what starts no engine: an engine takes both cores by itself, and binds its threads to them.
 IN_TWO := -n 2 --dist loadfile
 
-test: lint docs models tools ## lint, types, docs, all fast tests, and the engine tests that give the most (some 10 minutes)
+test: lint docs models tools ## lint, types, docs, all fast tests, and the engine tests that give the most (some 11 minutes once installed)
 	$(BIN)/python -m pytest -m 'not engine and not slow' $(IN_TWO)
 	$(BIN)/python -m pytest -m 'engine and not slow'
 	@echo "Left out: slow tests (make test-all), other Pythons (make test-pythons), the image and its pods (make test-kube)."

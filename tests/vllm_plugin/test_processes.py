@@ -71,6 +71,7 @@ def test_sigterm_while_resolving(start: Start, silent_hub: socket.socket) -> Non
     assert seconds < LIMIT_SECONDS
 
 
+@pytest.mark.slow
 def test_second_signal_ends_at_once(start: Start) -> None:
     """Ctrl-C, then SIGTERM: two different signals, which the kernel never makes one, in the order of their numbers."""
     server = start()
