@@ -64,20 +64,20 @@ test-pythons: setup ## ruff, mypy and the tests without torch under the other Py
 tools: setup
 	@$(BIN)/python -m tests.deploy.install
 
-# Two processes for what starts no engine: an engine takes both cores by itself, and binds its threads to them.
-IN_TWO := -n 2 --dist loadfile
+# In two processes; an engine takes both cores by itself, and binds its threads to them.
+WITHOUT_ENGINES := $(BIN)/python -m pytest -m 'not engine and not slow' -n 2 --dist loadfile
 
 test: lint docs models tools ## lint, types, docs, all fast tests, and the engine tests that give the most (some 11 minutes once installed)
-	$(BIN)/python -m pytest -m 'not engine and not slow' $(IN_TWO)
+	$(WITHOUT_ENGINES)
 	$(BIN)/python -m pytest -m 'engine and not slow'
 	@echo "Left out: slow tests (make test-all), other Pythons (make test-pythons), the image and its pods (make test-kube)."
 
 test-all: lint docs models tools test-pythons ## the slow tests too: every family, every combination (an hour)
-	$(BIN)/python -m pytest -m 'not engine and not slow' $(IN_TWO)
+	$(WITHOUT_ENGINES)
 	$(BIN)/python -m pytest -m 'engine or slow'
 
 test-fast: setup tools ## the tests that start no engine
-	$(BIN)/python -m pytest -m 'not engine and not slow' $(IN_TWO)
+	$(WITHOUT_ENGINES)
 
 test-kube: models tools ## the image, and the chart's pods run from it by podman; as root (some four minutes)
 	$(BIN)/python -m pytest -m kube tests/deploy/kube -v --durations=5

@@ -102,15 +102,15 @@ class PackedOperands:
             "base": self._scratch("base", self._base_dtype, shape),
             "aligned": self._scratch("aligned", self._dtype, shape),
         }
-        if len(blocks) == 1 and selection.is_contiguous and selection.numel == end - start:  # as most pieces are
+        is_whole = selection.is_contiguous and selection.numel == end - start  # as most pieces are
+        if is_whole:
             around |= {operand: value.view(-1) for operand, value in values.items()}
-            self._decode(blocks.start, around["base"], around["aligned"])
-            return
         for block in blocks:
             first, last = (place - start for place in self._spans[block])
             self._decode(block, around["base"][first:last], around["aligned"][first:last])
-        for operand, value in values.items():
-            value.copy_(around[operand].as_strided(selection.shape, selection.stride, selection.offset - start))
+        if not is_whole:
+            for operand, value in values.items():
+                value.copy_(around[operand].as_strided(selection.shape, selection.stride, selection.offset - start))
 
     def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
         """Read blocks of base straight into ``dest``, and extrapolate in place what the delta changes."""
