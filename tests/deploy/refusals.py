@@ -59,8 +59,11 @@ ALPHA: dict[str, Case] = {
     "number": ({"variants": {"a": {"alpha": 0.5}}}, ("/variants/a/alpha", "got number, want string")),
     "exponent": ({"variants": {"a": {"alpha": "1e3"}}}, ("/variants/a/alpha", "1e3")),
     "word": ({"variants": {"a": {"alpha": "half"}}}, ("/variants/a/alpha", "half")),
-    "over": ({"variants": {"a": {"alpha": "100.1"}}}, ("variants.a.alpha", "100.1", "from -100 to 100")),
-    "under": ({"variants": {"a": {"alpha": "-101"}}}, ("variants.a.alpha", "-101", "from -100 to 100")),
+    "over": ({"variants": {"a": {"alpha": "10001"}}}, ("variants.a.alpha", "10001", "from -10000 to 10000")),
+    "barely-over": ({"variants": {"a": {"alpha": "10000.0000000001"}}}, ("variants.a.alpha", "from -10000 to 10000")),
+    "under": ({"variants": {"a": {"alpha": "-10000.1"}}}, ("variants.a.alpha", "-10000.1", "from -10000 to 10000")),
+    "far-over": ({"variants": {"a": {"alpha": "100000"}}}, ("/variants/a/alpha", "100000")),
+    "more-digits-than-a-double": ({"variants": {"a": {"alpha": "9999.99999999999"}}}, ("/variants/a/alpha", "9999.99")),
     "missing": ({"variants": {"a": {}}}, ("/variants/a", "missing property 'alpha'")),
     "in-defaults": ({"defaults": {"alpha": "0.5"}}, ("/defaults", "'alpha' not allowed")),
     "rule-without-value": (_a(alphaRules=["lm_head"]), ("/variants/a/alphaRules/0", "lm_head")),
@@ -92,6 +95,14 @@ SOURCES: dict[str, Case] = {
     "same-twice": (_ab({}, {}), ("variants.b", "variants.a", "same alpha, sources and image")),
     "same-twice-in-other-texts": (_ab({}, {"alpha": "+00.50"}), ("variants.b", "variants.a", "same alpha")),
     "same-said-and-default": (_ab({}, {"aligned": "/models/aligned"}), ("variants.b", "variants.a", "same alpha")),
+    "same-but-for-the-rounding": (
+        _ab({}, {"rounding": "nearest"}),
+        ("variants.b.servedModelNames", "aligned-expo-0.5", "variants.a"),
+    ),
+    "same-rounding": (
+        _ab({"rounding": "dithered", "roundingSeed": 1}, {"rounding": "dithered", "roundingSeed": 1}),
+        ("variants.b", "variants.a", "same alpha"),
+    ),
     "same-name": (
         _ab({"servedModelNames": ["x"]}, {"alpha": "1", "servedModelNames": ["x", "y"]}),
         ("variants.b.servedModelNames", '"x"', "variants.a"),
@@ -118,6 +129,16 @@ KEYS: dict[str, Case] = {
     "digest": ({"image": {"digest": "0123"}}, ("/image/digest", "0123", "sha256")),
     "budget": (_a(podDisruptionBudget={"maxUnavailable": "few"}), ("/podDisruptionBudget/maxUnavailable", "few")),
     "unmatched": (_a(unmatched="skip"), ("/variants/a/unmatched", "'refuse', 'copy'")),
+    "rounding": (_a(rounding="up"), ("/variants/a/rounding", "'dithered', 'nearest'")),
+    "rounding-in-defaults": ({"defaults": {"rounding": "Nearest"}}, ("/defaults/rounding", "'dithered', 'nearest'")),
+    "seed-below-zero": (_a(roundingSeed=-1), ("/variants/a/roundingSeed", "-1", "want 0")),
+    "seed-over-32-bits": (_a(roundingSeed=2**32), ("/variants/a/roundingSeed", "maximum", "4.294967295")),
+    "seed-with-fraction": (_a(roundingSeed=0.5), ("/variants/a/roundingSeed", "want")),
+    "seed-as-text": (_a(roundingSeed="7"), ("/variants/a/roundingSeed", "got string")),
+    "deviation": (
+        {"monitoring": {"rules": {"effectiveAlphaDeviation": 0}}},
+        ("/monitoring/rules/effectiveAlphaDeviation", "0"),
+    ),
 }
 RUNNING: dict[str, Case] = {
     "hpa-and-keda": (
@@ -149,6 +170,8 @@ RUNNING: dict[str, Case] = {
     "key-in-arguments": (_a(extraArgs=["--api-key=x"]), ("variants.a.extraArgs", "--api-key", "apiKey.existingSecret")),
     "token-in-arguments": (_a(extraArgs=["--hf_token", "x"]), ("variants.a.extraArgs", "--hf-token", "tokenSecret")),
     "alpha-in-arguments": (_a(extraArgs=["--alpha", "1"]), ("variants.a.extraArgs", "--alpha", "chart")),
+    "rounding-in-arguments": (_a(extraArgs=["--rounding=nearest"]), ("variants.a.extraArgs", "--rounding", "chart")),
+    "seed-in-arguments": (_a(extraArgs=["--rounding_seed", "1"]), ("variants.a.extraArgs", "--rounding-seed", "chart")),
     "port-in-arguments": (_a(extraArgs=["--port=1"]), ("variants.a.extraArgs", "--port", "chart")),
     "short-flag": (_a(extraArgs=["-tp=8"]), ("variants.a.extraArgs", "tp", "chart")),
     "key-in-environment": (

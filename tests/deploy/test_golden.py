@@ -25,6 +25,8 @@ EDITS: dict[str, Any] = {
     "replicas": 7,
     "image": {"tag": "other"},
     "alphaRules": ["lm_head=0"],
+    "rounding": "dithered",
+    "roundingSeed": 7,
     "servedModelNames": ["other"],
     "resources": {"requests": {"cpu": "9"}},
     "startup": {"budgetSeconds": 60},

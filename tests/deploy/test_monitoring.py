@@ -17,6 +17,7 @@ from tests.deploy.prometheus import Prometheus, discovered, scrape_job
 
 ALERTS = {
     "ExpoAlphaMismatch": "critical",
+    "ExpoEffectiveAlphaOff": "warning",
     "ExpoStartOverBudget": "warning",
     "ExpoPodSilent": "warning",
     "ExpoLoadTimeRegressed": "warning",
@@ -194,7 +195,7 @@ def test_alerts_of_one_variant(variant: str) -> None:
 def test_figures_come_from_the_values(tmp_path: Path) -> None:
     figures = {
         "startupBudgetRatio": 0.85, "loadRegressionRatio": 1.25, "loadRegressionDays": 3, "restartsPerHour": 4,
-        "waitingRequests": 1000000, "kvCacheUsage": 0.5,
+        "waitingRequests": 1000000, "kvCacheUsage": 0.5, "effectiveAlphaDeviation": 0.05,
     }  # fmt: skip
     labels = {"team": "llm", "severity": "page"}
     values = example() | {"monitoring": {"rules": {"enabled": True, "alertLabels": labels, **figures}}}
@@ -203,6 +204,7 @@ def test_figures_come_from_the_values(tmp_path: Path) -> None:
     assert all(rule["labels"] == labels | {"variant": "mild"} for rule in rules.values())
     expressions = {name: rule["expr"] for name, rule in rules.items()}
     assert expressions["ExpoAlphaMismatch"].endswith(', alpha="0.3"}) != 0.3')
+    assert expressions["ExpoEffectiveAlphaOff"].endswith(") > 0.05")
     assert expressions["ExpoStartOverBudget"].endswith("> 0.85 * 1000000")
     assert "1.25 * avg by" in expressions["ExpoLoadTimeRegressed"]
     assert "[3d] offset 1d" in expressions["ExpoLoadTimeRegressed"]

@@ -55,7 +55,10 @@ def test_a_cluster_that_is_too_old_is_refused() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        {"variants": {"a": {"alpha": "100"}, "b": {"alpha": "-100.0"}, "c": {"alpha": "+0"}}},
+        {"variants": {"a": {"alpha": "10000"}, "b": {"alpha": "-10000.0"}, "c": {"alpha": "+0"}}},
+        {"variants": {"a": {"alpha": "9999.9999999999"}, "b": {"alpha": "9999.9999999998"}}},
+        {"variants": {"a": {"alpha": "0.5"}, "b": {"alpha": "0.5", "rounding": "nearest", "servedModelNames": ["b"]}}},
+        {"variants": {"a": {"alpha": "0.5"}, "b": {"alpha": "0.5", "roundingSeed": 1, "servedModelNames": ["b"]}}},
         {"variants": {"a": {"alpha": "0.5"}, "b": {"alpha": "0.5", "aligned": "/models/other"}}},
         {"variants": {"a": {"alpha": "0.5"}, "b": {"alpha": "0.5", "image": {"tag": "x"}, "servedModelNames": ["b"]}}},
         {"variants": {"a": {"alpha": "0.5"}, "b": {"alpha": "0.5", "delta": "/models/aligned-delta"}}},

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.deploy import refusals
-from tests.deploy.chart import CHART, NAMESPACE, RELEASE, VALUES, Object, Values, load, merged, names, pick, render
-from tests.deploy.consistency import quantity
+from tests.deploy import refusals, schemas
+from tests.deploy.chart import (
+    CHART,
+    NAMESPACE,
+    RELEASE,
+    VALUES,
+    Object,
+    Values,
+    load,
+    merged,
+    names,
+    pick,
+    pod_templates,
+    render,
+)
+from tests.deploy.consistency import mismatches, quantity
 from tests.deploy.tools import HELM, need
 
 SERVERS = ("Deployment", "LeaderWorkerSet")
@@ -59,6 +73,13 @@ def test_each_variant_has_a_deployment_and_a_service(name: str, count: int) -> N
             ("-1.25", "-1.25", "m1.25"),
             ("0.000001", "0.000001", "0.000001"),
         ],
+        *[
+            ("1000", "1000", "1000"),
+            ("-10000", "-10000", "m10000"),
+            ("10000.0000000000", "10000", "10000"),
+            ("9999.12345", "9999.12345", "9999.12345"),
+            ("-9999.1234567891", "-9999.1234567891", "m9999.1234567891"),
+        ],
     ],
 )
 def test_alpha_has_its_one_text(given: str, text: str, label: str) -> None:
@@ -71,6 +92,56 @@ def test_alpha_has_its_one_text(given: str, text: str, label: str) -> None:
     arguments = _server(objects)["args"]
     assert f"--alpha={text}" in arguments
     assert arguments[arguments.index("--served-model-name") + 1] == f"aligned-expo-{text}"
+
+
+def test_alphas_of_all_sizes_make_legal_names_that_differ() -> None:
+    alphas = ["1000", "-1000", "10000", "-10000", "0.0001", "-0.0001", "9999.12345", "-9999.1234567891"]
+    values = {**_one(), "variants": {f"v{number}": {"alpha": alpha} for number, alpha in enumerate(alphas)}}
+    values |= {"route": {"enabled": True, "parentRefs": [{"name": "g"}]}, "networkPolicy": {"enabled": False}}
+    values["monitoring"] = {"rules": {"enabled": True}}
+    objects = render(values)
+    assert mismatches(objects, NAMESPACE) == []
+    assert [line for one in objects for line in schemas.problems(one, "1.35")] == []
+    pods = [_pod(objects, f"-v{number}") for number in range(len(alphas))]
+    assert [pod["metadata"]["annotations"]["expo-serve/alpha"] for pod in pods] == alphas
+    assert len({pod["metadata"]["labels"]["expo-serve/alpha"] for pod in pods}) == len(alphas)
+    rules = pick(objects, "HTTPRoute")["spec"]["rules"]
+    headers = [rule["matches"][0]["headers"][0] for rule in rules]
+    assert [(header["name"], header["value"]) for header in headers] == [("X-Expo-Alpha", alpha) for alpha in alphas]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "own", "flags"),
+    [
+        ({}, {}, []),
+        ({"rounding": "", "roundingSeed": None}, {}, []),
+        ({}, {"rounding": "nearest"}, ["--rounding=nearest"]),
+        ({"rounding": "nearest"}, {}, ["--rounding=nearest"]),
+        ({"rounding": "nearest"}, {"rounding": "dithered"}, ["--rounding=dithered"]),
+        ({"rounding": "nearest"}, {"rounding": ""}, []),
+        ({}, {"roundingSeed": 0}, ["--rounding-seed=0"]),
+        ({"roundingSeed": 7}, {"roundingSeed": 0}, ["--rounding-seed=0"]),
+        ({"roundingSeed": 4294967295}, {"rounding": "dithered"}, ["--rounding=dithered", "--rounding-seed=4294967295"]),
+        ({}, {"roundingSeed": 4294967295}, ["--rounding-seed=4294967295"]),
+        ({}, {"roundingSeed": 16777217}, ["--rounding-seed=16777217"]),
+    ],
+)
+def test_rounding_reaches_the_command_line(defaults: Values, own: Values, flags: list[str]) -> None:
+    arguments = _server(render(merged(_one(**own), {"defaults": defaults})))["args"]
+    assert [word for word in arguments if word.startswith("--rounding")] == flags
+
+
+@pytest.mark.parametrize("given", ["4294967295", "4.294967295e+09"])
+def test_a_seed_is_an_integer_however_yaml_has_it(given: str, tmp_path: Path) -> None:
+    (tmp_path / "seed.yaml").write_text(f"defaults: {{roundingSeed: {given}}}\n")
+    for arguments in (["--values", str(tmp_path / "seed.yaml")], ["--set", "variants.a.roundingSeed=4294967295"]):
+        assert "--rounding-seed=4294967295" in _server(render(_one(), *arguments))["args"]
+
+
+def test_all_pods_of_a_group_round_alike() -> None:
+    objects = render(_one(rounding="dithered", roundingSeed=3, tensorParallelSize=2, multiNode={"nodes": 2}))
+    for template in pod_templates(pick(objects, "LeaderWorkerSet")).values():
+        assert {"--rounding=dithered", "--rounding-seed=3"} <= set(template["spec"]["containers"][0]["args"])
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "none"])

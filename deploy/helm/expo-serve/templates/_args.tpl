@@ -9,6 +9,10 @@
 {{- $args = append $args (printf "--alpha=%s" $v.alpha) -}}
 {{- range $v.alphaRules -}}{{- $args = append $args (printf "--alpha-rule=%s" .) -}}{{- end -}}
 {{- with $v.unmatched -}}{{- $args = append $args (printf "--unmatched=%s" .) -}}{{- end -}}
+{{- with $v.rounding -}}{{- $args = append $args (printf "--rounding=%s" .) -}}{{- end -}}
+{{- if not (kindIs "invalid" $v.roundingSeed) -}}
+{{- $args = append $args (printf "--rounding-seed=%d" (int64 $v.roundingSeed)) -}}
+{{- end -}}
 {{- $args = concat $args (list "--served-model-name") $v.servedModelNames -}}
 {{- $args = append $args (printf "--port=%d" (int64 .root.Values.service.port)) -}}
 {{- $args = append $args (printf "--shutdown-timeout=%d" (int64 $v.drain.shutdownTimeoutSeconds)) -}}
