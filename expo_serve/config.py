@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from expo_serve.errors import ConfigError
 
-MAX_ALPHA = 100.0
+MAX_ALPHA = 10_000.0
+"""Pairs that are one update of reinforcement learning apart are extrapolated a thousandfold."""
+USUAL_ALPHA = 100.0
+"""A larger alpha is warned of."""
 ALPHA_RANGE = f"a decimal number from -{MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}, such as 0.5"
 SOURCE_EXPECTED = "a folder or hub id"
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -25,7 +29,7 @@ def parse_alpha(value: object) -> float:
     """Read alpha from a decimal string or a number.
 
     Raises:
-        ValueError: the value is not a finite decimal, or its size is over 100.
+        ValueError: the value is not a finite decimal, or its size is over 10,000.
     """
     if isinstance(value, str):
         number = float(value) if _DECIMAL.fullmatch(value.strip()) else math.nan
@@ -44,6 +48,43 @@ def format_alpha(alpha: float) -> str:
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
+
+
+Method = Literal["dithered", "nearest"]
+MAX_SEED = 2**32 - 1
+SEED_RANGE = f"an integer from 0 to {MAX_SEED}"
+
+
+class Rounding(NamedTuple):
+    """How results in bf16 and fp16 are rounded: docs/number-rule.md#rounding."""
+
+    method: Method = "nearest"
+    seed: int = 0
+
+    def key(self, name: str) -> int | None:
+        """Return the 64-bit key from which the random bits of a tensor's elements come; None to round to nearest.
+
+        Args:
+            name: the tensor's name in the result.
+        """
+        if self.method == "nearest":
+            return None
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little")
+
+
+NEAREST = Rounding()
+
+
+def parse_seed(value: object) -> int:
+    """Read the seed of dithered rounding from an integer, or from its decimal digits.
+
+    Raises:
+        ValueError: it is not one, or does not fit into 32 bits.
+    """
+    digits = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if not (digits.isascii() and digits.isdigit()) or int(digits) > MAX_SEED:
+        raise ValueError(f"the seed must be {SEED_RANGE}; found {value!r:.100}")
+    return int(digits)
 
 
 class AlphaRule(BaseModel):
@@ -181,6 +222,8 @@ class ExpoConfig(BaseModel):
     delta_revision: str | None = None
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
+    rounding: Method = "dithered"
+    rounding_seed: Annotated[int, BeforeValidator(parse_seed)] = 0
     pinned: Pinned | None = None
 
     @model_validator(mode="after")
@@ -199,6 +242,11 @@ class ExpoConfig(BaseModel):
     def alpha_text(self) -> str:
         """Alpha in its canonical form."""
         return format_alpha(self.alpha)
+
+    @property
+    def how_to_round(self) -> Rounding:
+        """The rounding of every tensor."""
+        return Rounding(self.rounding, self.rounding_seed)
 
     def alpha_for(self, name: str) -> float:
         """Return the alpha of the tensor with this checkpoint name."""

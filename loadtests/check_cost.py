@@ -111,7 +111,7 @@ def main() -> None:
     options = parser(__doc__, size="1.1b", rounds=9).parse_args()
     with pair_of(options.size, options.work, options.keep) as pair:
         warm(pair.files)
-        config = ExpoConfig(base=str(pair.base), aligned=str(pair.aligned), alpha=ALPHA)
+        config = ExpoConfig(base=str(pair.base), aligned=str(pair.aligned), alpha=ALPHA, rounding="nearest")
         figures = measure(prepare(config), options.rounds)
     save("check_cost", options.size, figures, options.results)
     rows = [

@@ -30,7 +30,7 @@ import torch
 from expo_serve import kernels
 from expo_serve.kernels import bf16, low_rank, reading, sparse
 from expo_serve.load import blocks, sizes
-from expo_serve.load.dtypes import bf16_bits, signed_bits
+from expo_serve.load.dtypes import signed_bits, uint16_bits
 from expo_serve.plan.packed_format import checksum
 from loadtests.results import ALPHA, parser, ratio_spread, save, shown, spread, table, turns
 
@@ -89,7 +89,7 @@ class Operands:
         return torch.where(some < share, (self.base.float() * (1 + spread)).bfloat16(), self.base)
 
     def _write(self, file: Path, values: torch.Tensor) -> int:
-        file.write_bytes(bf16_bits(values).tobytes())
+        file.write_bytes(uint16_bits(values).tobytes())
         return os.open(file, os.O_RDONLY)
 
 
@@ -107,11 +107,11 @@ def cases(operands: Operands) -> Iterator[Case]:
 
 def _combine(operands: Operands, count: int) -> Case:
     base, aligned, out = (side[:count] for side in (operands.base, operands.aligned, operands.out))
-    bits, step = (bf16_bits(base), bf16_bits(aligned), bf16_bits(out)), bf16.lerp_factor(_WEIGHT)
+    bits, step = (uint16_bits(base), uint16_bits(aligned), uint16_bits(out)), bf16.lerp_factor(_WEIGHT)
     return Case(
         f"combine, {2 * count >> 10} KiB of result",
         {
-            "compiled": lambda: bf16.combine(*bits, *step, False),
+            "compiled": lambda: bf16.combine(*bits, *step, False, bits[0][:0]),
             "plain": lambda: _lerp_and_look(base, aligned, out),
         },
     )
@@ -123,7 +123,7 @@ def _lerp_and_look(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor)
 
 
 def _stream(operands: Operands) -> Case:
-    (one, two), out, step = operands.files, bf16_bits(operands.out), bf16.lerp_factor(_WEIGHT)
+    (one, two), out, step = operands.files, uint16_bits(operands.out), bf16.lerp_factor(_WEIGHT)
     places, memory = (one, 0, two, 0), operands.memory
 
     def plain() -> None:
@@ -136,7 +136,10 @@ def _stream(operands: Operands) -> Case:
 
     return Case(
         f"stream, {operands.out.nbytes >> 20} MiB of result",
-        {"compiled": lambda: reading.stream(*places, memory[0], memory[1], out, *step, False), "plain": plain},
+        {
+            "compiled": lambda: reading.stream(*places, memory[0], memory[1], out, *step, False, False, 0, 0),
+            "plain": plain,
+        },
     )
 
 
@@ -154,7 +157,7 @@ def _gather(operands: Operands, size: int) -> Case:
 
 def _fetch(operands: Operands) -> Case:
     file, memory = operands.files[0], np.empty(operands.base.nbytes, np.uint8)
-    expected = checksum(bf16_bits(operands.base).tobytes())
+    expected = checksum(uint16_bits(operands.base).tobytes())
 
     def plain() -> None:
         os.preadv(file, [memory.data], 0)
@@ -187,7 +190,7 @@ def _sparse(operands: Operands, share: float) -> Iterator[Case]:
 
     def compiled() -> None:
         values.copy_(operands.base)
-        assert sparse.extrapolate(*parts, bits, *step)
+        assert sparse.extrapolate(*parts, bits, *step, False, 0, 0)
 
     yield Case(f"extrapolate, {share:.1%} of {aligned.numel() >> 20} Mi values", {"compiled": compiled, "plain": plain})
 
@@ -196,7 +199,7 @@ def _low_rank(operands: Operands, rank: int, rows: int = 128, columns: int = 204
     left, right = operands.random(rows, rank), 0.01 * operands.random(rank, columns)
     one, two, file = left.numpy(), right.numpy(), operands.files[0]
     values, product = operands.out[: rows * columns].view(rows, columns), torch.empty(rows, columns)
-    bits, out = bf16_bits(values).reshape(rows, columns), product.numpy()
+    bits, out = uint16_bits(values).reshape(rows, columns), product.numpy()
     step = max(1, sizes.LOW_RANK_PIECE_BYTES // (2 * columns))
 
     def plain() -> None:
@@ -215,7 +218,7 @@ def _low_rank(operands: Operands, rank: int, rows: int = 128, columns: int = 204
     )
     yield Case(
         f"low-rank stream, rank {rank}, {rows} by {columns}",
-        {"compiled": lambda: low_rank.stream(file, 0, one, two, bits, 0.5, _WEIGHT, step), "plain": plain},
+        {"compiled": lambda: low_rank.stream(file, 0, one, two, bits, 0.5, _WEIGHT, step, False, 0, 0), "plain": plain},
     )
 
 

@@ -22,7 +22,7 @@ from expo_serve.config import (
 )
 from expo_serve.errors import ConfigError
 
-ALPHAS = st.floats(-100, 100)
+ALPHAS = st.floats(-10_000, 10_000)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ ALPHAS = st.floats(-100, 100)
         (-0.25, "-0.25"),
         (1e-7, "0.0000001"),
         (-0.0, "0"),
-        (100.0, "100"),
+        (10_000.0, "10000"),
         (-1, "-1"),
         (0.1, "0.1"),
         (1.70, "1.7"),
@@ -56,7 +56,16 @@ def test_text_gives_the_number_back(alpha: float) -> None:
 
 @pytest.mark.parametrize(
     ("given", "alpha"),
-    [("0.50", 0.5), (".5", 0.5), ("5.", 5.0), ("+1", 1.0), ("-1e-3", -0.001), (" 2 ", 2.0), (3, 3.0), (-100, -100.0)],
+    [
+        ("0.50", 0.5),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("+1", 1.0),
+        ("-1e-3", -0.001),
+        (" 2 ", 2.0),
+        (3, 3.0),
+        (-10_000, -10_000.0),
+    ],
 )
 def test_alpha_is_any_decimal(given: object, alpha: float) -> None:
     assert parse_alpha(given) == alpha
@@ -65,12 +74,12 @@ def test_alpha_is_any_decimal(given: object, alpha: float) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        *("", " ", "nan", "inf", "-inf", "0,5", "1e6", "1e999", "100.01", "0x1", "1_0", "1 2", "--1", "half"),
-        *(math.nan, math.inf, 101, -101, 10**400, True, None, [], {}, b"1"),
+        *("", " ", "nan", "inf", "-inf", "0,5", "1e6", "1e999", "10000.01", "0x1", "1_0", "1 2", "--1", "half"),
+        *(math.nan, math.inf, 10_001, -10_001, 10**400, True, None, [], {}, b"1"),
     ],
 )
 def test_anything_else_is_no_alpha(given: object) -> None:
-    with pytest.raises(ValueError, match="from -100 to 100"):
+    with pytest.raises(ValueError, match="from -10000 to 10000"):
         parse_alpha(given)
 
 
@@ -80,7 +89,7 @@ def test_parse_never_gives_another_error_nor_a_number_out_of_range(given: object
         found = parse_alpha(given)
     except ValueError:
         return
-    assert abs(found) <= 100
+    assert abs(found) <= 10_000
 
 
 @pytest.mark.parametrize(
@@ -120,9 +129,9 @@ def test_first_rule_that_matches_decides() -> None:
     ("values", "words"),
     [
         ({"alpha": 0.5}, ["base is missing: expected a folder or hub id"]),
-        ({"base": "b"}, ["alpha is missing: expected a decimal number from -100 to 100"]),
+        ({"base": "b"}, ["alpha is missing: expected a decimal number from -10000 to 10000"]),
         ({"base": "b", "alpha": 0.5, "alhpa": 1}, ["unknown key 'alhpa'", "known keys: base, alpha, aligned"]),
-        ({"base": "b", "alpha": "0,5"}, ["alpha", "from -100 to 100"]),
+        ({"base": "b", "alpha": "0,5"}, ["alpha", "from -10000 to 10000"]),
         ({"base": 5, "alpha": 0.5}, ["base: expected a string, found 5"]),
         (
             {"base": "b", "alpha": 0.5, "unmatched": "ignore"},

@@ -94,7 +94,7 @@ def test_ways_with_the_check_notice_what_is_not_finite_and_the_others_do_not(tmp
         tensors = tiny_tensors(seed)
         tensors["lm_head.weight"][2, 1] = torch.nan
         sides.append(str(write_raw(tmp_path / side, tensors)))
-    plan = prepare(ExpoConfig(base=sides[0], aligned=sides[1], alpha=0.5))
+    plan = prepare(ExpoConfig(base=sides[0], aligned=sides[1], alpha=0.5, rounding="nearest"))
     noticed = {name: _notices(plan, way) for name, way in check_cost.ways().items()}
     assert noticed == {"compiled": True, "compiled, unchecked": False, "torch": True, "torch, unchecked": False}
     with check_cost.ways()["torch"]():

@@ -16,7 +16,7 @@ import torch
 from tests.command import assert_refused_alike, refused, refused_by_command
 from tests.models.raw import tiny_tensors, write_pair, write_raw
 
-RANGE = "from -100 to 100"
+RANGE = "from -10000 to 10000"
 OURS = "is set by expo-serve"
 Pair = tuple[str, str]
 

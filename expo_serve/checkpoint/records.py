@@ -48,6 +48,8 @@ DTYPES: dict[str, Dtype] = {
 }
 """All dtypes, by the format's own names (https://github.com/huggingface/safetensors#format)."""
 FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "float")
+DITHERED_DTYPES = frozenset({"BF16", "F16"})
+"""Results of these dtypes can be rounded dithered; in wider ones rounding to nearest loses nothing of alpha."""
 QUANTISED_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "quantised")
 
 

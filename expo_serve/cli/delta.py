@@ -8,7 +8,7 @@ from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess, find_source
-from expo_serve.cli.options import REVISION_HELP, add_hub_flags, flag_of, normalise
+from expo_serve.cli.options import REVISION_HELP, add_hub_flags, add_rounding_flags, flag_of, normalise
 from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
@@ -76,6 +76,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     apply.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default %(default)s)")
     for action in (create, apply):
         action.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
+    add_rounding_flags(apply)
     for action in (create, verify, apply):
         add_hub_flags(action)
     return parser, {"create": create, "verify": verify, "apply": apply}
@@ -147,7 +148,8 @@ def _apply(given: argparse.Namespace) -> None:
 
 def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan]:
     """Open the delta, and plan every tensor at alpha 0."""
-    config = _config(given, delta=given.delta, delta_revision=given.delta_revision)
+    rounding = {key: value for key in ("rounding", "rounding_seed") if (value := getattr(given, key, None)) is not None}
+    config = _config(given, delta=given.delta, delta_revision=given.delta_revision, **rounding)
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
     if isinstance(delta, PackedDelta):

@@ -9,18 +9,18 @@ import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from expo_serve.checkpoint.source import HubAccess
 from expo_serve.cli.parser import Parser
-from expo_serve.config import ALPHA_RANGE, SOURCE_EXPECTED, ExpoConfig, parse_config
+from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, ExpoConfig, Method, parse_config
 from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
-    "unmatched",
+    "unmatched", "rounding", "rounding-seed",
 )  # fmt: skip
 REVISION_HELP = "branch, tag or commit on the hub"
 _SHARED_FLAGS = ("hf-token", "download-dir")
@@ -68,9 +68,22 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--unmatched", choices=("refuse", "copy"),
         help="tensors that only one checkpoint has: refuse the pair (default), or copy aligned's and ignore base's",
     )  # fmt: skip
+    add_rounding_flags(group)
     shared = parser.add_argument_group("access to the sources")
     add_hub_flags(shared)
     shared.add_argument("--config", metavar="FILE.yaml", help="flags as keys of a YAML file; the command line wins")
+
+
+def add_rounding_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say how results in 16 bits are rounded."""
+    group.add_argument(
+        "--rounding", choices=get_args(Method),
+        help="of results in bf16 and fp16: dithered (default) keeps alpha true, since it rounds up or down with the "
+             "probability of the distance; nearest gives the bits that other tools write",
+    )  # fmt: skip
+    group.add_argument(
+        "--rounding-seed", metavar="N", help=f"which random bits dithered rounding takes: {SEED_RANGE} (default 0)"
+    )
 
 
 def add_hub_flags(group: argparse._ActionsContainer) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Literal
 
 Loop = Literal[
-    "bf16.combine", "reading.stream", "reading.gather", "reading.fetch",
+    "bf16.combine", "dither.fill", "dither.round_to_bf16", "dither.round_to_fp16",
+    "measuring.tally",
+    "reading.stream", "reading.gather", "reading.fetch",
     "sparse.apply16", "sparse.apply32", "sparse.apply64", "sparse.extrapolate",
     "low_rank.product", "low_rank.stream",
 ]  # fmt: skip
@@ -79,9 +81,12 @@ def _gives_bits_of_torch() -> bool:
 
 
 def _loop(name: Loop) -> Callable[..., object]:
-    from expo_serve.kernels import bf16, low_rank, reading, sparse
+    from expo_serve.kernels import bf16, dither, low_rank, measuring, reading, sparse
 
     module, _, function = name.partition(".")
-    rooms = {"bf16": bf16, "low_rank": low_rank, "reading": reading, "sparse": sparse}
+    rooms = {
+        "bf16": bf16, "dither": dither, "low_rank": low_rank, "measuring": measuring, "reading": reading,
+        "sparse": sparse,
+    }  # fmt: skip
     loop: Callable[..., object] = getattr(rooms[module], function)
     return loop

@@ -54,6 +54,12 @@ def round_bits(value: np.float32) -> np.uint16:
 
 
 @helper
+def round_dithered(value: np.float32, noise: np.uint16) -> np.uint16:
+    """Round to one of the two nearest bf16 by random bits, see :mod:`expo_serve.kernels.dither`."""
+    return np.uint16(np.uint32(as_bits(value) + np.uint32(noise)) >> np.uint32(16))
+
+
+@helper
 def mark(value: np.uint16) -> np.uint16:
     """Set bit 15 for Inf and NaN, and for nothing else: only their exponent, 0x7f80, overflows when 0x80 is added."""
     return np.uint16(np.uint16(value & np.uint16(0x7F80)) + np.uint16(0x80))
@@ -65,8 +71,8 @@ def is_unmarked(seen: np.uint16) -> bool:
     return not seen & np.uint16(0x8000)
 
 
-@loop("boolean(uint16[::1], uint16[::1], uint16[::1], float32, boolean, boolean)")
-def combine(base: Bits, other: Bits, out: Bits, factor: float, from_other: bool, is_delta: bool) -> bool:
+@loop("boolean(uint16[::1], uint16[::1], uint16[::1], float32, boolean, boolean, uint16[::1])")
+def combine(base: Bits, other: Bits, out: Bits, factor: float, from_other: bool, is_delta: bool, noise: Bits) -> bool:
     """Compute ``start + factor * step`` for each value, in fp32, and round it once.
 
     Args:
@@ -76,12 +82,21 @@ def combine(base: Bits, other: Bits, out: Bits, factor: float, from_other: bool,
         factor: how far to go along the step, see :func:`lerp_factor`; for a delta 1 + alpha.
         from_other: whether to start from ``other`` instead of from ``base``.
         is_delta: whether ``other`` is the step itself; else the step is ``other - base``.
+        noise: the random bits of each value, to round dithered; empty to round to nearest.
 
     Returns:
         True if every result is finite.
     """
     # An accumulator of 16 bits: a wider one, which plain |= would make, is two to three times slower.
     seen = np.uint16(0)
+    if noise.size:
+        for i in range(out.size):
+            start, end = widen(base[i]), widen(other[i])
+            value = fma(factor, end if is_delta else end - start, end if from_other else start)
+            result = round_dithered(value, noise[i])
+            out[i] = result
+            seen = np.uint16(seen | mark(result))
+        return is_unmarked(seen)
     for i in range(out.size):
         start, end = widen(base[i]), widen(other[i])
         value = fma(factor, end if is_delta else end - start, end if from_other else start)

@@ -30,7 +30,7 @@ _missing: dict[object, str] = {}
 _cache_error = ""
 
 
-def loop(signature: str, missing: str = "") -> Callable[[Function], Function]:
+def loop(signature: str, missing: str = "", *, sums: bool = False) -> Callable[[Function], Function]:
     """Mark a function that Python calls. It is compiled by :func:`compile_loop`.
 
     Compiled loops hold no GIL and check no bounds. They are kept in numba's cache: in ``NUMBA_CACHE_DIR`` if that is
@@ -39,27 +39,29 @@ def loop(signature: str, missing: str = "") -> Callable[[Function], Function]:
     Args:
         signature: as numba writes it.
         missing: why this loop cannot be compiled here, if that is known already.
+        sums: whether sums of floating-point numbers may be taken in any order, so that they are vectorised. Only for
+            loops whose results are statistics: the order depends on the processor.
     """
 
     def decorate(function: Function) -> Function:
         # The name is part of the cache's file names. numba itself looks at the file of a cached function only, and
         # would not see that a function that it calls has changed in another file.
         function.__qualname__ = f"{function.__name__}_{_VERSION}"
-        compiled = _with_cache(function)
+        compiled = _with_cache(function, fastmath={"reassoc", "nsz"} if sums else False)
         _signatures[compiled], _missing[compiled] = signature, missing
         return compiled
 
     return decorate
 
 
-def _with_cache(function: Function) -> Function:
+def _with_cache(function: Function, **options: object) -> Function:
     """Decide about the cache, for all loops: numba raises RuntimeError where it finds no folder to write to."""
     global _cache_error
     try:
-        compiled: Function = numba.njit(cache=True, **_OPTIONS)(function)
+        compiled: Function = numba.njit(cache=True, **_OPTIONS, **options)(function)
     except RuntimeError as error:
         _cache_error = str(error)
-        compiled = numba.njit(**_OPTIONS)(function)
+        compiled = numba.njit(**_OPTIONS, **options)(function)
     return compiled
 
 

@@ -19,11 +19,13 @@ from llvmlite import ir as llvm
 from numba import types
 from numba.core import cgutils
 
-from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
+from expo_serve.kernels.bf16 import Bits, fma, is_unmarked, mark, round_bits, round_dithered, widen
 from expo_serve.kernels.compiling import Intrinsic, has_feature, helper, intrinsic, loop
+from expo_serve.kernels.dither import CHUNK, Words, chunk_of, fill_chunk
 from expo_serve.kernels.reading import pread
 
 Matrix = npt.NDArray[np.float32]
+Singles = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.uint16]
 """Whole rows of a bf16 matrix, as unsigned integers of two dimensions."""
 
@@ -125,10 +127,42 @@ def product(left: Matrix, right: Matrix, start: int, out: Matrix, scale: float) 
 
 
 @helper
-def _add(left: Matrix, right: Matrix, values: Rows, scale: float, factor: float) -> bool:
+def _add_line(line: Bits, product: Singles, scale: float, factor: float) -> np.uint16:
+    """Add to a part of a row, rounded to nearest; return the joined marks of the results."""
+    seen = np.uint16(0)
+    for c in range(line.size):
+        result = round_bits(fma(factor, product[c] * scale, widen(line[c])))
+        line[c] = result
+        seen = np.uint16(seen | mark(result))
+    return seen
+
+
+@helper
+def _add_line_dithered(
+    line: Bits, product: Singles, scale: float, factor: float, key: int, index: int, words: Words
+) -> np.uint16:
+    """Do the same, rounded dithered; ``index`` is that of the line's first element, ``words`` scratch memory."""
+    seen = np.uint16(0)
+    done = 0
+    while done < line.size:
+        count = chunk_of(index + done, line.size - done)
+        noise = fill_chunk(words, np.uint64(key), index + done, count)
+        part, added = line[done : done + count], product[done : done + count]
+        for c in range(count):
+            result = round_dithered(fma(factor, added[c] * scale, widen(part[c])), noise[c])
+            part[c] = result
+            seen = np.uint16(seen | mark(result))
+        done += count
+    return seen
+
+
+@helper
+def _add(
+    left: Matrix, right: Matrix, values: Rows, scale: float, factor: float, is_dithered: bool, key: int, index: int
+) -> bool:
     """Add ``factor * (scale * left @ right)`` in place; return True if every result is finite."""
     rows, width = values.shape
-    sums = np.empty((_ROWS, _PANEL), np.float32)
+    sums, words = np.empty((_ROWS, _PANEL), np.float32), np.empty(CHUNK // 2 + 1, np.uint32)
     seen = np.uint16(0)
     for panel in range(0, width, _PANEL):
         end = min(panel + _PANEL, width)
@@ -136,20 +170,26 @@ def _add(left: Matrix, right: Matrix, values: Rows, scale: float, factor: float)
         while row < rows:
             count = _ROWS if row + _ROWS <= rows else 1
             _sum(left, right, row, count, panel, sums, end - panel)
-            for r in range(count):
-                line, found = values[row + r, panel:end], sums[r, : end - panel]
-                for c in range(line.size):
-                    result = round_bits(fma(factor, found[c] * scale, widen(line[c])))
-                    line[c] = result
-                    seen = np.uint16(seen | mark(result))
+            for r in range(row, row + count):
+                line, found = values[r, panel:end], sums[r - row, : end - panel]
+                if is_dithered:
+                    place = index + r * width + panel
+                    found_seen = _add_line_dithered(line, found, scale, factor, key, place, words)
+                else:
+                    found_seen = _add_line(line, found, scale, factor)
+                seen = np.uint16(seen | found_seen)
             row += count
     return is_unmarked(seen)
 
 
-@loop("int64(int32, int64, float32[:, ::1], float32[:, ::1], uint16[:, ::1], float32, float32, int64)")
+@loop(
+    "int64(int32, int64, float32[:, ::1], float32[:, ::1], uint16[:, ::1], float32, float32, int64, boolean, uint64, "
+    "int64)"
+)
 def stream(
-    file: int, offset: int, left: Matrix, right: Matrix, values: Rows, scale: float, factor: float, step: int
-) -> int:
+    file: int, offset: int, left: Matrix, right: Matrix, values: Rows, scale: float, factor: float, step: int,
+    is_dithered: bool, key: int, index: int,
+) -> int:  # fmt: skip
     """Read whole rows of bf16 to where they belong, and add ``factor * (scale * left @ right)`` there, rounded once.
 
     Args:
@@ -161,6 +201,9 @@ def stream(
         scale: a factor for every element of the product.
         factor: 1 + alpha.
         step: rows to read before the product is added to them.
+        is_dithered: whether to round dithered.
+        key: the tensor's key, for that.
+        index: the element of the tensor that the first value is, for that.
 
     Returns:
         How many rows are done: fewer than there are if a read returned less than was asked for, or a result is not
@@ -174,7 +217,8 @@ def stream(
         size = 2 * (end - done) * columns
         if pread(file, part.ctypes.data, size, offset + 2 * done * columns) != size:
             break
-        if not _add(left[done:end], right, part, scale, factor):
+        place = index + done * columns
+        if not _add(left[done:end], right, part, scale, factor, is_dithered, key, place):
             break
         done = end
     return done

@@ -30,8 +30,19 @@ def gives_bits_of_torch() -> bool:
 
 
 def _same(base: torch.Tensor, aligned: torch.Tensor, weight: float) -> bool:
-    expected, found = torch.lerp(base, aligned, weight), torch.empty_like(aligned)
-    is_finite = combine(_bits(base), _bits(aligned), _bits(found), *lerp_factor(weight), False)
+    random = torch.arange(aligned.numel(), dtype=torch.int32, device="cpu").mul_(40503).bitwise_and_(0xFFFF)
+    exact = torch.lerp(base.float(), aligned.float(), weight)
+    dithered = ((exact.view(torch.int32) + random) >> 16).to(torch.int16).view(torch.bfloat16)
+    none, some = np.empty(0, np.uint16), random.to(torch.int16).numpy().view(np.uint16)
+    return all(
+        _gives(base, aligned, weight, noise, expected)
+        for noise, expected in ((none, torch.lerp(base, aligned, weight)), (some, dithered))
+    )
+
+
+def _gives(base: torch.Tensor, aligned: torch.Tensor, weight: float, noise: Bits, expected: torch.Tensor) -> bool:
+    found = torch.empty_like(aligned)
+    is_finite = combine(_bits(base), _bits(aligned), _bits(found), *lerp_factor(weight), False, noise)
     finite = expected.isfinite()
     same = torch.equal(found[finite].view(torch.int16), expected[finite].view(torch.int16))
     return same and is_finite == bool(finite.all())

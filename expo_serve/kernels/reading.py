@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expo_serve.kernels.bf16 import Bits, combine
-from expo_serve.kernels.compiling import external, loop
+from expo_serve.kernels.compiling import external, helper, loop
+from expo_serve.kernels.dither import CHUNK, Words, chunk_of, fill_chunk
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
@@ -47,8 +48,26 @@ _digest = external("XXH3_64bits_digest", "uint64(intp)", _XXH3.get("XXH3_64bits_
 _free = external("XXH3_freeState", "int32(intp)", _XXH3.get("XXH3_freeState"))
 
 
+@helper
+def _combine_dithered(
+    base: Bits, other: Bits, out: Bits, factor: float, from_other: bool, is_delta: bool, key: int, index: int,
+    words: Words,
+) -> bool:  # fmt: skip
+    """Combine a piece in chunks, whose random bits stay in the cache; ``words`` is memory for those of one."""
+    done = 0
+    while done < out.size:
+        count = chunk_of(index + done, out.size - done)
+        noise = fill_chunk(words, np.uint64(key), index + done, count)
+        end = done + count
+        if not combine(base[done:end], other[done:end], out[done:end], factor, from_other, is_delta, noise):
+            return False
+        done = end
+    return True
+
+
 @loop(
-    "int64(int32, int64, int32, int64, uint16[::1], uint16[::1], uint16[::1], float32, boolean, boolean)",
+    "int64(int32, int64, int32, int64, uint16[::1], uint16[::1], uint16[::1], float32, boolean, boolean, boolean, "
+    "uint64, int64)",
 )
 def stream(
     base_file: int,
@@ -61,6 +80,9 @@ def stream(
     factor: float,
     from_other: bool,
     is_delta: bool,
+    is_dithered: bool,
+    key: int,
+    index: int,
 ) -> int:
     """Read two operands from their files and combine them, as much at a time as their memory holds.
 
@@ -75,12 +97,16 @@ def stream(
         factor: see :func:`~expo_serve.kernels.bf16.combine`, as for those that follow.
         from_other: the same.
         is_delta: the same.
+        is_dithered: whether to round dithered.
+        key: the tensor's key, for that.
+        index: the element of the tensor that the first value is, for that.
 
     Returns:
         How many values are done: fewer than ``out`` has if a read returned less than was asked for, or a result is not
         finite.
     """
     done = 0
+    words = np.empty(CHUNK // 2 + 1, np.uint32)
     while done < out.size:
         count = min(base.size, out.size - done)
         size = 2 * count
@@ -88,7 +114,11 @@ def stream(
             break
         if pread(other_file, other.ctypes.data, size, other_offset + 2 * done) != size:
             break
-        if not combine(base[:count], other[:count], out[done : done + count], factor, from_other, is_delta):
+        one, two, to = base[:count], other[:count], out[done : done + count]
+        if is_dithered:
+            if not _combine_dithered(one, two, to, factor, from_other, is_delta, key, index + done, words):
+                break
+        elif not combine(one, two, to, factor, from_other, is_delta, one[:0]):
             break
         done += count
     return done

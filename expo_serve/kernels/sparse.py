@@ -11,9 +11,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, widen
+from expo_serve.kernels.bf16 import fma, is_unmarked, mark, round_bits, round_dithered, widen
 from expo_serve.kernels.codes import LARGE, SKIP
 from expo_serve.kernels.compiling import helper, loop
+from expo_serve.kernels.dither import key_of, noise_of
 
 Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.int16]
@@ -141,8 +142,41 @@ def _find_steps(small: Bytes, large: Halves, used: int, steps: Halves) -> int:
     return used
 
 
-@loop(f"boolean({_READ_ONLY.format(16)}, int16[::1], float32, boolean)")
-def extrapolate(gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor: float, from_aligned: bool) -> bool:
+@helper
+def _combine(bases: Halves, steps: Halves, factor: float, from_aligned: bool) -> np.uint16:
+    """Turn steps into results, rounded to nearest; return the joined marks of these and of aligned's values."""
+    seen = np.uint16(0)
+    for i in range(bases.size):
+        new = np.uint16(_moved(bases[i], steps[i], np.int16(15), np.int16(0x7FFF)))
+        base, aligned = widen(np.uint16(bases[i])), widen(new)
+        result = round_bits(fma(factor, aligned - base, aligned if from_aligned else base))
+        steps[i] = np.int16(result)
+        seen = np.uint16(seen | np.uint16(mark(result) | mark(new)))
+    return seen
+
+
+@helper
+def _combine_dithered(
+    bases: Halves, steps: Halves, factor: float, from_aligned: bool, places: Places, key: int, index: int
+) -> np.uint16:
+    """Do the same, rounded dithered; ``places`` count from element ``index`` of the tensor."""
+    seen = np.uint16(0)
+    first, second = key_of(np.uint64(key), index)
+    for i in range(bases.size):
+        new = np.uint16(_moved(bases[i], steps[i], np.int16(15), np.int16(0x7FFF)))
+        base, aligned = widen(np.uint16(bases[i])), widen(new)
+        noise = noise_of(index + places[i], first, second)
+        result = round_dithered(fma(factor, aligned - base, aligned if from_aligned else base), noise)
+        steps[i] = np.int16(result)
+        seen = np.uint16(seen | np.uint16(mark(result) | mark(new)))
+    return seen
+
+
+@loop(f"boolean({_READ_ONLY.format(16)}, int16[::1], float32, boolean, boolean, uint64, int64)")
+def extrapolate(
+    gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor: float, from_aligned: bool, is_dithered: bool,
+    key: int, index: int,
+) -> bool:  # fmt: skip
     """Turn base's bf16 values into ``lerp(base, aligned, weight)`` in place, where aligned is base with changes.
 
     Args:
@@ -152,6 +186,9 @@ def extrapolate(gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor
         values: the bits of base's values.
         factor: see :func:`~expo_serve.kernels.bf16.lerp_factor`.
         from_aligned: the same.
+        is_dithered: whether to round dithered.
+        key: the tensor's key, for that.
+        index: the element of the tensor that the first value is, for that.
 
     Returns:
         True if the parts fit, and all operands and results are finite. If not, some values may be changed.
@@ -163,6 +200,8 @@ def extrapolate(gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor
         _clear_unchanged(gaps, values)
     places, steps, bases = np.empty(_CHUNK, np.uint32), np.empty(_CHUNK, np.int16), np.empty(_CHUNK, np.int16)
     seen = np.uint16(0)
+    if key_of(np.uint64(key), index) != key_of(np.uint64(key), index + values.size):
+        return False  # no block of a real model is there
     place = done = used = 0
     for first in range(0, gaps.size, _CHUNK):
         count, place = _find_places(gaps[first : first + _CHUNK], place, places)
@@ -170,12 +209,11 @@ def extrapolate(gaps: Bytes, small: Bytes, large: Halves, values: Halves, factor
         done += count
         for i in range(count):
             bases[i] = values[places[i]]
-        for i in range(count):
-            new = np.uint16(_moved(bases[i], steps[i], np.int16(15), np.int16(0x7FFF)))
-            base, aligned = widen(np.uint16(bases[i])), widen(new)
-            result = round_bits(fma(factor, aligned - base, aligned if from_aligned else base))
-            steps[i] = np.int16(result)
-            seen = np.uint16(seen | np.uint16(mark(result) | mark(new)))
+        if is_dithered:
+            found = _combine_dithered(bases[:count], steps[:count], factor, from_aligned, places, key, index)
+        else:
+            found = _combine(bases[:count], steps[:count], factor, from_aligned)
+        seen = np.uint16(seen | found)
         for i in range(count):
             values[places[i]] = steps[i]
     return is_unmarked(seen)

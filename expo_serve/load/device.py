@@ -164,9 +164,9 @@ class Stage:
             self._next = (self._next + 1) % len(self._turns)
             self._settle(turn)
             operands = self._read(turn, piece, recipe)
-            self._queue.run(partial(_combine, turn, out, operands, recipe))
+            self._queue.run(partial(_combine, turn, out, piece, operands, recipe))
             turn.mark = self._queue.mark()
-            turn.check = partial(_check, out, operands, recipe)
+            turn.check = partial(_check, out, piece, operands, recipe)
 
     def wait(self) -> None:
         """Wait until all is written, also for what the model's stream is given from now on.
@@ -228,7 +228,9 @@ def _slot(operand: Operand) -> int:
     return 0 if operand == "base" else 1
 
 
-def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
+def _combine(
+    turn: _Turn, out: torch.Tensor, piece: Selection, operands: dict[Operand, torch.Tensor], recipe: Recipe
+) -> None:
     """Enqueue copying and combining one piece."""
     there: dict[Operand, torch.Tensor] = {}
     for name, operand in operands.items():
@@ -236,19 +238,20 @@ def _combine(turn: _Turn, out: torch.Tensor, operands: dict[Operand, torch.Tenso
         memory = turn.device[_slot(name)][:size].copy_(turn.host[_slot(name)][:size], non_blocking=True)
         there[name] = memory.view(operand.dtype).as_strided(operand.shape, operand.stride())
     with torch.no_grad():
-        value = combine_unchecked(out, there, recipe.dtype, recipe.alpha)
+        noise = recipe.noise(piece, out.device)
+        value = combine_unchecked(out, there, recipe.dtype, recipe.alpha, noise)
         # A finite sum proves finite terms; see combine_into.
         is_finite = value.sum().isfinite() if value.is_floating_point() else torch.ones((), dtype=torch.bool)
         turn.is_finite.copy_(is_finite.view(1).view(torch.uint8), non_blocking=True)
 
 
-def _check(out: torch.Tensor, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
+def _check(out: torch.Tensor, piece: Selection, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
     """Find out on the host, which still has the operands, why the device's sum is not finite; it may be an overflow."""
     if recipe.fail is None:
         return
     value = torch.empty(out.shape, dtype=recipe.dtype, device="cpu")
     try:
-        combine_into(value, operands, recipe.dtype, recipe.alpha)
+        combine_into(value, operands, recipe.dtype, recipe.alpha, recipe.noise(piece, value.device))
     except NotFiniteError as error:
         raise recipe.fail(str(error)) from None
     if out.dtype == recipe.dtype and not bool(out.isfinite().all()):  # too large on the device only, by one rounding

@@ -30,7 +30,13 @@ def signed_bits(values: torch.Tensor) -> Bits:
     return bits
 
 
-def bf16_bits(values: torch.Tensor) -> npt.NDArray[np.uint16]:
-    """View a contiguous bf16 CPU tensor as unsigned 16-bit integers, flat; the memory is shared."""
+def uint16_bits(values: torch.Tensor) -> npt.NDArray[np.uint16]:
+    """View a contiguous CPU tensor of 16-bit values as unsigned integers, flat; the memory is shared."""
     bits: npt.NDArray[np.uint16] = values.detach().view(-1).view(torch.uint16).numpy()
+    return bits
+
+
+def uint32_bits(values: torch.Tensor) -> npt.NDArray[np.uint32]:
+    """View a contiguous CPU tensor of 32-bit values as unsigned integers, flat; the memory is shared."""
+    bits: npt.NDArray[np.uint32] = values.detach().view(-1).view(torch.uint32).numpy()
     return bits

@@ -46,8 +46,11 @@ class Fill:
         else:
             done = 0
             if self._suits_compiled_loops():
-                done = self.recipe.operands.fill_prefix(self.dest, self.selection, self.recipe.alpha)
+                recipe = self.recipe
+                done = recipe.operands.fill_prefix(self.dest, self.selection, recipe.alpha, recipe.dither_key)
             self._fill_pieces(done)
+        if self.session.observe:
+            self.session.observe(self.recipe, self.selection, self.session.reader)
         for source, count in self.recipe.operands.read_bytes(self.selection).items():
             self.session.counts.add_read(source, count)
 
@@ -64,16 +67,17 @@ class Fill:
             selection = Selection.flat(selection.offset + done, dest.numel())
         limit = sizes.PIECE_BYTES // recipe.operands.widest
         for out, piece in cut(dest, selection, limit, recipe.operands.grain):
-            _combine_piece(out, recipe.operands.read(piece, self.session.reader.buffer), recipe)
+            _combine_piece(out, piece, recipe.operands.read(piece, self.session.reader.buffer), recipe)
 
 
-def _combine_piece(out: torch.Tensor, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
+def _combine_piece(out: torch.Tensor, piece: Selection, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
+    noise = recipe.noise(piece, out.device)
     with torch.no_grad():
         if recipe.fail is None:
-            combine_unchecked(out, operands, recipe.dtype, recipe.alpha)
+            combine_unchecked(out, operands, recipe.dtype, recipe.alpha, noise)
             return
         try:
-            combine_into(out, operands, recipe.dtype, recipe.alpha)
+            combine_into(out, operands, recipe.dtype, recipe.alpha, noise)
         except NotFiniteError as error:
             raise recipe.fail(str(error)) from None
 
@@ -122,7 +126,7 @@ def compile_kernels(delta_format: str | None) -> str:
     Returns:
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
-    kernels.available("bf16.combine", "reading.stream", "reading.gather", *_LOOPS.get(delta_format, ()))
+    kernels.available("bf16.combine", "dither.fill", "reading.stream", "reading.gather", *_LOOPS.get(delta_format, ()))
     return missing_kernels()
 
 

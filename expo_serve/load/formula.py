@@ -8,6 +8,8 @@ and could overflow on the way.
 
 With a delta in place of the aligned tensor it is ``theta = theta_base + (1 + alpha) * delta``, one fused
 multiplication and addition on fp32 values, rounded once to the dtype of the tensor that it replaces.
+
+That one rounding is to nearest, or dithered (:mod:`expo_serve.load.dither`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
-from expo_serve.load.dtypes import bf16_bits
+from expo_serve.load.dither import round_dithered
+from expo_serve.load.dtypes import uint16_bits
 
 
 class NotFiniteError(ArithmeticError):
@@ -27,7 +30,11 @@ class NotFiniteError(ArithmeticError):
 
 
 def combine_into(
-    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float
+    dest: torch.Tensor,
+    operands: Mapping[Operand, torch.Tensor],
+    dtype: torch.dtype,
+    alpha: float,
+    noise: torch.Tensor | None = None,
 ) -> None:
     """Write the result into ``dest``. Gradients must be off.
 
@@ -37,17 +44,27 @@ def combine_into(
         operands: the sides that :func:`~expo_serve.plan.plan.operands_used` names, of the shape of ``dest``.
         dtype: what the result is rounded to.
         alpha: finite.
+        noise: the random bits by which the result is rounded, see :func:`~expo_serve.load.dither.noise`; on the device
+            of ``dest``. None rounds to nearest.
 
     Raises:
         NotFiniteError: a value of an operand, or of the result, is NaN or Inf.
     """
-    if dest.dtype == torch.bfloat16 and len(operands) == 2 and _combined_at_once(dest, operands, dtype, 1 + alpha):
+    if (
+        dest.dtype == torch.bfloat16
+        and len(operands) == 2
+        and _combined_at_once(dest, operands, dtype, 1 + alpha, noise)
+    ):
         return
-    _check_finite(combine_unchecked(dest, operands, dtype, alpha), operands)
+    _check_finite(combine_unchecked(dest, operands, dtype, alpha, noise), operands)
 
 
 def combine_unchecked(
-    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float
+    dest: torch.Tensor,
+    operands: Mapping[Operand, torch.Tensor],
+    dtype: torch.dtype,
+    alpha: float,
+    noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write the result into ``dest``, finite or not, as :func:`combine_into` does.
 
@@ -56,17 +73,21 @@ def combine_unchecked(
     """
     base, aligned, delta = operands.get("base"), operands.get("aligned"), operands.get("delta")
     if base is not None and delta is not None:
-        value = _step(base, delta, 1 + alpha).to(dtype)
+        value = _rounded(_step(base, delta, 1 + alpha), dtype, noise)
     elif base is None or aligned is None:
         value = next(iter(operands.values())).to(dtype)
-    elif base.dtype == aligned.dtype == dest.dtype == dtype:
+    elif noise is None and base.dtype == aligned.dtype == dest.dtype == dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
         return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
     else:
         wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-        value = torch.lerp(base.to(wide), aligned.to(wide), 1 + alpha).to(dtype)
+        value = _rounded(torch.lerp(base.to(wide), aligned.to(wide), 1 + alpha), dtype, noise)
     dest.copy_(value)
     return value
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor | None) -> torch.Tensor:
+    return value.to(dtype) if noise is None else round_dithered(value, noise, dtype)
 
 
 _STEP_VALUES = 1 << 14
@@ -101,7 +122,11 @@ def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch
 
 
 def _combined_at_once(
-    dest: torch.Tensor, operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, weight: float
+    dest: torch.Tensor,
+    operands: Mapping[Operand, torch.Tensor],
+    dtype: torch.dtype,
+    weight: float,
+    noise: torch.Tensor | None,
 ) -> bool:
     """Combine and check in one pass; return False where that is not possible, or something is not finite."""
     tensors = (dest, *operands.values())
@@ -111,10 +136,11 @@ def _combined_at_once(
         return False
     from expo_serve.kernels.bf16 import combine, lerp_factor
 
-    base, out = bf16_bits(operands["base"]), bf16_bits(dest)
+    base, out = uint16_bits(operands["base"]), uint16_bits(dest)
+    random = out[:0] if noise is None else uint16_bits(noise.contiguous())
     if "delta" in operands:
-        return combine(base, bf16_bits(operands["delta"]), out, weight, False, True)
-    return combine(base, bf16_bits(operands["aligned"]), out, *lerp_factor(weight), False)
+        return combine(base, uint16_bits(operands["delta"]), out, weight, False, True, random)
+    return combine(base, uint16_bits(operands["aligned"]), out, *lerp_factor(weight), False, random)
 
 
 def _are_plain(*tensors: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.load import sizes
-from expo_serve.load.dtypes import bf16_bits, meta_tensor
+from expo_serve.load.dtypes import meta_tensor, uint16_bits
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import FileSpan, Selection, cut
@@ -41,7 +41,7 @@ class Factors:
         right = self.right[:, columns.start : columns.stop]
         out.copy_((left.double() @ right.double()).float() * self.scale)
 
-    def add_to_rows(self, base: FileSpan, rows: range, out: torch.Tensor, weight: float) -> int:
+    def add_to_rows(self, base: FileSpan, rows: range, out: torch.Tensor, weight: float, dither_key: int | None) -> int:
         """Read rows of base and add ``weight`` times the product to them, by the compiled loop.
 
         Args:
@@ -49,6 +49,7 @@ class Factors:
             rows: which.
             out: bf16, contiguous, as many rows of as many columns as the product has.
             weight: 1 + alpha.
+            dither_key: the tensor's key for dithered rounding; None rounds to nearest.
 
         Returns:
             How many rows are done.
@@ -57,9 +58,12 @@ class Factors:
 
         left = self.left[rows.start : rows.stop].numpy()
         step = max(1, sizes.LOW_RANK_PIECE_BYTES // (2 * out.shape[1]))
-        bits = bf16_bits(out).reshape(out.shape)
+        bits = uint16_bits(out).reshape(out.shape)
         place = base.descriptor, base.offset
-        return low_rank.stream(*place, left, self.right.numpy(), bits, self.scale, weight, step)
+        return low_rank.stream(
+            *place, left, self.right.numpy(), bits, self.scale, weight, step,
+            dither_key is not None, dither_key or 0, rows.start * out.shape[1],
+        )  # fmt: skip
 
 
 class LowRankOperands:
@@ -121,7 +125,7 @@ class LowRankOperands:
         self._read_factors().product(box.rows, box.columns, steps)
         values.copy_(box.pick(steps, selection))
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read rows of base straight into ``dest`` and add the product in place."""
         columns = self._columns
         is_plain = self._base.dtype == "BF16" and not self._delta.start and selection.offset % columns == 0
@@ -132,7 +136,7 @@ class LowRankOperands:
         rows = range(first, first + selection.numel // columns)
         there = self._reader.span_of("base", self._base, selection)
         with self._reader.activity.during(there.path):
-            done = factors.add_to_rows(there, rows, dest.view(-1, columns), 1 + alpha) * columns
+            done = factors.add_to_rows(there, rows, dest.view(-1, columns), 1 + alpha, dither_key) * columns
         self._reader.activity.add_bytes(done * dest.element_size())
         return done
 

@@ -14,8 +14,8 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
-from expo_serve.load import sizes
-from expo_serve.load.dtypes import bf16_bits
+from expo_serve.load import dither, sizes
+from expo_serve.load.dtypes import uint16_bits
 from expo_serve.load.reader import Buffer, Reader
 from expo_serve.load.selection import FileSpan, Selection
 
@@ -47,7 +47,7 @@ class Operands(Protocol):
             ExpoError: a file cannot be read, or holds what it must not.
         """
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read and combine as many elements as the compiled loops can, from the first one on.
 
         This is the fast path. It returns early, without raising, at any anomaly (a short read, a value that is
@@ -58,6 +58,7 @@ class Operands(Protocol):
             dest: bf16, on the CPU, contiguous, not empty.
             selection: contiguous elements.
             alpha: the extrapolation factor.
+            dither_key: see :class:`Recipe`.
 
         Returns:
             The number of elements that are done.
@@ -75,6 +76,17 @@ class Recipe:
     fail: Callable[[str], ExpoError] | None
     """Builds the exception for a value that is not finite, given the culprit (an operand's name, or ``result``). None
     turns the check off: masks may hold minus infinity."""
+    name: str = ""
+    """The tensor's name."""
+    is_extrapolated: bool = False
+    """False for a result that is copied from one operand."""
+    dither_key: int | None = None
+    """The tensor's key for dithered rounding, see :meth:`~expo_serve.config.Rounding.key`; None rounds to nearest, as
+    for results that are copied, or wider than 16 bits."""
+
+    def noise(self, selection: Selection, device: torch.device) -> torch.Tensor | None:
+        """Return the random bits of these elements, see :func:`~expo_serve.load.dither.noise`; None for nearest."""
+        return None if self.dither_key is None else dither.noise(selection, self.dither_key, device)
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class RecordOperands:
             for operand, record in self.records.items()
         }
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read and combine two bf16 operands without coming back to Python."""
         other: Operand = "delta" if "delta" in self.records else "aligned"
         dtypes = {record.dtype for record in self.records.values()}
@@ -131,7 +143,10 @@ class RecordOperands:
         places = one.descriptor, one.offset, two.descriptor, two.offset
         memory = self._memory("base"), self._memory(other)
         with self.reader.activity.during(one.path, two.path):
-            done = stream(*places, *memory, bf16_bits(dest), factor, from_other, other == "delta")
+            done = stream(
+                *places, *memory, uint16_bits(dest), factor, from_other, other == "delta",
+                dither_key is not None, dither_key or 0, selection.offset,
+            )  # fmt: skip
         self.reader.activity.add_bytes(2 * done * dest.element_size())
         return done
 

@@ -112,7 +112,7 @@ class PackedOperands:
             for operand, value in values.items():
                 value.copy_(around[operand].as_strided(selection.shape, selection.stride, selection.offset - start))
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read blocks of base straight into ``dest``, and extrapolate in place what the delta changes."""
         first, end = selection.offset, selection.end
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
@@ -128,13 +128,15 @@ class PackedOperands:
             part = flat[low - first : high - first]
             is_whole = (low, high) == (start, stop)
             values = part if is_whole else self._scratch("aligned", self._dtype, (stop - start,))
-            if not self._extrapolate(block, values, 1 + alpha, table.offsets[blocks.start]):
+            if not self._extrapolate(block, values, 1 + alpha, dither_key, table.offsets[blocks.start]):
                 return low - first
             if not is_whole:
                 part.copy_(values[low - start : high - start])
         return selection.numel
 
-    def _extrapolate(self, block: int, values: torch.Tensor, weight: float, read_from: int) -> bool:
+    def _extrapolate(
+        self, block: int, values: torch.Tensor, weight: float, dither_key: int | None, read_from: int
+    ) -> bool:
         """Compute the result of one block; return False for what :meth:`read` has to do."""
         from expo_serve.kernels.bf16 import lerp_factor
         from expo_serve.kernels.reading import fetch
@@ -152,7 +154,9 @@ class PackedOperands:
             if not fetch(there.descriptor, there.offset, _raw(values), sizes.FETCH_PIECE_BYTES, expected):
                 return False
         self._reader.activity.add_bytes(values.nbytes)
-        return extrapolate(parts.gaps, parts.small, parts.large, signed_bits(values), *lerp_factor(weight))
+        factor, from_aligned = lerp_factor(weight)
+        changes = parts.gaps, parts.small, parts.large, signed_bits(values)
+        return extrapolate(*changes, factor, from_aligned, dither_key is not None, dither_key or 0, start)
 
     def _decode(self, block: int, base: torch.Tensor, aligned: torch.Tensor) -> None:
         """Read one block of base, and decode the same block of aligned."""

@@ -96,7 +96,9 @@ class PendingTensor:
         if used not in self._recipes:
             operands = operands_of(planned, self.session.reader, used)
             fail = None if self._is_leftover else self._values_error
-            self._recipes[used] = Recipe(operands, self.whole.dtype, planned.alpha, fail)
+            key, is_extrapolated = planned.dither_key(used), len(used) > 1
+            recipe = Recipe(operands, self.whole.dtype, planned.alpha, fail, planned.name, is_extrapolated, key)
+            self._recipes[used] = recipe
         return self._recipes[used]
 
     def _by_base_rows(self, dest: torch.Tensor, selection: Selection) -> Iterator[tuple[torch.Tensor, Selection, bool]]:

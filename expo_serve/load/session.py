@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from expo_serve.load.counts import Counts, ReadActivity
 from expo_serve.load.device import Stages
+from expo_serve.load.operands import Recipe
 from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.reader import Reader
+from expo_serve.load.selection import Selection
 from expo_serve.load.threads import Background, Executor, run_inline
+
+
+class Observer(Protocol):
+    """Looks at what a load computes; :class:`~expo_serve.measure.sample.Sample` is one."""
+
+    def __call__(self, recipe: Recipe, block: Selection, reader: Reader) -> None:
+        """Look at a block that is done, in whatever thread did it.
+
+        Args:
+            recipe: how the block was computed.
+            block: its elements.
+            reader: reads its operands again.
+        """
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class LoadSession:
     """Runs the blocks of a copy."""
     stages: Stages = field(default_factory=Stages)
     """The ways onto devices; outside of their context results are made on the host and copied."""
+    observe: Observer | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,9 @@ class ModelSession(LoadSession):
 
 
 @contextmanager
-def load_into(model: torch.nn.Module, threads: int, activity: ReadActivity | None = None) -> Iterator[ModelSession]:
+def load_into(
+    model: torch.nn.Module, threads: int, activity: ReadActivity | None = None, observe: Observer | None = None
+) -> Iterator[ModelSession]:
     """Open a session for one model.
 
     After the context, copies run in the calling thread: layers that vLLM quantises late copy from their lazy tensors
@@ -55,7 +74,8 @@ def load_into(model: torch.nn.Module, threads: int, activity: ReadActivity | Non
         model: the model whose parameters are written.
         threads: that read and combine.
         activity: records what the reads are doing.
+        observe: is called with every block that is computed.
     """
     activity = activity or ReadActivity()
     with Background(model, threads, ReadAhead(activity)) as background, Stages(threads) as stages:
-        yield ModelSession(Reader(activity), Counts(), background.submit, stages, background)
+        yield ModelSession(Reader(activity), Counts(), background.submit, stages, observe, background)

@@ -10,7 +10,7 @@ from expo_serve.checkpoint.records import JsonObject, TensorRecord
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import count_of
 from expo_serve.plan.names import is_leftover
-from expo_serve.plan.pair import vocabulary_warnings
+from expo_serve.plan.pair import alpha_warnings, vocabulary_warnings
 from expo_serve.plan.plan import OpenedSource, Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_unused_rules
 from expo_serve.plan.tensor_deltas import TensorDelta
@@ -56,7 +56,9 @@ def plan_over_base(
     for name, record in new.items():
         partner = changes.partners.get(name)
         dtype = partner.dtype if partner else ""
-        tensors[name] = PlannedTensor(replace(record, name=name), partner, config.alpha_for(name), "delta", None, dtype)
+        tensors[name] = PlannedTensor(
+            replace(record, name=name), partner, config.alpha_for(name), "delta", None, dtype, config.how_to_round
+        )
     for name, record in changes.copies.items():
         tensors[name] = PlannedTensor(replace(record, name=name), None, config.alpha_for(name), "base")
     plan = Plan(
@@ -70,16 +72,16 @@ def plan_over_base(
         overrides=changes.overrides,
         tokenizer=tokenizer,
     )
-    return replace(plan, warnings=(*changes.warnings, *_warnings(plan, changes)))
+    return replace(plan, warnings=(*alpha_warnings(config), *changes.warnings, *_warnings(plan, changes)))
 
 
 def _planned(record: TensorRecord, config: ExpoConfig, changes: BaseChanges) -> PlannedTensor:
-    alpha = config.alpha_for(record.name)
+    alpha, rounding = config.alpha_for(record.name), config.how_to_round
     can_change = record.is_float and not is_leftover(record)
     if can_change and (delta := changes.deltas.get(record.name)):
-        return PlannedTensor(record, record, alpha, "delta", delta)
+        return PlannedTensor(record, record, alpha, "delta", delta, rounding=rounding)
     if can_change and (whole := changes.whole_tensors.get(record.name)):
-        return PlannedTensor(replace(whole, name=record.name), record, alpha, "delta", None, record.dtype)
+        return PlannedTensor(replace(whole, name=record.name), record, alpha, "delta", None, record.dtype, rounding)
     return PlannedTensor(record, None, alpha, "base")
 
 

@@ -18,7 +18,7 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
 from expo_serve.plan.names import is_foreign_head
 from expo_serve.plan.packed_format import VERSION_KEY, PackedTensor, read_info
-from expo_serve.plan.pair import value_head_warnings
+from expo_serve.plan.pair import alpha_warnings, value_head_warnings
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures, refuse_unused_rules
 from expo_serve.plan.tensor_deltas import PackedTensorDelta
@@ -104,7 +104,7 @@ class PackedDelta:
             ignored_base=tuple(name for name, record in base.tensors.items() if name not in used and record.is_float),
             left_out=left_out,
         )
-        return replace(plan, warnings=tuple(value_head_warnings(left_out)))
+        return replace(plan, warnings=(*alpha_warnings(config), *value_head_warnings(left_out)))
 
     def _planned(self, name: str, base: Checkpoint, config: ExpoConfig) -> PlannedTensor:
         tensor, record = self.packed_tensors[name], self.tensors[name]
@@ -112,7 +112,8 @@ class PackedDelta:
         result = TensorRecord(name, record.file, record.offset, tensor.dtype, tensor.shape)
         delta = PackedTensorDelta(record, tensor, self.block, partner, self.base_name)
         extrapolated = partner if tensor.extrapolated else None
-        return PlannedTensor(result, extrapolated, config.alpha_for(name), "delta", delta)
+        alpha = config.alpha_for(name)
+        return PlannedTensor(result, extrapolated, alpha, "delta", delta, rounding=config.how_to_round)
 
     def _refuse_other_base(self, base: Checkpoint) -> None:
         if wrong := list(self._differences(base)):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.config import ExpoConfig
+from expo_serve.config import USUAL_ALPHA, ExpoConfig, format_alpha
 from expo_serve.errors import count_of
 from expo_serve.plan.matching import Matching, match
 from expo_serve.plan.plan import Plan, PlannedTensor
@@ -40,14 +40,14 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_le
         aligned,
         model=aligned.source,
         tensors={
-            name: PlannedTensor(aligned.tensors[name], partner, config.alpha_for(name))
+            name: PlannedTensor(aligned.tensors[name], partner, config.alpha_for(name), rounding=config.how_to_round)
             for name, partner in partners.items()
         },
         copied_unmatched=(*matching.only_aligned, *mtp_only),
         ignored_base=tuple(record.name for record in matching.only_base.values()),
         left_out=() if keep_left_out else matching.left_out,
     )
-    return replace(plan, warnings=tuple(_warnings(plan, matching)))
+    return replace(plan, warnings=(*alpha_warnings(config), *_warnings(plan, matching)))
 
 
 def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
@@ -62,6 +62,16 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
         yield (
             f"--unmatched copy: copied {count_of(len(plan.copied_unmatched), 'tensor')} that only aligned has, "
             f"ignored {count_of(len(plan.ignored_base), 'tensor')} that only base has"
+        )
+
+
+def alpha_warnings(config: ExpoConfig) -> Iterable[str]:
+    """Warn of an alpha that few pairs are meant for."""
+    alphas = sorted({config.alpha, *(rule.alpha for rule in config.alpha_rules)}, key=abs)
+    if abs(alphas[-1]) > USUAL_ALPHA:
+        yield (
+            f"alpha {format_alpha(alphas[-1])} is over {USUAL_ALPHA:.0f} in size: it is meant for pairs that are "
+            "one or a few updates apart; with others the answers will be useless"
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord
-from expo_serve.config import Source, format_alpha
+from expo_serve.checkpoint.records import DITHERED_DTYPES, JsonObject, Operand, TensorRecord
+from expo_serve.config import NEAREST, Rounding, Source, format_alpha
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
@@ -49,6 +49,7 @@ class PlannedTensor:
     """How the delta gives the aligned tensor; None if ``aligned`` is stored as it is."""
     dtype: str = ""
     """Dtype of the result by the format's name, where it differs from that of ``aligned``; else empty."""
+    rounding: Rounding = NEAREST
 
     @property
     def name(self) -> str:
@@ -69,6 +70,14 @@ class PlannedTensor:
     def used(self, has_base: bool) -> tuple[Operand, ...]:
         """Return the operands of the elements that base has, or of those that base lacks."""
         return operands_used(has_base, self.alpha, self.delta.operand if self.delta else "aligned")
+
+    def dither_key(self, used: tuple[Operand, ...]) -> int | None:
+        """Return the key for dithered rounding of elements computed from these operands.
+
+        None rounds to nearest: a result that is copied, or that is not in bf16 or fp16, is never dithered.
+        """
+        is_dithered = len(used) > 1 and self.result.dtype in DITHERED_DTYPES
+        return self.rounding.key(self.name) if is_dithered else None
 
     @property
     def grown_rows(self) -> int:

@@ -146,19 +146,21 @@ def test_commands_say_it_once_on_standard_error(tmp_path: Path, command: str) ->
     assert result.stderr.startswith("expo-serve: warning: compiled loops are not used")
 
 
-Combine = Callable[[Bits, Bits, Bits, float, bool, bool], bool]
+Combine = Callable[[Bits, Bits, Bits, float, bool, bool, Bits], bool]
 
 
-def wrong(base: Bits, aligned: Bits, out: Bits, factor: float, from_aligned: bool, is_delta: bool) -> bool:
+def wrong(base: Bits, aligned: Bits, out: Bits, factor: float, from_aligned: bool, is_delta: bool, noise: Bits) -> bool:
     """Combine, and change the last value by one bit."""
-    is_finite = bf16.combine(base, aligned, out, factor, from_aligned, is_delta)
+    is_finite = bf16.combine(base, aligned, out, factor, from_aligned, is_delta, noise)
     out[-1] ^= 1
     return is_finite
 
 
-def careless(base: Bits, aligned: Bits, out: Bits, factor: float, from_aligned: bool, is_delta: bool) -> bool:
+def careless(
+    base: Bits, aligned: Bits, out: Bits, factor: float, from_aligned: bool, is_delta: bool, noise: Bits
+) -> bool:
     """Combine, and notice nothing."""
-    bf16.combine(base, aligned, out, factor, from_aligned, is_delta)
+    bf16.combine(base, aligned, out, factor, from_aligned, is_delta, noise)
     return True
 
 
@@ -233,6 +235,6 @@ def test_no_loop_leaves_its_memory() -> None:
     """Loops check no bounds: arrays of the right sizes are their callers' part, and what they get is not written to."""
     base, other = (np.arange(64, dtype=np.uint16) + 0x3F80 for _ in range(2))
     out = np.full(64 + 32, 7, np.uint16)
-    assert bf16.combine(base, other, out[16:80], 0.5, True, False)
+    assert bf16.combine(base, other, out[16:80], 0.5, True, False, out[:0])
     assert set(out[:16]) | set(out[80:]) == {7}
     assert np.array_equal(base, np.arange(64) + 0x3F80)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from expo_serve import kernels
 from expo_serve.kernels.bf16 import combine
-from expo_serve.load.dtypes import bf16_bits
+from expo_serve.load.dtypes import uint16_bits
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
-from tests.kernels.arrays import EVERY, FINITE, combined
+from tests.kernels.arrays import EVERY, FINITE, NEAREST, combined
 from tests.load.combining import extrapolate_into
 from tests.models.raw import same_bits
 
@@ -42,7 +42,7 @@ def test_delta_is_added_with_one_rounding(seed: int, size: int, alpha: float) ->
     base = torch.randn(size, generator=generator).bfloat16()
     delta = (0.01 * torch.randn(size, generator=generator)).bfloat16()
     found, expected = torch.empty_like(base), torch.empty_like(base)
-    assert combine(bf16_bits(base), bf16_bits(delta), bf16_bits(found), 1 + alpha, False, True)
+    assert combine(uint16_bits(base), uint16_bits(delta), uint16_bits(found), 1 + alpha, False, True, NEAREST)
     combine_unchecked(expected, {"base": base, "delta": delta}, torch.bfloat16, alpha)
     assert same_bits(found, expected)
 
@@ -82,8 +82,8 @@ def test_value_that_is_not_finite_is_named_both_ways(way: str) -> None:
 
 def test_loop_takes_no_other_types() -> None:
     """They would be compiled anew, in the midst of a load."""
-    halves = bf16_bits(torch.ones(10).bfloat16())
+    halves = uint16_bits(torch.ones(10).bfloat16())
     with pytest.raises(TypeError, match="No matching definition"):
-        combine(halves.astype("u4"), halves, halves, 0.5, True, False)
+        combine(halves.astype("u4"), halves, halves, 0.5, True, False, halves[:0])
     with pytest.raises(TypeError, match="No matching definition"):
-        combine(halves[::2], halves[:5], halves[5:], 0.5, True, False)
+        combine(halves[::2], halves[:5], halves[5:], 0.5, True, False, halves[:0])

@@ -13,7 +13,7 @@ import torch
 from expo_serve import kernels
 from expo_serve.kernels import reading
 from expo_serve.kernels.bf16 import lerp_factor
-from expo_serve.load.dtypes import bf16_bits
+from expo_serve.load.dtypes import uint16_bits
 from expo_serve.load.reader import read_runs
 from expo_serve.plan.packed_format import checksum
 from tests.load.lazies import Lazies, numbers
@@ -86,7 +86,7 @@ def test_streaming_is_reading_and_combining(
     memory = np.zeros(piece, np.uint16), np.zeros(piece, np.uint16)
     factor = (1.5, False) if is_delta else lerp_factor(1.5)
     out = torch.zeros_like(base)
-    assert reading.stream(*files, *memory, bf16_bits(out), *factor, is_delta) == 200
+    assert reading.stream(*files, *memory, uint16_bits(out), *factor, is_delta, False, 0, 0) == 200
     expected = (base.double() + 1.5 * other.double()).bfloat16() if is_delta else torch.lerp(base, other, 1.5)
     assert same_bits(out, expected)
 
@@ -99,7 +99,7 @@ def test_stream_stops_where_a_file_ends_or_a_value_is_not_finite(opened: Callabl
     for other, done in ((values[:45], 40), (damaged, 70)):
         one, two = (opened(other), opened(values)) if short == "base" else (opened(values), opened(other))
         memory, out = np.zeros((2, 10), np.uint16), np.zeros(100, np.uint16)
-        assert reading.stream(one, 0, two, 0, memory[0], memory[1], out, 0.5, True, False) == done
+        assert reading.stream(one, 0, two, 0, memory[0], memory[1], out, 0.5, True, False, False, 0, 0) == done
         assert set(out[:done]) == {0x3F80}
 
 
@@ -113,9 +113,10 @@ def test_what_a_loop_that_stops_early_leaves_is_done_the_plain_way(
     stream = reading.stream
 
     def stop_early(*arguments: object) -> int:
-        *before, out, factor, from_other, is_delta = arguments
+        *before, out, factor, from_other, is_delta, is_dithered, key, index = arguments
         assert isinstance(out, np.ndarray)
-        given.append(stream(*before, out[:done], factor, from_other, is_delta))  # type: ignore[arg-type, call-arg]
+        how = factor, from_other, is_delta, is_dithered, key, index
+        given.append(stream(*before, out[:done], *how))  # type: ignore[arg-type, call-arg]
         return given[-1]
 
     monkeypatch.setattr(reading, "stream", stop_early)

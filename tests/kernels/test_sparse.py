@@ -31,7 +31,9 @@ def parts_of(base: torch.Tensor, aligned: torch.Tensor) -> Parts:
 def extrapolated(base: torch.Tensor, parts: Parts, weight: float) -> torch.Tensor | None:
     """Extrapolate by the loop; None where it leaves the work to the plain way."""
     values = base.clone()
-    is_done = sparse.extrapolate(parts.gaps, parts.small, parts.large, signed_bits(values), *lerp_factor(weight))
+    is_done = sparse.extrapolate(
+        parts.gaps, parts.small, parts.large, signed_bits(values), *lerp_factor(weight), False, 0, 0
+    )
     return values if is_done else None
 
 
@@ -96,6 +98,6 @@ def test_parts_that_do_not_fit_change_nothing(gaps: list[int], small: list[int],
     """Also not beyond the values, whose neighbours in memory belong to others."""
     memory = np.full(97 + 64, 0x3F80, np.int16)
     parts = np.array(gaps, np.uint8), np.array(small, np.uint8), np.array(large, np.int16)
-    assert not sparse.extrapolate(*parts, memory[:97], 0.5, True)
+    assert not sparse.extrapolate(*parts, memory[:97], 0.5, True, False, 0, 0)
     assert not sparse.apply16(*parts, memory[:97])
     assert set(memory) == {0x3F80}

@@ -9,7 +9,7 @@ import torch
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.records import Operand
-from expo_serve.config import ExpoConfig, Source
+from expo_serve.config import ExpoConfig, Method, Source
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
 from expo_serve.load.reader import Reader
@@ -39,14 +39,28 @@ class Lazies:
         self._folder = folder
         self._made = 0
 
-    def make(self, base: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.5, run: Executor = run_inline) -> Case:
+    def make(
+        self,
+        base: torch.Tensor,
+        aligned: torch.Tensor,
+        alpha: float = 0.5,
+        run: Executor = run_inline,
+        rounding: Method = "nearest",
+    ) -> Case:
         """A tensor of these two sides; more rows on the aligned side are a grown vocabulary."""
-        plan = self.plan({NAME: base}, {NAME: aligned}, alpha)
+        plan = self.plan({NAME: base}, {NAME: aligned}, alpha, rounding)
         counts = Counts()
         lazy = lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), counts, run))
-        return Case(lazy, extrapolate(base, aligned, alpha), counts)
+        name = NAME if rounding == "dithered" else None
+        return Case(lazy, extrapolate(base, aligned, alpha, name), counts)
 
-    def plan(self, base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor], alpha: float = 0.5) -> Plan:
+    def plan(
+        self,
+        base: dict[str, torch.Tensor],
+        aligned: dict[str, torch.Tensor],
+        alpha: float = 0.5,
+        rounding: Method = "nearest",
+    ) -> Plan:
         """The plan of two sets of tensors."""
         self._made += 1
         opened = []
@@ -54,7 +68,7 @@ class Lazies:
         for operand, tensors in pair.items():
             folder = write_raw(self._folder / str(self._made) / operand, tensors)
             opened.append(open_checkpoint(operand, Source(name=operand, path=str(folder))))
-        return plan_pair(opened[0], opened[1], ExpoConfig(base="b", alpha=alpha))
+        return plan_pair(opened[0], opened[1], ExpoConfig(base="b", alpha=alpha, rounding=rounding))
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

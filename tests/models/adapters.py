@@ -36,8 +36,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], **config: A
 
 
 def plan_delta(base: Path, delta: Path, alpha: float, **options: Any) -> Plan:
-    """The plan of base and what lies in ``delta``."""
-    return prepare(ExpoConfig(base=str(base), delta=str(delta), alpha=alpha, **options))
+    """The plan of base and what lies in ``delta``; rounded to nearest, as PEFT rounds, unless ``options`` differ."""
+    return prepare(ExpoConfig(base=str(base), delta=str(delta), alpha=alpha, **{"rounding": "nearest", **options}))
 
 
 def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

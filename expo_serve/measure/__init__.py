@@ -1,0 +1,1 @@
+"""What alpha does: how much of the step arrives after rounding, and whether two checkpoints are a pair for ExPO."""
