@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -251,6 +252,39 @@ class ExpoConfig(BaseModel):
     def alpha_for(self, name: str) -> float:
         """Return the alpha of the tensor with this checkpoint name."""
         return alpha_for(name, self.alpha, self.alpha_rules)
+
+
+def deployment_id(config: ExpoConfig, model: str, revision: str | None) -> str:
+    """Return a digest of all that decides what the weights are: 16 hexadecimal digits, the same after a restart.
+
+    It keeps caches apart that name a model by its path. A source on the hub counts by name and commit, a folder by its
+    path and the headers of its files; other values in the same folder give the same digest, as they do for vLLM.
+
+    Args:
+        config: the deployment.
+        model: vLLM's model, which is one of the sources under plain vLLM.
+        revision: its revision.
+    """
+    pinned = config.pinned
+    if pinned:
+        there = {"base": pinned.base, "aligned": pinned.aligned, "delta": pinned.delta}
+        sources: dict[str, list[str | None]] = {
+            side: [source.name, source.revision] if source.revision else [source.path, source.fingerprint]
+            for side, source in there.items()
+            if source
+        }
+    else:
+        sides = ("base", "aligned", "delta")
+        given = {side: [getattr(config, side), getattr(config, f"{side}_revision")] for side in sides}
+        sources = {**given, "model": [model, revision]}
+    parts = {
+        "sources": sources,
+        "alpha": config.alpha_text,
+        "rules": [rule.text for rule in config.alpha_rules],
+        "unmatched": config.unmatched,
+        "rounding": [config.rounding, config.rounding_seed if config.rounding == "dithered" else 0],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse_config(values: Mapping[str, Any], where: str = "", name: Callable[[str], str] = str) -> ExpoConfig:

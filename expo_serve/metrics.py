@@ -14,7 +14,7 @@ from expo_serve.report import DeploymentReport, LoadReport
 _RANK = ("engine", "rank")
 _INFO = (
     "base", "base_revision", "aligned", "aligned_revision", "delta", "delta_revision",
-    "dtype", "model_name", "version",
+    "dtype", "rounding", "model_name", "version",
 )  # fmt: skip
 
 
@@ -42,7 +42,13 @@ def _info_labels(report: DeploymentReport, model_name: str) -> dict[str, str]:
     for side, source in report.sources.items():
         labels[side] = source.name
         labels[f"{side}_revision"] = source.revision or source.fingerprint
-    return {**labels, "dtype": report.dtype, "model_name": model_name, "version": report.version}
+    return {
+        **labels,
+        "dtype": report.dtype,
+        "rounding": report.rounding,
+        "model_name": model_name,
+        "version": report.version,
+    }
 
 
 class _LoadGauges:
@@ -69,6 +75,10 @@ class _LoadGauges:
         self.anonymous = gauge(
             "expo_load_anonymous_memory_growth_bytes", "Growth of the worker's anonymous memory.", _RANK
         )
+        self.make_effective_alpha = partial(
+            gauge, "expo_effective_alpha", "Alpha as it is in the rank's weights after rounding, by a sample.", _RANK
+        )
+        self.effective_alpha: Gauge | None = None
         self.make_peak_device = partial(
             gauge, "expo_load_peak_device_memory_bytes", "Peak device memory during the load.", _RANK
         )
@@ -86,6 +96,9 @@ class _LoadGauges:
         ):  # fmt: skip
             for key, value in values.items():
                 gauge.labels(*rank, key).set(value)
+        if report.effective_alpha is not None:
+            self.effective_alpha = self.effective_alpha or self.make_effective_alpha()
+            self.effective_alpha.labels(*rank).set(report.effective_alpha)
         if report.peak_device_memory_bytes is not None:
             self.peak_device = self.peak_device or self.make_peak_device()
             self.peak_device.labels(*rank).set(report.peak_device_memory_bytes)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
-from expo_serve.config import Source, format_alpha
+from expo_serve.config import Method, Source, format_alpha, parse_alpha
 from expo_serve.version import __version__
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -24,6 +25,24 @@ class PublicSource(BaseModel):
     fingerprint: str
 
 
+class EffectiveAlpha(BaseModel):
+    """How much of alpha is in the weights after rounding: docs/number-rule.md#effective-alpha."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float | None
+    """``sum((result - aligned) * step) / sum(step ** 2)``; None where nothing changed."""
+    standard_error: float = 0.0
+    """Of ``value``, where that comes from a sample."""
+    step_squares: float = 0.0
+    """``sum(step ** 2)``, by which the values of several ranks are weighted."""
+
+    def misses(self, alpha: float) -> bool:
+        """Return whether it is off by more than 10%, and by more than a sample explains."""
+        allowed = 0.1 * abs(alpha) + 3 * self.standard_error
+        return self.value is not None and abs(self.value - alpha) > allowed
+
+
 class LoadReport(BaseModel):
     """The load of one rank. Durations are in seconds, sizes in bytes."""
 
@@ -36,6 +55,12 @@ class LoadReport(BaseModel):
     sources: dict[str, PublicSource]
     """The sources by operand: base, aligned or delta."""
     alpha: Alpha
+    rounding: Method = "nearest"
+    rounding_seed: int = 0
+    effective_alpha: float | None = None
+    """Of the tensors under ``alpha``, measured on a sample; None where nothing changed."""
+    effective_alphas: dict[str, EffectiveAlpha] = {}
+    """The same for each alpha that rules give, by its canonical form."""
     total_seconds: float
     phase_seconds: dict[str, float]
     """``resolve`` (find, check and pair the sources) and ``weights`` (read, combine and copy)."""
@@ -68,12 +93,36 @@ class LoadReport(BaseModel):
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phase_seconds.items())
         device = self.peak_device_memory_bytes
         return (
-            f"expo: loaded with alpha {format_alpha(self.alpha)} in {self.total_seconds:.2f} s ({phases}): "
+            f"expo: loaded with alpha {format_alpha(self.alpha)} ({self._effective()}, rounding {self.rounding}) "
+            f"in {self.total_seconds:.2f} s ({phases}): "
             f"{kinds} tensors; read {read or 'nothing'}; weights {_megabytes(self.weight_bytes)}; "
             f"peak host memory {_megabytes(self.peak_host_memory_bytes)}, "
             f"anonymous growth {_megabytes(self.anonymous_memory_growth_bytes)}"
             + (f", peak device memory {_megabytes(device)}" if device is not None else "")
         )
+
+    def _effective(self) -> str:
+        return "nothing changed" if self.effective_alpha is None else f"effective {self.effective_alpha:.4g}"
+
+    def warnings(self) -> list[str]:
+        """Return a line for each alpha that does not arrive."""
+        return alpha_warnings(self.effective_alphas, self.rounding)
+
+
+_WHY_MISSED: dict[Method, str] = {
+    "nearest": "rounding to nearest swallows or doubles steps as small as these; give --rounding dithered",
+    "dithered": "too few values change for random rounding to average out; expo-serve inspect --measure shows which, "
+    "and another --rounding-seed gives another draw",
+}
+
+
+def alpha_warnings(effective: Mapping[str, EffectiveAlpha], rounding: Method) -> list[str]:
+    """Return a line for each alpha, in its canonical form, that does not arrive."""
+    return [
+        f"effective alpha is {found.value:.3g} instead of {alpha}: {_WHY_MISSED[rounding]}"
+        for alpha, found in effective.items()
+        if found.misses(parse_alpha(alpha))
+    ]
 
 
 class DeploymentReport(BaseModel):
@@ -85,11 +134,27 @@ class DeploymentReport(BaseModel):
     version: str = __version__
     alpha: Alpha
     alpha_rules: list[str]
+    rounding: Method
+    rounding_seed: int
+    effective_alpha: float | None
+    """Of the tensors under ``alpha``, over all ranks; None where nothing changed."""
+    deployment_id: str
+    """Digest of the sources, alpha, rules and rounding: caches of two deployments are kept apart by it."""
     served_model_names: list[str]
     sources: dict[str, PublicSource]
     dtype: str
     startup_seconds: float
     ranks: list[LoadReport]
+
+
+def combined_effective_alpha(alpha: float, ranks: Iterable[LoadReport]) -> float | None:
+    """Return the effective alpha over several ranks, each weighted by the size of its step."""
+    found = [rank.effective_alphas.get(format_alpha(alpha)) for rank in ranks]
+    known = [one for one in found if one and one.value is not None]
+    total = sum(one.step_squares for one in known)
+    if not total:
+        return known[0].value if known else None
+    return sum(one.step_squares * (one.value or 0.0) for one in known) / total
 
 
 def public_source(source: Source) -> PublicSource:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
-from expo_serve.errors import UsageError
+from expo_serve.config import parse_alpha
+from expo_serve.errors import UsageError, warn
 from expo_serve.plan.prepare import prepare
+from expo_serve.report import EffectiveAlpha, alpha_warnings
 
 
 def main(arguments: list[str]) -> int:
     """Merge; returns 0."""
     options, out, shard_bytes = _read(arguments)
     plan = prepare(options.config, options.hub)
+    for warning in plan.warnings:
+        warn(warning)
     with new_folder(out, "merge") as folder, command_progress("merge", plan.weight_bytes) as progress:
+        from expo_serve.measure.sample import Sample
         from expo_serve.write.merged import write_checkpoint
 
-        write_checkpoint(plan, folder, shard_bytes, progress)
-    print(f"wrote {out}")
+        sample = Sample(1, options.config.how_to_round)
+        write_checkpoint(plan, folder, shard_bytes, progress, sample)
+    effective = {alpha: sample.effective_alpha(parse_alpha(alpha)) for alpha in plan.alphas}
+    for warning in alpha_warnings(effective, options.config.rounding):
+        warn(warning)
+    print(f"wrote {out}: {_said(effective)}, rounding {options.config.rounding}")
     return 0
+
+
+def _said(effective: Mapping[str, EffectiveAlpha]) -> str:
+    """Return each alpha beside what arrived of it."""
+    found = ((alpha, one.value) for alpha, one in effective.items())
+    parts = (f"alpha {alpha} (effective {value:.4g})" for alpha, value in found if value is not None)
+    return ", ".join(parts) or "nothing changed"
 
 
 def parser() -> Parser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections import defaultdict
@@ -12,28 +13,30 @@ from expo_serve.config import Rounding
 from expo_serve.load.operands import Recipe
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
-from expo_serve.measure.tally import Tally, tally
+from expo_serve.measure.tally import tally
+from expo_serve.report import EffectiveAlpha
 
 _SHARE = 256
-"""One byte in so many is sampled: costs less than a hundredth of a load."""
+"""One value in so many is sampled: that costs a hundredth of a load."""
 _LEAST_BYTES, _MOST_BYTES = 4 << 20, 64 << 20
 """Bounds of a sample, in bytes of the result: small models are sampled almost whole."""
 _PART_VALUES = 1 << 16
-"""Values sampled together: reading and counting take longer than calling for them does."""
+"""Values sampled together: less would take Python longer than reading and counting them."""
 
 
 class Sample:
-    """Measures a part of what a load computes, a fixed one for each way of cutting the load into blocks.
+    """Measures a part of what a load computes: blocks, and places in them, that a hash chooses.
 
     Args:
-        share: how much to sample, from 0 to 1; see :meth:`of_load`.
+        share: how much of the values to sample, up to 1; see :meth:`of_load`.
         rounding: that of the load.
     """
 
     def __init__(self, share: float, rounding: Rounding) -> None:
-        self.share = share
+        self._share = share
         self._method = rounding.method
-        self._tallies: dict[float, Tally] = defaultdict(Tally)
+        self._parts: dict[float, list[tuple[float, float]]] = defaultdict(list)
+        """By alpha: of each part what was moved along the step and the square of the step, both weighted."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -43,68 +46,63 @@ class Sample:
         return cls(min(1.0, size / max(1, weight_bytes)), rounding)
 
     def __call__(self, recipe: Recipe, block: Selection, reader: Reader) -> None:
-        """Measure a part of a block, or none of it; safe from any thread.
+        """Measure a part of a block, or nothing; safe from any thread.
 
         Args:
             recipe: how the block was computed.
             block: its elements.
             reader: reads the part again, most likely from the page cache.
         """
-        if not recipe.is_extrapolated or not (parts := self._parts(recipe, block)):
+        if not recipe.is_extrapolated or not block.numel:
             return
-        found = Tally()
-        for part in parts:
-            with torch.no_grad():
-                operands = recipe.operands.read(part, reader.buffer)
-                noise = recipe.noise(part, torch.device("cpu"))
-                found.add(tally(operands, recipe.dtype, recipe.alpha, noise))
-        weight = block.numel / sum(part.numel for part in parts)
-        with self._lock:
-            self._tallies[recipe.alpha].add(found, weight * self._weight(block))
-
-    @property
-    def step_squares(self) -> dict[float, float]:
-        """By alpha: the sum of the squares of the step, estimated for everything."""
-        return {alpha: tally.step_squares for alpha, tally in self._tallies.items()}
-
-    def effective_alpha(self, alpha: float) -> float | None:
-        """Return the effective alpha of the tensors with this alpha; None where nothing changed.
-
-        At alpha 0 and -1 it is alpha itself: there bits are copied, and a delta is rounded to where alpha 0 is.
-        """
-        if alpha in (0, -1):
-            return alpha
-        return self._tallies[alpha].effective_alpha(self._method) if alpha in self._tallies else None
-
-    def _chance(self, block: Selection) -> float:
-        """Return how likely a block is sampled at all: small blocks are sampled whole or not."""
-        return min(1.0, block.numel * self.share / min(block.numel, _PART_VALUES))
-
-    def _weight(self, block: Selection) -> float:
-        return 1 / self._chance(block)
-
-    def _parts(self, recipe: Recipe, block: Selection) -> list[Selection]:
-        """Choose the elements to measure: contiguous along the outer dimensions, at a place that a hash gives."""
         draw = zlib.crc32(f"{recipe.name}:{block.offset}:{block.shape}".encode()) / 2**32
-        chance = self._chance(block)
-        if draw >= chance or not block.numel:
-            return []
-        wanted = min(block.numel, max(_PART_VALUES, round(block.numel * self.share)))
-        return [_part(block, wanted, recipe.operands.grain, draw / chance)]
+        wanted = min(block.numel, max(_PART_VALUES, round(block.numel * self._share)))
+        chance = min(1.0, block.numel * self._share / wanted)
+        if draw >= chance:
+            return
+        part = _part(block, wanted, recipe.operands.grain, draw / chance)
+        with torch.no_grad():
+            operands = recipe.operands.read(part, reader.buffer)
+            found = tally(operands, recipe.dtype, recipe.alpha, recipe.noise(part, torch.device("cpu")))
+        weight = block.numel / part.numel / chance
+        with self._lock:
+            self._parts[recipe.alpha].append((weight * found.moved[self._method], weight * found.step_squares))
+
+    def effective_alpha(self, alpha: float) -> EffectiveAlpha:
+        """Return the effective alpha of the tensors with this alpha.
+
+        At alpha 0 and -1 it is alpha: there the bits of one side are copied, or alpha 0 is what is rounded to.
+        """
+        parts = self._parts.get(alpha, [])
+        total = sum(step for _, step in parts)
+        if alpha in (0, -1):
+            return EffectiveAlpha(value=alpha, step_squares=total)
+        if not total:
+            return EffectiveAlpha(value=None)
+        value = sum(moved for moved, _ in parts) / total
+        # Of a ratio of sums over a sample; nothing is left open where everything was measured.
+        error = 0.0 if self._share >= 1 else math.hypot(*(moved - value * step for moved, step in parts)) / total
+        return EffectiveAlpha(value=value, standard_error=error, step_squares=total)
 
 
 def _part(block: Selection, wanted: int, grain: int, draw: float) -> Selection:
-    """Return about ``wanted`` elements of a block, from the ``draw``-th part of it on; whole grains where there are."""
-    while block.numel > wanted and max(block.shape) > 1:
+    """Return about ``wanted`` elements of a block, beginning at the ``draw``-th part of it.
+
+    Args:
+        block: more elements, most often.
+        wanted: how many are wanted; single rows of the outer dimensions may have more.
+        grain: elements that are best read together.
+        draw: from 0 to 1.
+    """
+    while block.numel > wanted:
         dim = block.outer_dim
         size = block.shape[dim]
         each = block.numel // size
-        length = min(size, max(1, wanted // each))
-        start = int(draw * (size - length + 1))
-        if each == 1 and grain > 1 and size > grain:
-            first = -block.offset % grain
-            start = min(first + start // grain * grain, size - length)
+        length = max(1, wanted // each)
+        start = min(size - length, int(draw * (size - length + 1)))
+        if each == 1 and block.stride[dim] == 1 and start:
+            start = max(0, start - (block.offset + start) % grain)
         block = block.narrow(dim, start, length)
-        if each <= wanted:
+        if length > 1:
             break
     return block

@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expo_serve import metrics
-from expo_serve.config import ExpoConfig, parse_alpha, parse_config
+from expo_serve.config import ExpoConfig, deployment_id, parse_alpha, parse_config
 from expo_serve.errors import CompatError, LoadError
-from expo_serve.report import DeploymentReport, LoadReport
+from expo_serve.report import DeploymentReport, LoadReport, combined_effective_alpha
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.worker import REPORT_METHOD
 
@@ -59,6 +59,10 @@ class ExpoEndpointPlugin:
         report = DeploymentReport(
             alpha=config.alpha,
             alpha_rules=[rule.text for rule in config.alpha_rules],
+            rounding=config.rounding,
+            rounding_seed=config.rounding_seed,
+            effective_alpha=combined_effective_alpha(config.alpha, ranks),
+            deployment_id=deployment_id(config, args.model, args.revision),
             served_model_names=list(names),
             sources=ranks[0].sources,
             dtype=str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),

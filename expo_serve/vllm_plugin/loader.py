@@ -24,6 +24,7 @@ from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import LoadSession, load_into
 from expo_serve.load.threads import default_threads, start_thread
+from expo_serve.measure.sample import Sample
 from expo_serve.plan.delta import format_of
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
@@ -109,7 +110,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._take_unfinished()  # of a load that failed
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         if unfinished := self._take_unfinished():
-            logger.info("%s", self._report(model, unfinished).line())
+            _say(self._report(model, unfinished))
         return model
 
     def _take_unfinished(self) -> LoadAccount | None:
@@ -128,8 +129,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         account = LoadAccount.open(model)
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        load, tracker = self._load_lazily(model, model_config, plan)
-        account.counts = load.session.counts
+        sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
+        load, tracker = self._load_lazily(model, model_config, plan, sample)
+        account.counts, account.sample = load.session.counts, sample
         account.unfilled = check_written(model, tracker, model_config.runner_type, load.dropped())
         if account.unfilled:
             names = ", ".join(account.unfilled)
@@ -138,12 +140,15 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._unfinished = account if account.late else None
         report = self._report(model, account)
         if not account.late:
-            logger.info("%s", report.line())
+            _say(report)
 
-    def _load_lazily(self, model: torch.nn.Module, model_config: Any, plan: Plan) -> tuple[ModelLoad, WriteTracker]:
+    def _load_lazily(
+        self, model: torch.nn.Module, model_config: Any, plan: Plan, sample: Sample
+    ) -> tuple[ModelLoad, WriteTracker]:
         """Let vLLM load the model while lazy tensors are copied by threads or onto devices, and watch the writes."""
         activity = ReadActivity()
-        with self._progress(plan, activity) as progress, load_into(model, _threads(plan), activity) as session:
+        into_model = load_into(model, _threads(plan), activity, sample)
+        with self._progress(plan, activity) as progress, into_model as session:
             load = ModelLoad(plan, session, progress)
             tracker = WriteTracker(model, session.settle)
             self._load = load
@@ -219,9 +224,15 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _report(self, model: torch.nn.Module, account: LoadAccount) -> LoadReport:
         """Report what has been done so far, and attach the report to the model."""
         assert self._plan is not None
-        report = account.report(model, self._plan, self.config.alpha)
+        report = account.report(model, self._plan, self.config)
         setattr(model, REPORT_ATTRIBUTE, report)
         return report
+
+
+def _say(report: LoadReport) -> None:
+    logger.info("%s", report.line())
+    for warning in report.warnings():
+        logger.warning("expo: %s", warning)
 
 
 def register_loader() -> None:

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from expo_serve import memory
-from expo_serve.config import ExpoConfig
+from expo_serve.config import ExpoConfig, format_alpha, parse_alpha
 from expo_serve.load.counts import Counts
+from expo_serve.measure.sample import Sample
 from expo_serve.plan.plan import Plan
 from expo_serve.progress import Progress, Reads
 from expo_serve.report import LoadReport, public_source
@@ -57,6 +59,8 @@ class LoadAccount:
     """Parameters that vLLM's code fills from no tensor."""
     counts: Counts = field(default_factory=Counts)
     """Tensors and bytes of the load; set once the weights are loaded."""
+    sample: Sample | None = None
+    """Measured what arrived of alpha; set once the weights are loaded."""
     late: list[torch.nn.Module] = field(default_factory=list)
     """Layers whose parameters do not exist yet when ``load_weights`` returns."""
 
@@ -78,14 +82,17 @@ class LoadAccount:
         ]
         self.done_bytes = _parameter_bytes(module for module in modules if module not in self.late)
 
-    def report(self, model: torch.nn.Module, plan: Plan, alpha: float) -> LoadReport:
+    def report(self, model: torch.nn.Module, plan: Plan, config: ExpoConfig) -> LoadReport:
         """Return the report of what has been done so far."""
         ended = time.perf_counter()
         device = _cuda_device(model)
         return LoadReport(
             rank=compat.get_current_vllm_config().parallel_config.rank,
             sources={side: public_source(source) for side, source in plan.sources.items()},
-            alpha=alpha,
+            alpha=config.alpha,
+            rounding=config.rounding,
+            rounding_seed=config.rounding_seed,
+            **self._effective_alphas(plan, config.alpha),
             total_seconds=ended - self.started,
             phase_seconds={"resolve": self.resolved - self.started, "weights": ended - self.resolved},
             read_bytes={side: self.counts.read_bytes[side] for side in plan.sources},
@@ -101,6 +108,13 @@ class LoadAccount:
             anonymous_memory_growth_bytes=max(0, memory.anonymous_bytes() - self.anonymous_before),
             peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if device else None,
         )
+
+    def _effective_alphas(self, plan: Plan, alpha: float) -> dict[str, Any]:
+        if self.sample is None:
+            return {}
+        found = {text: self.sample.effective_alpha(parse_alpha(text)) for text in plan.alphas}
+        mine = found.get(format_alpha(alpha))
+        return {"effective_alpha": mine.value if mine else None, "effective_alphas": found}
 
 
 def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:

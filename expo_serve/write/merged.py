@@ -14,7 +14,7 @@ from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_
 from expo_serve.errors import warn
 from expo_serve.load.fill import missing_kernels
 from expo_serve.load.lazy import lazy_tensor
-from expo_serve.load.session import LoadSession
+from expo_serve.load.session import LoadSession, Observer
 from expo_serve.load.threads import in_order
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.progress import Progress
@@ -27,7 +27,9 @@ _OF_ADAPTERS = ("adapter_config.json", "config.json", "README.md")
 """Files of an adapter's folder that describe the adapter, not the merged model."""
 
 
-def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progress) -> None:
+def write_checkpoint(
+    plan: Plan, folder: Path, shard_bytes: int, progress: Progress, observe: Observer | None = None
+) -> None:
     """Write a plan's result into a folder, with its config and tokenizer.
 
     Args:
@@ -35,6 +37,7 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progr
         folder: existing, empty folder.
         shard_bytes: size limit of one file; a single larger tensor exceeds it.
         progress: counts bytes of the result.
+        observe: is called with every block that is computed.
 
     Raises:
         ExpoError: a source cannot be read, or a value is not finite.
@@ -45,7 +48,9 @@ def write_checkpoint(plan: Plan, folder: Path, shard_bytes: int, progress: Progr
         copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)
     if plan.overrides:
         _override(folder / "config.json", plan.overrides)
-    _write_weights(list(plan.tensors.values()), folder, shard_bytes, progress)
+    session = LoadSession(observe=observe)
+    progress.watch(session.reader.activity)
+    _write_weights(list(plan.tensors.values()), folder, shard_bytes, progress, session)
     if reason := missing_kernels():
         warn(reason)
 
@@ -57,12 +62,12 @@ def _override(file: Path, overrides: dict[str, Any]) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_weights(tensors: list[PlannedTensor], folder: Path, shard_bytes: int, progress: Progress) -> None:
+def _write_weights(
+    tensors: list[PlannedTensor], folder: Path, shard_bytes: int, progress: Progress, session: LoadSession
+) -> None:
     """Write one file, or several and their index."""
     shards = _shards(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
-    session = LoadSession()
-    progress.watch(session.reader.activity)
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(shard, folder / name, lambda tensor: _value(tensor, session), progress)
