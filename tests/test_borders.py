@@ -19,7 +19,7 @@ PACKAGE = Path(expo_serve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 UNKNOWN = "?"
-WEIGHT_ROOMS = {"checkpoint", "plan", "kernels", "load", "write"}
+WEIGHT_ROOMS = {"checkpoint", "plan", "kernels", "load", "write", "measure"}
 
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"version", "config", "errors", "report", "plan", "checkpoint"},
@@ -36,7 +36,20 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"kernels"},
     "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
     "write": {"write", "load", "plan", "checkpoint", "config", "errors", "progress"},
-    "cli": {"cli", "version", "config", "errors", "memory", "progress", "report", "write", "plan", "checkpoint"},
+    "measure": {"measure", "load", "kernels", "plan", "checkpoint", "config", "errors", "progress", "report"},
+    "cli": {
+        "cli",
+        "version",
+        "config",
+        "errors",
+        "memory",
+        "progress",
+        "report",
+        "measure",
+        "write",
+        "plan",
+        "checkpoint",
+    },
     "vllm_plugin": {
         "vllm_plugin",
         "config",
@@ -46,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "report",
         "load",
+        "measure",
         "plan",
         "checkpoint",
     },
@@ -65,6 +79,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "kernels": NOT_FOR_WEIGHTS,
     "load": NOT_FOR_WEIGHTS,
     "write": NOT_FOR_WEIGHTS,
+    "measure": NOT_FOR_WEIGHTS,
     "cli": {"vllm", "transformers"},
     "__init__": {"vllm", "torch", "pydantic"},
     "version": {"vllm", "torch", "os"},

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expo_serve.config import Method
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.load.counts import Counts
 from expo_serve.load.device import Mark, Stage, Stages
@@ -116,8 +117,10 @@ def lazies(tmp_path_factory: pytest.TempPathFactory) -> Lazies:
     return Lazies(tmp_path_factory.mktemp("staging"))
 
 
-def staged(lazies: Lazies, base: torch.Tensor, aligned: torch.Tensor, alpha: float, stage: Stage) -> LazyTensor:
-    plan = lazies.plan({NAME: base}, {NAME: aligned}, alpha)
+def staged(
+    lazies: Lazies, base: torch.Tensor, aligned: torch.Tensor, alpha: float, stage: Stage, rounding: Method = "nearest"
+) -> LazyTensor:
+    plan = lazies.plan({NAME: base}, {NAME: aligned}, alpha, rounding)
     return lazy_tensor(plan.tensors[NAME], LoadSession(Reader(), Counts(), stages=OneStage(stage)))
 
 
@@ -150,6 +153,7 @@ VIEWS: list[Callable[[Any], Any]] = [
     turns=st.integers(1, 4),
     seed=st.one_of(st.none(), st.integers(0, 99)),
     view=st.sampled_from(VIEWS),
+    rounding=st.sampled_from(["nearest", "dithered"]),
 )
 def test_bits_do_not_depend_on_pieces_turns_or_lateness(
     lazies: Lazies,
@@ -162,13 +166,14 @@ def test_bits_do_not_depend_on_pieces_turns_or_lateness(
     turns: int,
     seed: int | None,
     view: Callable[[Any], Any],
+    rounding: Method,
 ) -> None:
     rows, columns = shape
     base = numbers(rows, columns, dtype=dtypes[0])
     aligned = numbers(rows + grown, columns, seed=1, dtype=dtypes[1])
     stage = Stage(LaggingQueue(seed), stage_bytes, turns, threads=2)
-    lazy = staged(lazies, base, aligned, alpha, stage)
-    expected = view(extrapolate(base, aligned, alpha))
+    lazy = staged(lazies, base, aligned, alpha, stage, rounding)
+    expected = view(extrapolate(base, aligned, alpha, NAME if rounding == "dithered" else None))
     assert same_bits(copied(view(lazy), stage, dest), expected.to(dest or expected.dtype))
     stage.close()
 

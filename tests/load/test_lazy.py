@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from expo_serve.config import Method
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
@@ -27,10 +28,10 @@ def lazies(tmp_path: Path) -> Lazies:
     return Lazies(tmp_path)
 
 
-@pytest.fixture
-def case(lazies: Lazies) -> Case:
+@pytest.fixture(params=["nearest", "dithered"])
+def case(lazies: Lazies, request: pytest.FixtureRequest) -> Case:
     """6 rows of 8 in bf16 at alpha 0.5."""
-    return lazies.make(numbers(6, 8), numbers(6, 8, seed=1))
+    return lazies.make(numbers(6, 8), numbers(6, 8, seed=1), rounding=request.param)
 
 
 def copied(lazy: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -40,13 +41,15 @@ def copied(lazy: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
     return dest
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "dithered"])
 @pytest.mark.parametrize("alpha", [-1, 0, 0.5, 1.7])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("aligned", [torch.float32, torch.bfloat16, torch.float16])
 def test_copy_gives_the_extrapolated_bits(
-    lazies: Lazies, base: torch.dtype, aligned: torch.dtype, alpha: float
+    lazies: Lazies, base: torch.dtype, aligned: torch.dtype, alpha: float, rounding: Method
 ) -> None:
-    made = lazies.make(numbers(6, 8, dtype=base), numbers(6, 8, seed=1, dtype=aligned), alpha)
+    sides = numbers(6, 8, dtype=base), numbers(6, 8, seed=1, dtype=aligned)
+    made = lazies.make(*sides, alpha, rounding=rounding)
     assert same_bits(copied(made.lazy), made.expected)
     assert same_bits(made.lazy.materialize(), made.expected)
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve import kernels
+from expo_serve.config import Method
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
 from expo_serve.load import sizes
 from expo_serve.load import threads as threads_module
@@ -83,6 +84,7 @@ class Parameters(torch.nn.Module):
     threads=st.integers(2, 6),
     cold=st.integers(-1, 2),
     shards=st.integers(1, 3),
+    rounding=st.sampled_from(["nearest", "dithered"]),
 )
 def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     lazies: Lazies,
@@ -95,10 +97,11 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
     threads: int,
     cold: int,
     shards: int,
+    rounding: Method,
 ) -> None:
     base = {f"{index}.weight": numbers(*shape, seed=index, dtype=dtypes[0]) for index, shape in enumerate(shapes)}
     aligned = {name: (tensor.float() * 1.03).to(dtypes[1]) for name, tensor in base.items()}
-    plan = lazies.plan(base, aligned, alpha)
+    plan = lazies.plan(base, aligned, alpha, rounding)
     model = Parameters(plan)
     tied = torch.nn.Parameter(torch.full_like(aligned["0.weight"], 7), requires_grad=False)
     model.register_parameter("tied", tied)
@@ -115,7 +118,8 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
         tied.data.copy_(loaded["0.weight"])
         session.settle()
     for name, dest in model.filled.items():
-        assert same_bits(dest, extrapolate(base[name], aligned[name], alpha)), name
+        expected = extrapolate(base[name], aligned[name], alpha, name if rounding == "dithered" else None)
+        assert same_bits(dest, expected), name
     assert same_bits(tied.data, model.filled["0.weight"])
 
 
