@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection, Refusal
 from expo_serve.cli.options import Options, add_source_flags, read_options
+from expo_serve.cli.output import command_progress
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, PairError, UsageError
+from expo_serve.measure.measurement import Measurement
 from expo_serve.plan.delta import Delta, open_delta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
@@ -24,6 +27,10 @@ def main(arguments: list[str]) -> int:
     """Inspect; returns 0, or 2 if the sources would be refused."""
     options, tensor_parallel_size, as_json = _read(arguments)
     inspection = inspect(options, tensor_parallel_size)
+    if options.namespace.plot and inspection.measurement:
+        from expo_serve.cli.plot import draw
+
+        draw(inspection, options.namespace.plot)
     if as_json:
         print(inspection.model_dump_json(indent=2))
     else:
@@ -47,11 +54,19 @@ def parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
         prog="expo-serve inspect",
-        description="Show what a load would do: sources, plan, bytes and memory. Reads headers only.",
+        description="Show what a load would do: sources, plan, bytes and memory. Reads headers only, unless\n"
+        "--measure is given.",
         epilog="Exit codes: 0 the sources would be served; 2 they would be refused, or the command line is wrong.",
     )
     add_source_flags(parser)
     parser.add_argument("--tensor-parallel-size", "-tp", default="1", metavar="N", help="ranks that share the weights")
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="read all values too: how far the sides are apart, what arrives of alpha, whether this is a pair for ExPO",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="with --measure: draw step and effective alpha over the layers"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 
@@ -63,7 +78,19 @@ def _read(arguments: list[str]) -> tuple[Options, int, bool]:
     size = options.namespace.tensor_parallel_size
     if not size.isdecimal() or int(size) < 1:
         raise UsageError(f"--tensor-parallel-size: expected a number from 1, found {size!r}")
+    _check_plot(options.namespace.plot, options.namespace.measure)
     return options, int(size), options.namespace.json
+
+
+def _check_plot(file: str | None, is_measured: bool) -> None:
+    if file is None:
+        return
+    if not is_measured:
+        raise UsageError("--plot needs --measure, which reads what is drawn")
+    if not file.endswith(".png") or not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"--plot: expected a name that ends with .png in an existing folder, found {file!r}")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'expo-serve[plot]'")
 
 
 def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
@@ -86,10 +113,22 @@ def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
     return Inspection(
         alpha=options.config.alpha,
         alpha_rules=[rule.text for rule in options.config.alpha_rules],
+        rounding=options.config.rounding,
+        rounding_seed=options.config.rounding_seed,
         sources={side: _source(source, opened.get(side)) for side, source in sources.items()},
         refusals=[Refusal(message=error.message, details=list(error.details)) for error in refusals],
         **(_planned(plan, options, tensor_parallel_size) if plan else {}),
+        measurement=_measured(plan, options.config) if plan and options.namespace.measure else None,
     )
+
+
+def _measured(plan: Plan, config: ExpoConfig) -> Measurement:
+    side, files = _companion_source(plan)
+    learned_to_talk = bool(_chat_template(side, files)) and not _chat_template("base", plan.base.source)
+    with command_progress("inspect --measure", sum(tensor.result.nbytes for tensor in plan.extrapolated)) as progress:
+        from expo_serve.measure.pair import measure_plan
+
+        return measure_plan(plan, config, progress, learned_to_talk=learned_to_talk)
 
 
 def plan_opened(opened: dict[str, Checkpoint | Delta], config: ExpoConfig) -> Plan:

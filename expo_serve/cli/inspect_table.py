@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
@@ -12,6 +13,7 @@ from rich.table import Column, Table
 from expo_serve.cli.inspection import Inspection
 from expo_serve.config import format_alpha
 from expo_serve.errors import MAX_DETAILS
+from expo_serve.measure.measurement import MeasuredPart, Measurement
 
 
 def show(inspection: Inspection) -> None:
@@ -21,6 +23,11 @@ def show(inspection: Inspection) -> None:
         console.print(_sources(inspection))
     if inspection.memory:
         console.print(_plan(inspection))
+    if inspection.measurement:
+        console.print(_measured(inspection.measurement, inspection.alpha))
+        console.print(inspection.measurement.verdict.text, markup=False, soft_wrap=True)
+        for remark in inspection.measurement.verdict.remarks:
+            console.print(f"note: {remark}", markup=False, soft_wrap=True)
     for line in _remarks(inspection):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -56,6 +63,32 @@ def _sources(inspection: Inspection) -> Table:
     return table
 
 
+def _measured(measurement: Measurement, alpha: float) -> Table:
+    """Return a table of groups and layers: how far the sides are apart, and what arrives of alpha."""
+    heads = ["values", "same", *(f"{units} ulp" for units in measurement.total.units), "step"]
+    heads += list(measurement.effective_alpha)
+    columns = (Column(head, justify="right", no_wrap=True) for head in heads)
+    title = f"Shares of values by their distance, step, and effective alpha for {format_alpha(alpha)} by rounding"
+    table = Table("measured", *columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title)
+    parts: list[tuple[str, MeasuredPart]] = [("all", measurement.total)]
+    parts += [(group.group, group) for group in measurement.groups]
+    parts += [(f"layer {layer.layer}", layer) for layer in measurement.layers]
+    for name, part in parts:
+        shares = [f"{share:.1%}" for share in (part.share_unchanged, *part.units.values())]
+        step = "-" if part.step is None else f"{part.step:.2g}"
+        arrived = ["-" if value is None else f"{value:.3g}" for value in part.effective_alpha.values()]
+        table.add_row(name, _count(part.values), *shares, step, *arrived)
+    return table
+
+
+def _count(count: int) -> str:
+    """Return a number of values in short: ``1.1 G``."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
 def _plan(inspection: Inspection) -> Table:
     assert inspection.memory is not None
     sizes = inspection.memory
@@ -63,6 +96,9 @@ def _plan(inspection: Inspection) -> Table:
     table = Table("plan", Column("", overflow="fold"))
     rows = {
         "alpha": format_alpha(inspection.alpha),
+        "rounding": f"{inspection.rounding}, seed {inspection.rounding_seed}"
+        if inspection.rounding == "dithered"
+        else f"{inspection.rounding} (the bits of a checkpoint merged by other tools)",
         "alpha rules": ", ".join(inspection.alpha_rules) or "-",
         "served as": inspection.served_model_name,
         "tensors": ", ".join(f"{count} {kind}" for kind, count in inspection.counts.items()),

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from expo_serve.config import Method
+from expo_serve.measure.measurement import Measurement
 from expo_serve.report import SCHEMA_VERSION, Alpha, PublicSource
 from expo_serve.version import __version__
 
@@ -59,6 +61,8 @@ class Inspection(BaseModel):
     version: str = __version__
     alpha: Alpha
     alpha_rules: list[str]
+    rounding: Method
+    rounding_seed: int
     served_model_name: str | None = None
     sources: dict[str, InspectedSource]
     tokenizer: str | None = None
@@ -72,6 +76,8 @@ class Inspection(BaseModel):
     tensor_parallel_size: int = 1
     read_bytes_per_rank: dict[str, int] = {}
     memory: InspectedMemory | None = None
+    measurement: Measurement | None = None
+    """What the values say; only with ``--measure``."""
     warnings: list[str] = []
     refusals: list[Refusal]
     tensors: list[InspectedTensor] = []

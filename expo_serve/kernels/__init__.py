@@ -17,7 +17,7 @@ from typing import Literal
 
 Loop = Literal[
     "bf16.combine", "dither.fill", "dither.round_to_bf16", "dither.round_to_fp16",
-    "measuring.tally",
+    "measuring.tally", "measuring.stream",
     "reading.stream", "reading.gather", "reading.fetch",
     "sparse.apply16", "sparse.apply32", "sparse.apply64", "sparse.extrapolate",
     "low_rank.product", "low_rank.stream",

@@ -126,7 +126,14 @@ def compile_kernels(delta_format: str | None) -> str:
     Returns:
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
-    kernels.available("bf16.combine", "dither.fill", "reading.stream", "reading.gather", *_LOOPS.get(delta_format, ()))
+    kernels.available(
+        "bf16.combine",
+        "dither.fill",
+        "measuring.tally",
+        "reading.stream",
+        "reading.gather",
+        *_LOOPS.get(delta_format, ()),
+    )
     return missing_kernels()
 
 

@@ -15,6 +15,7 @@ size                        value      reason
                                        fastest with requests no larger than the kernel's read-ahead window.
 ``LOW_RANK_PIECE_BYTES``    256 KiB    Of base, read before a low-rank product is added: stays in the L2 cache.
 ``FETCH_PIECE_BYTES``       256 KiB    Of a packed delta's base, read before it is added to the checksum: the same.
+``MEASURED_PIECE_BYTES``    256 KiB    Of each side, read and counted at a time by ``inspect --measure``: the same.
 ``REQUEST_BYTES``           1 MiB      Asked of the kernel by one read call.
 ``READ_AHEAD_BYTES``        1 MiB      The same for the threads that bring cold files into the page cache.
 ``STAGE_BYTES``             8 MiB      Of each operand in each turn of device staging: copying it takes the link far
@@ -37,6 +38,7 @@ PIECE_BYTES = 2 << 20
 STREAM_PIECE_BYTES = 1 << 20
 LOW_RANK_PIECE_BYTES = 256 << 10
 FETCH_PIECE_BYTES = 256 << 10
+MEASURED_PIECE_BYTES = 256 << 10
 REQUEST_BYTES = 1 << 20
 READ_AHEAD_BYTES = 1 << 20
 STAGE_BYTES = 8 << 20

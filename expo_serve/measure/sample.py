@@ -16,8 +16,8 @@ from expo_serve.load.selection import Selection
 from expo_serve.measure.tally import tally
 from expo_serve.report import EffectiveAlpha
 
-_SHARE = 256
-"""One value in so many is sampled: that costs a hundredth of a load."""
+_SHARE = 512
+"""One value in so many is sampled: that costs about a hundredth of a load."""
 _LEAST_BYTES, _MOST_BYTES = 4 << 20, 64 << 20
 """Bounds of a sample, in bytes of the result: small models are sampled almost whole."""
 _PART_VALUES = 1 << 16

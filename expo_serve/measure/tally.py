@@ -16,8 +16,11 @@ import torch
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Method
+from expo_serve.load import sizes
 from expo_serve.load.dtypes import Bits, signed_bits, uint16_bits
 from expo_serve.load.formula import combine_unchecked
+from expo_serve.load.operands import RecordOperands
+from expo_serve.load.selection import Selection
 
 UNITS = ("0", "1", "2", "3-4", "more")
 """Kinds of values, by their distance in units in the last place."""
@@ -73,6 +76,44 @@ def tally(
     for one, two, bits in zip(*flat, random, strict=True):
         total.add(_of_piece(one, two, "delta" in operands, dtype, alpha, bits))
     return total
+
+
+def tally_stored(
+    operands: RecordOperands, elements: Selection, dtype: torch.dtype, alpha: float, key: int
+) -> tuple[Tally, int]:
+    """Tally contiguous elements of two bf16 tensors without coming back to Python for each piece.
+
+    Args:
+        operands: base and aligned.
+        elements: which.
+        dtype: what results are rounded to.
+        alpha: the extrapolation factor.
+        key: the tensor's key for dithered rounding.
+
+    Returns:
+        The tally of the first elements, and how many they are: 0 for other dtypes or without the compiled loop, and
+        fewer than all where a read failed. :func:`tally` does the rest, and reading that reports the cause.
+    """
+    records = operands.records
+    is_plain = dtype == torch.bfloat16 and {record.dtype for record in records.values()} == {"BF16"}
+    if not is_plain or "aligned" not in records or not kernels.available("measuring.stream"):
+        return Tally(), 0
+    from expo_serve.kernels import measuring
+    from expo_serve.kernels.bf16 import lerp_factor
+
+    reader = operands.reader
+    one, two = (reader.span_of(side, records[side], elements) for side in ("base", "aligned"))
+    room = sizes.MEASURED_PIECE_BYTES
+    memory = [reader.buffer(side, room).array[:room].view(np.uint16) for side in ("base", "aligned")]
+    counts, sums = np.zeros(len(UNITS), np.int64), np.zeros(4)
+    with reader.activity.during(one.path, two.path):
+        done = measuring.stream(
+            one.descriptor, one.offset, two.descriptor, two.offset, memory[0], memory[1], elements.numel,
+            *lerp_factor(1 + alpha), key, elements.offset, counts, sums,
+        )  # fmt: skip
+    reader.activity.add_bytes(2 * done * dtype.itemsize)
+    size, step, nearest, dithered = sums.tolist()
+    return Tally(counts.tolist(), size, step, {"nearest": nearest, "dithered": dithered}), done
 
 
 def _by_loop(base: torch.Tensor, aligned: torch.Tensor, alpha: float, noise: torch.Tensor | None) -> Tally:
