@@ -9,10 +9,12 @@ from typing import Any
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: register the load format ``expo``. Can be called repeatedly."""
+    """Entry point ``vllm.general_plugins``: register the load format, keep caches apart. Can be called repeatedly."""
+    from expo_serve.vllm_plugin.caches import keep_apart
     from expo_serve.vllm_plugin.loader import register_loader
 
     register_loader()
+    keep_apart()
 
 
 def endpoint_plugin() -> Any:

@@ -31,6 +31,7 @@ from expo_serve.plan.prepare import prepare
 from expo_serve.progress import Progress
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
+from expo_serve.vllm_plugin.caches import refuse_weight_cache
 from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
 from expo_serve.vllm_plugin.reporting import LoadAccount, load_progress
 from expo_serve.vllm_plugin.unwritten import check_written
@@ -73,10 +74,11 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         load_config: vLLM's LoadConfig; its ``model_loader_extra_config`` is an :class:`ExpoConfig`.
 
     Raises:
-        ConfigError: the extra config is wrong.
+        ConfigError: the extra config is wrong, or vLLM would cache the weights under the name of others.
     """
 
     def __init__(self, load_config: Any) -> None:
+        refuse_weight_cache()
         extra = load_config.model_loader_extra_config
         if not isinstance(extra, dict):
             raise ConfigError('--model-loader-extra-config: expected an object such as {"base": ..., "alpha": 0.5}')

@@ -27,6 +27,7 @@ from expo_serve import errors
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.vllm_plugin import compat
+from expo_serve.vllm_plugin.caches import refuse_shared_stores
 from expo_serve.vllm_plugin.worker import EXTENSION
 
 _FILTERED_GROUPS = (
@@ -99,6 +100,7 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
     args.model = args.model_tag
     args.hf_overrides = with_overrides(args.hf_overrides, config)
     _check_ours(args, config)
+    refuse_shared_stores(args.kv_transfer_config, args.ec_transfer_config)
     return command, args
 
 
