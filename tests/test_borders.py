@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"plan", "checkpoint", "config", "errors"},
     "kernels": {"kernels"},
     "load": {"load", "kernels", "plan", "checkpoint", "config", "errors"},
-    "write": {"write", "load", "plan", "checkpoint", "config", "errors", "progress"},
+    "write": {"write", "load", "plan", "checkpoint", "config", "errors", "progress", "version"},
     "measure": {"measure", "load", "kernels", "plan", "checkpoint", "config", "errors", "progress", "report"},
     "cli": {
         "cli",

@@ -110,8 +110,10 @@ def _create(given: argparse.Namespace) -> None:
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
+        from expo_serve.write.provenance import write_card
 
         copy_companion_files(Path(aligned.source.path), folder)
+        write_card(folder, plan, None)
         write_packed_delta(plan, folder, progress)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"wrote {out}: {size / 1e6:,.1f} MB, {size / max(1, plan.weight_bytes):.1%} of {aligned.source.name}")
@@ -119,7 +121,7 @@ def _create(given: argparse.Namespace) -> None:
 
 def _verify(given: argparse.Namespace) -> None:
     hub = _hub(given)
-    delta, plan = _open(given, hub)
+    delta, plan, _ = _open(given, hub)
     if not isinstance(delta, PackedDelta):
         raise UsageError(
             f"delta verify: {given.delta} is a {delta.format} delta, which carries no checksums; it can be applied "
@@ -138,23 +140,23 @@ def _verify(given: argparse.Namespace) -> None:
 
 def _apply(given: argparse.Namespace) -> None:
     out = new_path(given.out)
-    _, plan = _open(given, _hub(given))
+    _, plan, config = _open(given, _hub(given))
     with new_folder(out, "delta apply") as folder, command_progress("delta apply", plan.weight_bytes) as progress:
         from expo_serve.write.merged import write_checkpoint
 
-        write_checkpoint(plan, folder, parse_size(given.max_shard_size), progress)
+        write_checkpoint(plan, config, folder, parse_size(given.max_shard_size), progress)
     print(f"wrote {out}")
 
 
-def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan]:
+def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan, ExpoConfig]:
     """Open the delta, and plan every tensor at alpha 0."""
     rounding = {key: value for key in ("rounding", "rounding_seed") if (value := getattr(given, key, None)) is not None}
     config = _config(given, delta=given.delta, delta_revision=given.delta_revision, **rounding)
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
     if isinstance(delta, PackedDelta):
-        return delta, delta.plan(base, config, keep_left_out=True)
-    return delta, delta.plan(base, config)
+        return delta, delta.plan(base, config, keep_left_out=True), config
+    return delta, delta.plan(base, config), config
 
 
 def _config(given: argparse.Namespace, **values: str | None) -> ExpoConfig:

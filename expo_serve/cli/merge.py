@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         from expo_serve.write.merged import write_checkpoint
 
         sample = Sample(1, options.config.how_to_round)
-        write_checkpoint(plan, folder, shard_bytes, progress, sample)
+        write_checkpoint(plan, options.config, folder, shard_bytes, progress, sample)
     effective = {alpha: sample.effective_alpha(parse_alpha(alpha)) for alpha in plan.alphas}
     for warning in alpha_warnings(effective, options.config.rounding):
         warn(warning)

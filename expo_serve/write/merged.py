@@ -11,6 +11,7 @@ import torch
 
 from expo_serve.checkpoint.source import INDEX_FILE
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_of
+from expo_serve.config import ExpoConfig
 from expo_serve.errors import warn
 from expo_serve.load.fill import missing_kernels
 from expo_serve.load.lazy import lazy_tensor
@@ -19,6 +20,7 @@ from expo_serve.load.threads import in_order
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.progress import Progress
 from expo_serve.write.companions import copy_companion_files
+from expo_serve.write.provenance import metadata, write_card
 
 _THREADS = 2
 """Two threads saturate a disk; more would hold more whole tensors in memory."""
@@ -28,12 +30,18 @@ _OF_ADAPTERS = ("adapter_config.json", "config.json", "README.md")
 
 
 def write_checkpoint(
-    plan: Plan, folder: Path, shard_bytes: int, progress: Progress, observe: Observer | None = None
+    plan: Plan,
+    config: ExpoConfig,
+    folder: Path,
+    shard_bytes: int,
+    progress: Progress,
+    observe: Observer | None = None,
 ) -> None:
     """Write a plan's result into a folder, with its config and tokenizer.
 
     Args:
         plan: every tensor of it is written.
+        config: what was planned, to be recorded.
         folder: existing, empty folder.
         shard_bytes: size limit of one file; a single larger tensor exceeds it.
         progress: counts bytes of the result.
@@ -48,9 +56,10 @@ def write_checkpoint(
         copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)
     if plan.overrides:
         _override(folder / "config.json", plan.overrides)
+    write_card(folder, plan, config)
     session = LoadSession(observe=observe)
     progress.watch(session.reader.activity)
-    _write_weights(list(plan.tensors.values()), folder, shard_bytes, progress, session)
+    _write_weights(plan, folder, shard_bytes, progress, session, {**_METADATA, **metadata(plan, config)})
     if reason := missing_kernels():
         warn(reason)
 
@@ -63,14 +72,20 @@ def _override(file: Path, overrides: dict[str, Any]) -> None:
 
 
 def _write_weights(
-    tensors: list[PlannedTensor], folder: Path, shard_bytes: int, progress: Progress, session: LoadSession
+    plan: Plan,
+    folder: Path,
+    shard_bytes: int,
+    progress: Progress,
+    session: LoadSession,
+    metadata: dict[str, str],
 ) -> None:
     """Write one file, or several and their index."""
+    tensors = list(plan.tensors.values())
     shards = _shards(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(shard, folder / name, lambda tensor: _value(tensor, session), progress)
+        _write_shard(shard, folder / name, lambda tensor: _value(tensor, session), progress, metadata)
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), name))
     if len(shards) > 1:
         total = sum(tensor.result.nbytes for tensor in tensors)
@@ -92,11 +107,15 @@ def _shards(tensors: list[PlannedTensor], limit: int) -> list[list[PlannedTensor
 
 
 def _write_shard(
-    shard: list[PlannedTensor], file: Path, value: Callable[[PlannedTensor], torch.Tensor], progress: Progress
+    shard: list[PlannedTensor],
+    file: Path,
+    value: Callable[[PlannedTensor], torch.Tensor],
+    progress: Progress,
+    metadata: dict[str, str],
 ) -> None:
     # Widest dtype first, as the safetensors library orders them, so that every tensor is aligned to its dtype.
     ordered = sorted(shard, key=lambda tensor: -tensor.result.nbytes // max(1, tensor.result.numel))
-    header = header_bytes(sizes_of({tensor.name: tensor.result for tensor in ordered}), _METADATA)
+    header = header_bytes(sizes_of({tensor.name: tensor.result for tensor in ordered}), metadata)
     offset = 0
     with SafetensorsWriter(file, len(header)) as writer:
         for tensor, values in in_order(value, ordered, _THREADS):
