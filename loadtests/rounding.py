@@ -26,9 +26,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -39,7 +41,8 @@ from expo_serve.plan.prepare import prepare
 from loadtests.results import RESULTS, WORK, save, table
 
 sys.path.insert(0, "deploy/demo")
-import task  # the demo's scripts are no package
+import prepare as demo_models  # the demo's scripts are no package
+import task
 import train
 
 DEMO = Path(".demo")
@@ -113,7 +116,7 @@ def saved(folder: Path, dtype: torch.dtype, weight: float) -> Path:
         for name, parameter in model.named_parameters():
             if name in steps:
                 parameter += steps[name]
-    train.prepare.save(model.to(dtype), task.load_tokenizer(DEMO / "base"), folder)
+    demo_models.save(model.to(dtype), task.load_tokenizer(DEMO / "base"), folder)
     return folder
 
 
@@ -122,20 +125,20 @@ def trained(folder: Path) -> Path:
     torch.manual_seed(train.SEED)
     model = task.load_model(DEMO / "base", torch.float32)
     tokenizer = task.load_tokenizer(DEMO / "base")
-    task.TRAINING_TOPICS = task.TRAINING_TOPICS[:_FULL_TOPICS]
-    pairs = train.sample_pairs(model, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "TRAINING_TOPICS", task.TRAINING_TOPICS[:_FULL_TOPICS])
+        pairs = train.sample_pairs(model, tokenizer)
     with torch.no_grad():
         reference = [train.answer_log_probabilities(model, [pair]) for pair in pairs]
     known = dict(zip(pairs, reference, strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=_FULL_RATE)
-    train.STEPS = _FULL_STEPS
-    for batch in train.shuffled_batches(pairs):
+    for batch in islice(train.shuffled_batches(pairs), _FULL_STEPS):
         optimizer.zero_grad()
         gain = train.answer_log_probabilities(model, batch) - torch.stack([known[pair] for pair in batch]).T.reshape(-1)
         better, worse = gain.chunk(2)
         torch.autograd.backward(-torch.nn.functional.logsigmoid(train.BETA * (better - worse)).mean())
         optimizer.step()
-    train.prepare.save(model.to(torch.bfloat16), tokenizer, folder)
+    demo_models.save(model.to(torch.bfloat16), tokenizer, folder)
     return folder
 
 
@@ -238,7 +241,7 @@ def measure_quantised(kind: Kind, alphas: list[float], count: int, work: Path) -
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 parameter.copy_(weights[key])
-        train.prepare.save(model, task.load_tokenizer(DEMO / "base"), folder)
+        demo_models.save(model, task.load_tokenizer(DEMO / "base"), folder)
         return folder
 
     aligned = inside(written(kind.exact(0), "aligned32"))

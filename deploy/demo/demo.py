@@ -140,6 +140,21 @@ def other_side(models: Path, kind: str) -> list[str]:
     return ["--delta", str(delta)]
 
 
+def show_effective_alpha(models: Path, other: list[str], alphas: list[str]) -> None:
+    """What arrives of each alpha in bfloat16, under both roundings: `expo-serve inspect --measure`."""
+    print("### What arrives of alpha in bfloat16 (expo-serve inspect --measure)")
+    print(f"{'alpha':>8}{'dithered':>12}{'nearest':>12}")
+    for alpha in alphas:
+        command = [str(Path(sys.executable).with_name("expo-serve")), "inspect", "--base", str(models / "base"), *other]
+        command += ["--alpha", alpha, "--measure", "--json"]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise DemoError(f"the pair could not be measured (code {done.returncode})")
+        found = json.loads(done.stdout)["measurement"]["effective_alpha"]
+        print(f"{alpha:>8}{found['dithered']:>12.4f}{found['nearest']:>12.4f}", flush=True)
+    print()
+
+
 def run(models: Path, alpha: str, kind: str) -> None:
     """Ask both servers and show the answers, the report and the metrics."""
     other = other_side(models, kind)
@@ -150,6 +165,7 @@ def run(models: Path, alpha: str, kind: str) -> None:
         report = server.text("/v1/expo")
         metrics = [line for line in server.text("/metrics").splitlines() if line.startswith("expo_")]
     show_answers(plain, extrapolated, alpha)
+    show_effective_alpha(models, other, sorted({"0.1", "0.3", alpha}, key=float))
     print("### GET /v1/expo", json.dumps(json.loads(report), indent=2), sep="\n", end="\n\n")
     print("### GET /metrics (those of expo-serve)", *metrics, sep="\n")
 

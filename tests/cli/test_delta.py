@@ -63,7 +63,7 @@ def test_the_command_takes_a_checkpoint_there_and_back(
     base, out, back = str(pair[0]), str(tmp_path / "delta"), tmp_path / "back"
     said = well("create", "--base", base, "--aligned", str(pair[1]), "--out", out)
     assert said.startswith(f"wrote {out}: 0.0 MB, ")
-    assert left_in(Path(out)) == ["config.json", "delta.safetensors", "tokenizer.json"]
+    assert left_in(Path(out)) == ["README.md", "config.json", "delta.safetensors", "tokenizer.json"]
     run("verify", base=pair[0], delta=Path(out))
     assert capsys.readouterr().out == f"{out} is intact, matches base\n"
     run("verify", base=pair[0], delta=Path(out), aligned=pair[1])
@@ -72,7 +72,7 @@ def test_the_command_takes_a_checkpoint_there_and_back(
     assert_same_tensors(read_tensors(back), aligned)
     for name in ("config.json", "tokenizer.json"):
         assert (back / name).read_bytes() == (pair[1] / name).read_bytes()
-    assert left_in(back) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert left_in(back) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert left_in(tmp_path) == ["aligned", "back", "base", "delta"]
 
 
@@ -92,7 +92,7 @@ def test_sharded_checkpoints_are_packed(tmp_path: Path) -> None:
     aligned = write_raw(tmp_path / "aligned", tiny_tensors(2), shards=[names[:5], names[5:]])
     run("create", base=base, aligned=aligned, out=tmp_path / "delta")
     run("apply", base=base, delta=tmp_path / "delta", out=tmp_path / "back")
-    assert left_in(tmp_path / "delta") == ["config.json", "delta.safetensors"]
+    assert left_in(tmp_path / "delta") == ["README.md", "config.json", "delta.safetensors"]
     assert_same_tensors(read_tensors(tmp_path / "back"), read_tensors(aligned))
 
 
@@ -189,7 +189,7 @@ def test_apply_takes_a_lora_adapter(pair: Pair, adapter: Path, tmp_path: Path) -
     a, b = (next(tensor for name, tensor in factors.items() if f"lora_{part}" in name) for part in "AB")
     expected[UP] = (expected[UP].float() + 2 * (b @ a)).bfloat16()
     assert_same_tensors(read_tensors(out), expected)
-    assert left_in(out) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert left_in(out) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert (out / "config.json").read_bytes() == (pair[0] / "config.json").read_bytes()
 
 

@@ -98,7 +98,7 @@ def test_companion_files_come_along_and_weights_do_not(tmp_path: Path, pair: tup
     (pair[1] / "folder").mkdir()
     out = merged(pair, tmp_path / "out")
     names = {file.name for file in out.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
+    assert names == {"README.md", "config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
     assert (out / "config.json").read_bytes() == (pair[1] / "config.json").read_bytes()
 
 

@@ -1,0 +1,1 @@
+"""What alpha does: effective alpha, and whether two checkpoints are a pair."""
