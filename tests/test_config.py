@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from expo_serve.config import (
     AlphaRule,
     ExpoConfig,
+    Pinned,
     Source,
     alpha_for,
+    deployment_id,
     format_alpha,
     parse_alpha,
     parse_alpha_rule,
@@ -169,3 +171,52 @@ def test_configuration_survives_the_way_to_a_worker(alpha: float, rules: list[tu
 
 def test_source_tells_its_short_name() -> None:
     assert Source(name="org/name", path="/x").short_name == "name"
+
+
+@pytest.mark.parametrize(("given", "seed"), [(0, 0), ("7", 7), (" 7 ", 7), (2**32 - 1, 2**32 - 1)])
+def test_seed_is_an_integer_of_32_bits(given: object, seed: int) -> None:
+    assert ExpoConfig(base="b", alpha=0.5, rounding_seed=given).how_to_round == ("dithered", seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [-1, 2**32, "-1", "1.5", 1.5, "", "one", True, None, "٣"])
+def test_anything_else_is_no_seed(given: object) -> None:
+    with pytest.raises(ConfigError, match="rounding_seed: the seed must be an integer from 0 to 4294967295; found"):
+        parse_config({"base": "b", "alpha": 0.5, "rounding_seed": given})
+
+
+def test_rounding_is_one_of_two() -> None:
+    with pytest.raises(ConfigError, match="rounding: expected 'dithered' or 'nearest', found 'up'"):
+        parse_config({"base": "b", "alpha": 0.5, "rounding": "up"})
+
+
+def deployment(**changes: Any) -> str:
+    """The digest of a deployment whose sources are pinned."""
+    sources = {"base": Source(name="b", path="/b", fingerprint="1"), "aligned": Source(name="a", path="/a")}
+    pinned = {key: changes.pop(key, source) for key, source in sources.items()}
+    started = changes.pop("started", 1.0)
+    config = ExpoConfig(base="b", alpha=0.5, pinned=Pinned(**pinned, started=started), **changes)
+    return deployment_id(config, "/a", None)
+
+
+def test_deployment_has_one_digest() -> None:
+    assert deployment() == deployment(started=2.0)
+    assert len(deployment()) == 16
+    assert deployment(rounding="nearest") == deployment(rounding="nearest", rounding_seed=3)
+    hub = Source(name="org/a", path="/cache/1", revision="c0ffee")
+    assert deployment(aligned=hub) == deployment(aligned=hub.model_copy(update={"path": "/cache/2"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha_rules": ("lm_head=0",)},
+        {"rounding": "nearest"},
+        {"rounding_seed": 1},
+        {"unmatched": "copy"},
+        {"aligned": Source(name="a", path="/other")},
+        {"base": Source(name="b", path="/b", fingerprint="2")},
+        {"aligned": Source(name="a", path="/a", revision="c0ffee")},
+    ],
+)
+def test_other_deployments_have_other_digests(changes: dict[str, Any]) -> None:
+    assert deployment(**changes) != deployment()

@@ -24,7 +24,8 @@ def show(inspection: Inspection) -> None:
     if inspection.memory:
         console.print(_plan(inspection))
     if inspection.measurement:
-        console.print(_measured(inspection.measurement, inspection.alpha))
+        console.print(_LEGEND.format(format_alpha(inspection.alpha)), markup=False, soft_wrap=True)
+        console.print(_measured(inspection.measurement))
         console.print(inspection.measurement.verdict.text, markup=False, soft_wrap=True)
         for remark in inspection.measurement.verdict.remarks:
             console.print(f"note: {remark}", markup=False, soft_wrap=True)
@@ -63,13 +64,19 @@ def _sources(inspection: Inspection) -> Table:
     return table
 
 
-def _measured(measurement: Measurement, alpha: float) -> Table:
+_LEGEND = (
+    "Measured: shares of values that are the same on both sides, and 1, 2, ... units in the last place apart; size of "
+    "the step; effective alpha for {} by rounding"
+)
+
+
+def _measured(measurement: Measurement) -> Table:
     """Return a table of groups and layers: how far the sides are apart, and what arrives of alpha."""
-    heads = ["values", "same", *(f"{units} ulp" for units in measurement.total.units), "step"]
+    heads = ["values", "same", *measurement.total.units, "step"]
     heads += list(measurement.effective_alpha)
     columns = (Column(head, justify="right", no_wrap=True) for head in heads)
-    title = f"Shares of values by their distance, step, and effective alpha for {format_alpha(alpha)} by rounding"
-    table = Table("measured", *columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title)
+    first = Column("", no_wrap=True)
+    table = Table(first, *columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     parts: list[tuple[str, MeasuredPart]] = [("all", measurement.total)]
     parts += [(group.group, group) for group in measurement.groups]
     parts += [(f"layer {layer.layer}", layer) for layer in measurement.layers]

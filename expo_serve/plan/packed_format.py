@@ -8,7 +8,9 @@ strings to strings:
 ``expo_delta``  the format's version, ``1``
 ``files``       the number of files of the delta
 ``block``       the number of values in a block: a power of two
-``base``        JSON, ``{"name", "revision"}``: the base that the delta was made against, for messages
+``base``        JSON, ``{"name", "revision", "made_from"}``: the base that the delta was made against, for messages;
+                ``made_from``, which older files lack: expo-serve's version, and name, revision and fingerprint of
+                both sides
 ``tensors``     JSON, an object from the name of each tensor in this file to an object with its ``dtype`` and ``shape``
                 in the aligned checkpoint (dtypes by the names of safetensors); ``base``: ``[name, dtype, shape]`` of
                 the base tensor from which its values are predicted, or null; ``extrapolated``: false if the tensor is
@@ -144,7 +146,7 @@ def write_info(files: int, base: Mapping[str, object], tensors: Mapping[str, Pac
 
     Args:
         files: number of files of the delta.
-        base: ``name`` and ``revision`` of the base.
+        base: ``name`` and ``revision`` of the base, and ``made_from``.
         tensors: the tensors in this file.
     """
     entries = {name: tensor.to_json() for name, tensor in tensors.items()}

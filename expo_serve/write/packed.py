@@ -20,7 +20,7 @@ from expo_serve.load.threads import in_order
 from expo_serve.plan.packed_format import BLOCK, PackedTensor, checksum, write_info
 from expo_serve.plan.plan import Plan
 from expo_serve.progress import Progress
-from expo_serve.write.provenance import metadata
+from expo_serve.write.provenance import provenance
 
 MAX_FILE_BYTES = 5 * 10**9
 """Bytes of the aligned checkpoint that one file of the delta decodes to; the file itself has a few percent of them."""
@@ -83,20 +83,20 @@ def write_packed_delta(plan: Plan, folder: Path, progress: Progress) -> None:
         OSError: the folder cannot be written to.
     """
     layouts = _layouts(plan)
-    base = {"name": plan.base.source.name, "revision": plan.base.source.revision}
-    made_from = metadata(plan, None)
+    source = plan.base.source
+    base = {"name": source.name, "revision": source.revision, "made_from": provenance(plan, None)}
     reader = Reader()
     progress.watch(reader.activity)
     for number, layout in enumerate(layouts, 1):
         name = "delta" if len(layouts) == 1 else f"delta-{number:05}-of-{len(layouts):05}"
         tensors = {tensor.name: tensor for tensor in layout.tensors}
         sizes = {tensor.name: ("U8", (0,), 0) for tensor in layout.tensors}
-        room = len(header_bytes(sizes, {**made_from, **write_info(len(layouts), base, tensors)}, longest=True))
+        room = len(header_bytes(sizes, write_info(len(layouts), base, tensors), longest=True))
         with SafetensorsWriter(folder / f"{name}.safetensors", room) as writer:
             written = _write_tensors(plan, layout, reader, writer, progress)
             final = {one.tensor.name: one.tensor for one in written}
             sizes = {one.tensor.name: ("U8", (size := one.end - one.offset,), size) for one in written}
-            writer.finish(header_bytes(sizes, {**made_from, **write_info(len(layouts), base, final)}))
+            writer.finish(header_bytes(sizes, write_info(len(layouts), base, final)))
 
 
 def _layouts(plan: Plan) -> list[_Layout]:

@@ -188,3 +188,48 @@ def test_names_are_never_taken_for_markup(inspector: Inspector, tmp_path: Path) 
 def test_wrong_call_is_refused(inspector: Inspector, flags: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         inspector.run(*flags)
+
+
+def test_values_are_measured_when_asked_for(inspector: Inspector) -> None:
+    assert inspector.read().measurement is None
+    found = inspector.read("--measure").measurement
+    assert found is not None
+    assert found.total.tensors == 8
+    assert set(found.effective_alpha) == {"nearest", "dithered"}
+    assert inspector.run("--measure") == 0
+    assert "effective alpha for 0.5 by rounding" in " ".join(inspector.output.split())
+    assert found.verdict.text in inspector.output
+    assert "cannot be told from their values" in inspector.output or found.verdict.kind == "unrelated"
+
+
+def test_measured_layers_are_drawn(inspector: Inspector, tmp_path: Path) -> None:
+    file = tmp_path / "layers.png"
+    assert inspector.run("--measure", "--plot", str(file)) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--plot", "x.png"), "--plot needs --measure"),
+        (("--measure", "--plot", "x.pdf"), "ends with .png in an existing folder"),
+        (("--measure", "--plot", "/no/such/folder/x.png"), "ends with .png in an existing folder"),
+    ],
+)
+def test_plot_that_cannot_be_drawn_is_refused(inspector: Inspector, flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        inspector.run(*flags)
+
+
+def test_plot_without_its_library_is_refused(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'expo-serve\[plot\]'"):
+        inspector.run("--measure", "--plot", "x.png")
+
+
+def test_rounding_is_shown(inspector: Inspector) -> None:
+    assert (inspector.read().rounding, inspector.read("--rounding", "nearest").rounding) == ("dithered", "nearest")
+    assert inspector.read("--rounding-seed", "7").rounding_seed == 7
+    inspector.run("--rounding", "nearest")
+    assert "nearest (the bits" in inspector.output

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from expo_serve.cli import merge
+from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import ExpoError, UsageError, ValuesError
+from expo_serve.plan.prepare import prepare
+from expo_serve.version import __version__
+from expo_serve.write.provenance import write_card
 from tests.models import read_tensors, reference_tensors
 from tests.models.raw import INDEX, same_bits, tiny_tensors, write_pair, write_raw
 
@@ -100,6 +106,63 @@ def test_companion_files_come_along_and_weights_do_not(tmp_path: Path, pair: tup
     names = {file.name for file in out.iterdir()}
     assert names == {"README.md", "config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
     assert (out / "config.json").read_bytes() == (pair[1] / "config.json").read_bytes()
+
+
+def test_result_says_where_it_comes_from(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    card = "---\nlicense: apache-2.0\nbase_model: someone/else\n---\n# A model\nIt answers.\n"
+    (pair[1] / "README.md").write_text(card)
+    out = merged(pair, tmp_path / "out", "--rounding-seed", "7", "--alpha-rule", "norm=0")
+    with safe_open(out / "model.safetensors", "pt") as file:
+        known = json.loads(file.metadata()["expo_serve"])
+    assert known["version"] == __version__
+    assert {side: source["name"] for side, source in known["sources"].items()} == {"base": "base", "aligned": "aligned"}
+    assert (known["alpha"], known["alpha_rules"], known["rounding"], known["rounding_seed"]) == (
+        "0.5", ["norm=0"], "dithered", 7,
+    )  # fmt: skip
+    found = ModelCard.load(out / "README.md")
+    assert found.data.license == "apache-2.0"
+    assert found.data.base_model is None  # folders have no name on the hub
+    assert "extrapolated with alpha 0.5" in found.text
+    assert found.text.count("It answers.") == 1
+    again = merged((pair[0], out), tmp_path / "again")
+    assert ModelCard.load(again / "README.md").text.count("It answers.") == 1
+
+
+def test_card_names_sources_of_the_hub(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    config = ExpoConfig(base=str(pair[0]), aligned=str(pair[1]), alpha=0.5)
+    pinned = {
+        side: Source(name=f"org/{side}", path=str(folder), revision="c0ffee")
+        for side, folder in zip(("base", "aligned"), pair, strict=True)
+    }
+    plan = prepare(config.model_copy(update={"pinned": Pinned(**pinned)}))  # type: ignore[arg-type]
+    write_card(tmp_path, plan, config)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == ["org/base", "org/aligned"]
+    assert "c0ffee" in card.text
+
+
+@pytest.mark.parametrize(("alpha", "warned"), [(100, False), (101, True), (10_000, True)])
+def test_large_alpha_is_warned_of(
+    tmp_path: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], alpha: float, warned: bool
+) -> None:
+    merged(pair, tmp_path / "out", alpha=alpha)
+    assert ("over 100 in size" in capsys.readouterr().err) == warned
+
+
+def test_effective_alpha_is_said_and_warned_of(
+    tmp_path: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = read_tensors(pair[0])
+    aligned = {name: tensor.clone() for name, tensor in base.items()}
+    for tensor in aligned.values():
+        tensor.view(torch.int16).view(-1)[::2] += 1
+    small = write_raw(tmp_path / "small", aligned)
+    merged((pair[0], small), tmp_path / "nearest", "--rounding", "nearest", alpha=0.25)
+    out, err = capsys.readouterr()
+    assert "alpha 0.25 (effective 0), rounding nearest" in out
+    assert "effective alpha is 0 instead of 0.25" in err
+    merged((pair[0], small), tmp_path / "dithered", alpha=0.25)
+    assert "rounding dithered" in capsys.readouterr().out
 
 
 def _index() -> str:
