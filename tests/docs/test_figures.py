@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loadtests import rounding_table
 from tests.docs.pages import README, ROOT, page, rows
 
 PERFORMANCE = page("performance.md")
@@ -182,3 +183,18 @@ def test_figures_of_the_readme() -> None:
     assert dict(rows(README.section("What it costs"))) == shown
     for figure in (loads["pair, warm, plain with two torch threads"][0], *serving()["throughput"][1:]):
         assert figure in README.section("What it costs")
+
+
+def test_rounding() -> None:
+    ratios = result("rounding_cost")["1.1b"]["ratios"]
+    assert table("Rounding") == {
+        "load, dithered / nearest": spread(ratios["dithered / nearest"]),
+        "dithered, with effective alpha / without": spread(ratios["dithered / unmeasured"]),
+        "`inspect --measure` / load, dithered": spread(ratios["measure / dithered"]),
+    }
+
+
+def test_what_alpha_does() -> None:
+    assert rounding_table.page(rounding_table.PAGE.read_text(), rounding_table.written()) == (
+        rounding_table.PAGE.read_text()
+    ), "run python -m loadtests.rounding_table"

@@ -110,12 +110,13 @@ def reference_checkpoint(
     out: Path,
     base_name: Callable[[str], str] = same_name,
     alphas: Mapping[str, float] | None = None,
+    rounding: str = "dithered",
 ) -> Path:
     """Write the extrapolated checkpoint as one plain file, with the aligned side's other files."""
     out.mkdir(parents=True)
     for file in aligned.iterdir():
         if not file.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copy(file, out / file.name)
-    tensors = reference_tensors(base, aligned, alpha, base_name, alphas)
+    tensors = reference_tensors(base, aligned, alpha, base_name, alphas, rounding)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out

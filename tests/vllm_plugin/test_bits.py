@@ -27,10 +27,19 @@ def assert_same_bits(base: Path, aligned: Path, alpha: float, scratch: Path, **a
 @pytest.mark.parametrize("alpha", [0.5, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (-1, 0, 1.7))])
 def test_demo_pair(demo_pair: tuple[Path, Path], alpha: float, tmp_path: Path) -> None:
     report = assert_same_bits(*demo_pair, alpha, tmp_path)
+    assert report.effective_alpha == pytest.approx(alpha, rel=0.02)
     size = (demo_pair[1] / "model.safetensors").stat().st_size
     assert report.tensors == {"extrapolated": 272, "materialized": 0, "copied": 0}
     for side, unread in (("base", 0), ("aligned", -1)):
         assert report.read_bytes[side] == pytest.approx(0 if alpha == unread else size, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_demo_pair_rounded_to_nearest(demo_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merged = reference_checkpoint(*demo_pair, 0.5, tmp_path / "merged", rounding="nearest")
+    report = compare.assert_same_bits(merged, demo_pair[1], by_expo(demo_pair[0], 0.5, rounding="nearest"))
+    assert report.effective_alpha is not None
+    assert report.effective_alpha == pytest.approx(0.61, abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
