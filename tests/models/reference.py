@@ -42,7 +42,7 @@ def dithered(values: torch.Tensor, dtype: torch.dtype, random: np.ndarray) -> to
     _, exponent = np.frexp(exact)  # the size is in [2**(exponent - 1), 2**exponent)
     unit = np.ldexp(1.0, np.maximum(exponent - 1, least) - (digits - 1))
     size = np.floor(np.abs(exact) / unit + random.reshape(exact.shape) / 65536) * unit
-    return torch.from_numpy(np.copysign(size, exact)).to(dtype)
+    return torch.from_numpy(np.asarray(np.copysign(size, exact))).to(dtype)
 
 
 def extrapolate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from tests.inprocess import worker_config
 from tests.models import build_pair
 
 pytestmark = pytest.mark.engine
+STORES = Path(".venv/stores").resolve()
+"""Packages of stores, apart from the environment and without what they depend on: keys need no more of them."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,20 @@ def mooncake(config: Any) -> str:
     return str(PoolKey(metadata, "c0ffee").to_string())
 
 
+def lmcache(config: Any) -> str:
+    """A key of LMCache, from the metadata that its connector makes of vLLM's configuration."""
+    sys.path.append(str(STORES))
+    try:
+        metadata_of: Any = import_module("lmcache.integration.vllm.utils").create_lmcache_metadata
+        key: Any = import_module("lmcache.utils").CacheEngineKey
+        metadata, _ = metadata_of(config)
+    finally:
+        sys.path.remove(str(STORES))
+    return str(
+        key(metadata.model_name, metadata.world_size, metadata.worker_id, 0xC0FFEE, metadata.kv_dtype).to_string()
+    )
+
+
 def nixl(config: Any) -> str:
     """What two NIXL peers must agree on."""
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
@@ -87,6 +104,7 @@ def encoder_cache(config: Any) -> str:
 KEYS: list[tuple[str, Callable[[Any], str]]] = [
     ("OffloadingConnector", file_tier),
     ("MooncakeStoreConnector", mooncake),
+    ("LMCacheConnectorV1", lmcache),
     ("NixlConnector", nixl),
     ("OffloadingConnector", encoder_cache),
 ]
