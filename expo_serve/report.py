@@ -93,8 +93,8 @@ class LoadReport(BaseModel):
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phase_seconds.items())
         device = self.peak_device_memory_bytes
         return (
-            f"expo: loaded with alpha {format_alpha(self.alpha)} ({self._effective()}, rounding {self.rounding}) "
-            f"in {self.total_seconds:.2f} s ({phases}): "
+            f"expo: loaded with alpha {format_alpha(self.alpha)} in {self.total_seconds:.2f} s ({phases}): "
+            f"{self._effective()}, rounding {self.rounding}; "
             f"{kinds} tensors; read {read or 'nothing'}; weights {_megabytes(self.weight_bytes)}; "
             f"peak host memory {_megabytes(self.peak_host_memory_bytes)}, "
             f"anonymous growth {_megabytes(self.anonymous_memory_growth_bytes)}"
@@ -102,7 +102,7 @@ class LoadReport(BaseModel):
         )
 
     def _effective(self) -> str:
-        return "nothing changed" if self.effective_alpha is None else f"effective {self.effective_alpha:.4g}"
+        return "nothing changed" if self.effective_alpha is None else f"effective alpha {self.effective_alpha:.4g}"
 
     def warnings(self) -> list[str]:
         """Return a line for each alpha that does not arrive."""

@@ -56,16 +56,17 @@ class ExpoEndpointPlugin:
             return
         names = args.served_model_name or [args.model]
         ranks = await _collect(engine_client)
+        model = engine_client.vllm_config.model_config
         report = DeploymentReport(
             alpha=config.alpha,
             alpha_rules=[rule.text for rule in config.alpha_rules],
             rounding=config.rounding,
             rounding_seed=config.rounding_seed,
             effective_alpha=combined_effective_alpha(config.alpha, ranks),
-            deployment_id=deployment_id(config, args.model, args.revision),
+            deployment_id=deployment_id(config, model.model, model.revision),
             served_model_names=list(names),
             sources=ranks[0].sources,
-            dtype=str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
+            dtype=str(model.dtype).removeprefix("torch."),
             ranks=ranks,
             startup_seconds=_since_start(config),
         )

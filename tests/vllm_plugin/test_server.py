@@ -137,6 +137,7 @@ def test_metrics_say_what_the_report_says(server: Server) -> None:
         ("expo_alpha", ("model_name", "first")): 0.5,
         ("expo_alpha", ("model_name", "second")): 0.5,
         ("expo_startup_duration_seconds",): report.startup_seconds,
+        ("expo_effective_alpha", *ours): rank.effective_alpha or 0.0,
         ("expo_load_total_duration_seconds", *ours): rank.total_seconds,
         ("expo_load_weight_bytes", *ours): rank.weight_bytes,
         ("expo_load_peak_host_memory_bytes", *ours): rank.peak_host_memory_bytes,
@@ -152,6 +153,14 @@ def test_metrics_say_what_the_report_says(server: Server) -> None:
     assert {key: value for key, value in samples.items() if key not in info} == expected
     assert set(info.values()) == {1.0}
     assert {dict(key[1:])["model_name"] for key in info} == {"first", "second"}
+    assert {dict(key[1:])["rounding"] for key in info} == {"dithered"}
+
+
+def test_report_says_how_it_was_rounded_and_what_arrived(server: Server) -> None:
+    report = DeploymentReport.model_validate_json(server.get("/v1/expo").text)
+    assert (report.rounding, report.rounding_seed, len(report.deployment_id)) == ("dithered", 0, 16)
+    assert report.effective_alpha == pytest.approx(0.5, rel=0.05)
+    assert report.ranks[0].effective_alphas["0.5"].standard_error < 0.02
 
 
 def test_there_is_no_route_that_changes_alpha(server: Server) -> None:
