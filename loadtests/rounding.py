@@ -3,7 +3,7 @@
 For each kind of pair, rounding and alpha: KL(exact || served) in nats a token, where exact has the weights in fp32
 without rounding; and what arrives of the change that alpha asks for, in weights and in logits (1 is all of it). Logits:
 the projection of served's change of the centred log-probabilities, weighted by aligned's probabilities, on exact's.
-Intervals are 95% by bootstrap over the prompts. Both sides compute in fp32, so that only the weights differ.
+Intervals are 95% by bootstrap over the prompts. But for `quantised` both sides compute in fp32: only the weights differ.
 
 Kinds of pairs, made from the demo's real model::
 
@@ -12,7 +12,7 @@ Kinds of pairs, made from the demo's real model::
     fp16       the demo's pair in fp16
     large      the demo's adapter ten times as large, merged, in bf16
     adapter    the demo's adapter, served as a LoRA delta
-    quantised  the demo's pair, quantised by vLLM while it loads (fp8_per_channel, activations in fp32)
+    quantised  the demo's pair, quantised by vLLM while it loads (fp8_per_channel, with vLLM's own arithmetic in bf16)
 
     python -m loadtests.rounding [--kinds demo,all,...] [--alphas 0.1,0.5,...] [--prompts 16]
 """
@@ -169,14 +169,20 @@ class Model:
                 yield self._model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
 
 
-def compared(exact: torch.Tensor, served: torch.Tensor, aligned: torch.Tensor) -> tuple[float, float, float, int]:
-    """Of one prompt: the sum of KL(exact || served), the two sums of the projection, and the number of tokens."""
+def compared(
+    exact: torch.Tensor, served: torch.Tensor, aligned: torch.Tensor, served_aligned: torch.Tensor | None = None
+) -> tuple[float, float, float, int]:
+    """Of one prompt: the sum of KL(exact || served), the two sums of the projection, and the number of tokens.
+
+    ``served_aligned``: what is served at alpha 0, if that is not ``aligned``.
+    """
     probabilities = aligned.exp()
+    from_where = aligned if served_aligned is None else served_aligned
 
     def centred(change: torch.Tensor) -> torch.Tensor:
         return change - (probabilities * change).sum(-1, keepdim=True)
 
-    wanted, got = centred(exact - aligned), centred(served - aligned)
+    wanted, got = centred(exact - aligned), centred(served - from_where)
     divergence = (exact.exp() * (exact - served)).sum().item()
     return divergence, (probabilities * wanted * got).sum().item(), (probabilities * wanted**2).sum().item(), len(exact)
 
@@ -225,33 +231,33 @@ def measure(kind: Kind, alphas: list[float], count: int) -> dict[str, Any]:
 
 
 def measure_quantised(kind: Kind, alphas: list[float], count: int, work: Path) -> dict[str, Any]:
-    """The same inside vLLM, with the weights quantised while they load; exact is quantised from fp32 weights."""
-    rows, figures = texts(count), {}
+    """The same with served inside vLLM, whose quantisation wants bf16: its own change from aligned, on exact's."""
+    model, rows, figures = Model(), texts(count), {}
 
-    def inside(model: Path) -> list[torch.Tensor]:
+    def inside(folder: Path) -> list[torch.Tensor]:
         out = work / "log_probabilities.pt"
-        command = [sys.executable, "-m", "loadtests.rounding_vllm", str(model), json.dumps(rows), str(out)]
+        command = [sys.executable, "-m", "loadtests.rounding_vllm", str(folder), json.dumps(rows), str(out)]
         subprocess.run(command, check=True)
         found: list[torch.Tensor] = torch.load(out)
         return found
 
-    def written(weights: Tensors, name: str) -> Path:
-        folder = work / name
-        model = task.load_model(DEMO / "base", torch.float32)
+    def written(weights: Tensors) -> Path:
+        served = task.load_model(DEMO / "base", torch.bfloat16)
         with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                parameter.copy_(weights[key])
-        demo_models.save(model, task.load_tokenizer(DEMO / "base"), folder)
-        return folder
+            for name, parameter in served.named_parameters():
+                parameter.copy_(weights[name])
+        demo_models.save(served, task.load_tokenizer(DEMO / "base"), work / "served")
+        return work / "served"
 
-    aligned = inside(written(kind.exact(0), "aligned32"))
+    # The logits of the last position come with no prompt token.
+    exact_aligned = [found[:-1] for found in model.log_probabilities(kind.exact(0), rows)]
+    aligned = inside(DEMO / "aligned")
     for alpha in alphas:
-        exact = inside(written(kind.exact(alpha), "exact32"))
+        exact = [found[:-1] for found in model.log_probabilities(kind.exact(alpha), rows)]
         for rounding in METHODS:
-            served = inside(written(kind.served(alpha, rounding), "served32"))
-            figures[f"{alpha} {rounding}"] = with_intervals(
-                [compared(*three) for three in zip(exact, served, aligned, strict=True)]
-            )
+            served = inside(written(kind.served(alpha, rounding)))
+            sums = [compared(*four) for four in zip(exact, served, exact_aligned, aligned, strict=True)]
+            figures[f"{alpha} {rounding}"] = with_intervals(sums)
             print(alpha, rounding, figures[f"{alpha} {rounding}"], flush=True)
     return figures
 

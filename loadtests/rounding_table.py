@@ -18,7 +18,6 @@ KINDS = {
     "fp16": "The demo's pair in fp16",
     "large": "The demo's step ten times as large, bf16",
     "adapter": "The demo's adapter, served as a LoRA delta over a bf16 base",
-    "quantised": "The demo's pair, quantised by vLLM while it loads (`fp8_per_channel`)",
 }
 """Title of each kind of pair."""
 

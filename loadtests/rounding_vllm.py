@@ -21,7 +21,7 @@ def main() -> None:
 
     model, rows, out = sys.argv[1:]
     engine = LLM(
-        model, quantization="fp8_per_channel", dtype="float32", enforce_eager=True, max_model_len=512, max_logprobs=-1
+        model, quantization="fp8_per_channel", dtype="bfloat16", enforce_eager=True, max_model_len=512, max_logprobs=-1
     )
     asked = [{"prompt_token_ids": row} for row in json.loads(rows)]
     answers = engine.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=-1, temperature=0))
