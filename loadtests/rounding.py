@@ -3,7 +3,7 @@
 For each kind of pair, rounding and alpha: KL(exact || served) in nats a token, where exact has the weights in fp32
 without rounding; and what arrives of the change that alpha asks for, in weights and in logits (1 is all of it). Logits:
 the projection of served's change of the centred log-probabilities, weighted by aligned's probabilities, on exact's.
-Intervals are 95% by bootstrap over the prompts. But for `quantised` both sides compute in fp32: only the weights differ.
+Intervals are 95% by bootstrap over the prompts. But for `quantised` both sides compute in fp32; only weights differ.
 
 Kinds of pairs, made from the demo's real model::
 
