@@ -34,7 +34,6 @@ _FULL: _Steps = {
         ["load_time", "--rounds", "11", "--cold-rounds", "5"],
         ["delta_load", "--rounds", "9", "--cold-rounds", "3"],
         ["check_cost", "--rounds", "9"],
-        ["rounding_cost", "--rounds", "15"],
         ["fresh_load", "--rounds", "5"],
         ["ranks"],
         ["routes", "--rounds", "3", "--alphas", "8"],

@@ -24,7 +24,7 @@ def main() -> None:
         model, quantization="fp8_per_channel", dtype="bfloat16", enforce_eager=True, max_model_len=512, max_logprobs=-1
     )
     asked = [{"prompt_token_ids": row} for row in json.loads(rows)]
-    answers = engine.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=-1, temperature=0))
+    answers = engine.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=-1, temperature=0), use_tqdm=False)
     found = []
     for answer in answers:
         assert answer.prompt_logprobs is not None
