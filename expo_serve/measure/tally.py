@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from expo_serve import kernels
@@ -41,13 +42,19 @@ class Tally:
     moved: dict[Method, float] = field(default_factory=lambda: {"nearest": 0.0, "dithered": 0.0})
     """By rounding: sum of the products of the step and what the result differs from aligned by."""
 
-    def add(self, other: Tally, weight: float = 1.0) -> None:
-        """Add another tally; ``weight`` is the number of values that each of its sums stands for."""
+    @classmethod
+    def of_loop(cls, counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]) -> Tally:
+        """Return what :func:`expo_serve.kernels.measuring.tally` has counted and added up."""
+        size, step, nearest, dithered = sums.tolist()
+        return cls(counts.tolist(), size, step, {"nearest": nearest, "dithered": dithered})
+
+    def add(self, other: Tally) -> None:
+        """Add another tally."""
         self.units = [one + two for one, two in zip(self.units, other.units, strict=True)]
-        self.aligned_squares += weight * other.aligned_squares
-        self.step_squares += weight * other.step_squares
+        self.aligned_squares += other.aligned_squares
+        self.step_squares += other.step_squares
         for method, moved in other.moved.items():
-            self.moved[method] += weight * moved
+            self.moved[method] += moved
 
     def effective_alpha(self, method: Method) -> float | None:
         """Return the effective alpha under a rounding; None where base and aligned are the same."""
@@ -112,8 +119,7 @@ def tally_stored(
             *lerp_factor(1 + alpha), key, elements.offset, counts, sums,
         )  # fmt: skip
     reader.activity.add_bytes(2 * done * dtype.itemsize)
-    size, step, nearest, dithered = sums.tolist()
-    return Tally(counts.tolist(), size, step, {"nearest": nearest, "dithered": dithered}), done
+    return Tally.of_loop(counts, sums), done
 
 
 def _by_loop(base: torch.Tensor, aligned: torch.Tensor, alpha: float, noise: torch.Tensor | None) -> Tally:
@@ -124,8 +130,10 @@ def _by_loop(base: torch.Tensor, aligned: torch.Tensor, alpha: float, noise: tor
     random = one[:0] if noise is None else uint16_bits(noise.contiguous())
     counts, sums = np.zeros(len(UNITS), np.int64), np.zeros(4)
     measuring.tally(one, two, *lerp_factor(1 + alpha), random, counts, sums)
-    size, step, nearest, dithered = sums.tolist()
-    return Tally(counts.tolist(), size, step, {"nearest": nearest, "dithered": nearest if noise is None else dithered})
+    found = Tally.of_loop(counts, sums)
+    if noise is None:
+        found.moved["dithered"] = found.moved["nearest"]
+    return found
 
 
 def _of_piece(

@@ -28,10 +28,7 @@ def provenance(plan: Plan, config: ExpoConfig | None) -> JsonObject:
         plan: of the result.
         config: its alpha, rules and rounding; None for a delta, which holds for every alpha.
     """
-    sources = {
-        side: {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
-        for side, source in plan.sources.items()
-    }
+    sources = {side: source.model_dump(exclude={"path"}) for side, source in plan.sources.items()}
     combined: JsonObject = {}
     if config:
         combined = {
