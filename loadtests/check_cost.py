@@ -43,8 +43,14 @@ def _recompiled(loop: Any, **replaced: Any) -> Any:
 
 def _without_check() -> AbstractContextManager[Any]:
     """The compiled loops, blind to values that are not finite."""
-    combine = _recompiled(bf16.combine, mark=numba.njit(lambda value: np.uint16(0)))
-    stream = _recompiled(reading.stream, combine=combine)
+    blind = {
+        "mark": numba.njit(lambda value: np.uint16(0)),
+        "_mark_pair": numba.njit(lambda pair: np.uint32(0)),
+    }
+    nearest, dithered = (_recompiled(loop, **blind) for loop in (bf16.combine_nearest, bf16.combine_dithered))
+    combine = _recompiled(bf16.combine, combine_nearest=nearest, **blind)
+    chunks = _recompiled(reading._combine, combine_nearest=nearest, combine_dithered=dithered)
+    stream = _recompiled(reading.stream, _combine=chunks)
 
     @contextmanager
     def patched() -> Iterator[None]:

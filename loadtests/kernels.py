@@ -13,6 +13,7 @@ is built.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -123,8 +124,7 @@ def _lerp_and_look(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor)
 
 
 def _stream(operands: Operands) -> Case:
-    (one, two), out, step = operands.files, uint16_bits(operands.out), bf16.lerp_factor(_WEIGHT)
-    places, memory = (one, 0, two, 0), operands.memory
+    out, step = uint16_bits(operands.out), bf16.lerp_factor(_WEIGHT)
 
     def plain() -> None:
         count = operands.memory[0].size
@@ -134,10 +134,28 @@ def _stream(operands: Operands) -> Case:
                 os.preadv(file, [memory.data], 2 * start)
             _lerp_and_look(sides[0], sides[1], operands.out[start : start + count])
 
+    maps = [mmap.mmap(file, 0, prot=mmap.PROT_READ) for file in operands.files]
+    table = np.zeros(1, reading.BLOCK)
+    table["base_file"], table["other_file"] = operands.files
+    table["base"], table["other"] = (np.frombuffer(each, np.uint8).ctypes.data for each in maps)
+    table["out"], table["size"], table["factor"], table["from_other"] = out.ctypes.data, out.size, *step
+    one, two = (each.ctypes.data for each in operands.memory)
+
+    def compiled(is_mapped: bool, is_non_temporal: bool, is_dithered: bool) -> Callable[[], None]:
+        def call() -> None:
+            table["is_dithered"] = is_dithered
+            reading.stream(table, one, two, operands.memory[0].size, is_mapped, is_non_temporal)
+            assert maps
+
+        return call
+
     return Case(
         f"stream, {operands.out.nbytes >> 20} MiB of result",
         {
-            "compiled": lambda: reading.stream(*places, memory[0], memory[1], out, *step, False, False, 0, 0),
+            "compiled": compiled(is_mapped=False, is_non_temporal=False, is_dithered=False),
+            "dithered": compiled(is_mapped=False, is_non_temporal=False, is_dithered=True),
+            "mapped": compiled(is_mapped=True, is_non_temporal=False, is_dithered=False),
+            "mapped, past the cache": compiled(is_mapped=True, is_non_temporal=True, is_dithered=False),
             "plain": plain,
         },
     )

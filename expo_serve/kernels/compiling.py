@@ -25,19 +25,19 @@ Intrinsic = tuple[object, Callable[..., object]]
 _OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in _SOURCES)).hexdigest()[:12]
-_signatures: dict[object, str] = {}
+_signatures: dict[object, object] = {}
 _missing: dict[object, str] = {}
 _cache_error = ""
 
 
-def loop(signature: str, missing: str = "", *, sums: bool = False) -> Callable[[Function], Function]:
+def loop(signature: object, missing: str = "", *, sums: bool = False) -> Callable[[Function], Function]:
     """Mark a function that Python calls. It is compiled by :func:`compile_loop`.
 
     Compiled loops hold no GIL and check no bounds. They are kept in numba's cache: in ``NUMBA_CACHE_DIR`` if that is
     set, else beside the source, else under the user's home.
 
     Args:
-        signature: as numba writes it.
+        signature: a string as numba writes it, or a signature of numba.
         missing: why this loop cannot be compiled here, if that is known already.
         sums: whether sums of floating-point numbers may be taken in any order, so that they are vectorised. Only for
             loops whose results are statistics: the order depends on the processor.

@@ -46,6 +46,12 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._wanted = set(self._before.values()) - {0}
         self._written: defaultdict[int, set[Selection]] = defaultdict(set)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave out torch's wrapper around :meth:`__torch_dispatch__`, which no compiled code calls: it takes longer
+        than the method."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Operation,
@@ -54,7 +60,11 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if self._settle and not func.is_view and not _is_lazy_copy(func, args):
+        if is_lazy_copy := _is_lazy_copy(func, args):
+            self._note(args[0])
+        if is_lazy_copy or (func.is_view and isinstance(args[0], LazyTensor)):
+            return LazyTensor.__torch_dispatch__(func, types, args, kwargs)  # as func would, through torch once more
+        if self._settle and not func.is_view:
             self._settle()
         if func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):
@@ -105,6 +115,8 @@ def _is_lazy_copy(func: Operation, args: Sequence[object]) -> bool:
 def _bytes_of(tensor: torch.Tensor) -> Selection:
     """Return the bytes of its storage that a tensor with elements covers; the last dimension is contiguous."""
     item = tensor.element_size()
+    if tensor.is_contiguous():  # most often
+        return Selection.flat(int(tensor.storage_offset()) * item, tensor.nbytes)
     elements = Selection.of(tensor)
     stride = tuple(step * item for step in elements.stride)
     ordered, _ = Selection((*elements.shape, item), (*stride, 1), elements.offset * item).in_file_order()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 
@@ -20,6 +21,9 @@ from expo_serve.load.session import LoadSession
 from expo_serve.plan.plan import PlannedTensor
 from expo_serve.plan.tensor_deltas import FullTensorDelta, LowRankTensorDelta, PackedTensorDelta
 
+if TYPE_CHECKING:
+    from expo_serve.load.streaming import Streamed  # numba takes a quarter of a second to import
+
 
 @dataclass(frozen=True, slots=True)
 class Fill:
@@ -32,6 +36,8 @@ class Fill:
     selection: Selection
     recipe: Recipe
     session: LoadSession
+    is_read_next: bool = False
+    """Whether the results are read as soon as they are there; parameters are not."""
 
     def __call__(self) -> None:
         """Read and combine the elements, then count what was read.
@@ -45,10 +51,48 @@ class Fill:
             stage.fill(self.dest, self.selection, self.recipe)
         else:
             done = 0
-            if self._suits_compiled_loops():
+            if block := self._streamed():
+                from expo_serve.load.streaming import stream_all
+
+                (done,) = stream_all([block], self.session.reader, self.is_read_next)
+            elif self._suits_compiled_loops():
                 recipe = self.recipe
-                done = recipe.operands.fill_prefix(self.dest, self.selection, recipe.alpha, recipe.dither_key)
+                done = recipe.operands.fill_prefix(
+                    self.dest, self.selection, recipe.alpha, recipe.dither_key, self.is_read_next
+                )
             self._fill_pieces(done)
+        self._account()
+
+    def call_together(self, others: Sequence[Fill]) -> None:
+        """Do the work of this block and of others of the session: small ones by one call of the compiled loop.
+
+        Raises:
+            ExpoError: as for one.
+        """
+        fills = (self, *others)
+        blocks = [fill._streamed() for fill in fills]
+        streamed = [block for block in blocks if block]
+        if not streamed:
+            for fill in fills:
+                fill()
+            return
+        from expo_serve.load.streaming import stream_all
+
+        done = iter(stream_all(streamed, self.session.reader, self.is_read_next))
+        for fill, block in zip(fills, blocks, strict=True):
+            if not block:
+                fill()
+                continue
+            fill._fill_pieces(next(done))
+            fill._account()
+
+    def _streamed(self) -> Streamed | None:
+        operands, recipe = self.recipe.operands, self.recipe
+        if not isinstance(operands, RecordOperands) or not self._suits_compiled_loops():
+            return None
+        return operands.streamed(self.dest, self.selection, recipe.alpha, recipe.dither_key)
+
+    def _account(self) -> None:
         if self.session.observe:
             self.session.observe(self.recipe, self.selection, self.session.reader)
         for source, count in self.recipe.operands.read_bytes(self.selection).items():
@@ -62,6 +106,8 @@ class Fill:
     def _fill_pieces(self, done: int) -> None:
         """Compute what the compiled loops left, most often nothing, in pieces that stay in the cache."""
         dest, selection, recipe = self.dest, self.selection, self.recipe
+        if done == dest.numel():
+            return
         if done:
             dest = dest.view(-1)[done:]
             selection = Selection.flat(selection.offset + done, dest.numel())

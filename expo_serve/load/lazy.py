@@ -122,6 +122,8 @@ def _take_view(lazy: LazyTensor, func: Operation, args: Sequence[object], kwargs
     taken = func(lazy._view, *args, **kwargs)
     if isinstance(taken, torch.Tensor) and (taken.dtype != lazy.dtype or taken.is_neg() or taken.is_conj()):
         return func(lazy.materialize(), *args, **kwargs)  # it selects no elements, it reinterprets them
+    if isinstance(taken, torch.Tensor):
+        return LazyTensor(lazy._pending, taken)
     return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._pending, view), taken)
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
-from expo_serve.load import dither, sizes
-from expo_serve.load.dtypes import uint16_bits
+from expo_serve.load import dither
 from expo_serve.load.reader import Buffer, Reader
 from expo_serve.load.selection import FileSpan, Selection
+
+if TYPE_CHECKING:
+    from expo_serve.load.streaming import Streamed  # numba takes a quarter of a second to import
 
 Memory = Callable[[Operand, int], Buffer]
 """Returns memory for that many bytes of an operand."""
@@ -47,7 +48,9 @@ class Operands(Protocol):
             ExpoError: a file cannot be read, or holds what it must not.
         """
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
+    def fill_prefix(
+        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
+    ) -> int:
         """Read and combine as many elements as the compiled loops can, from the first one on.
 
         This is the fast path. It returns early, without raising, at any anomaly (a short read, a value that is
@@ -59,6 +62,7 @@ class Operands(Protocol):
             selection: contiguous elements.
             alpha: the extrapolation factor.
             dither_key: see :class:`Recipe`.
+            is_read_next: whether the results are read as soon as they are there, so that the cache should have them.
 
         Returns:
             The number of elements that are done.
@@ -129,28 +133,36 @@ class RecordOperands:
             for operand, record in self.records.items()
         }
 
-    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
-        """Read and combine two bf16 operands without coming back to Python."""
-        other: Operand = "delta" if "delta" in self.records else "aligned"
-        dtypes = {record.dtype for record in self.records.values()}
-        if len(self.records) != 2 or dtypes != {"BF16"} or not kernels.available("bf16.combine", "reading.stream"):
-            return 0
+    def fill_prefix(
+        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
+    ) -> int:
+        """Compute nothing: :meth:`streamed` describes what the compiled loop can compute, of many blocks at once."""
+        return 0
+
+    def streamed(
+        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None
+    ) -> Streamed | None:
+        """Describe elements for :func:`~expo_serve.load.streaming.stream_all`; None where it cannot compute them.
+
+        Args:
+            dest: see :meth:`fill_prefix`, as for those that follow.
+            selection: the same.
+            alpha: the same.
+            dither_key: the same.
+        """
+        if self._other is None or not kernels.available("bf16.combine", "reading.stream"):
+            return None
         from expo_serve.kernels.bf16 import lerp_factor
-        from expo_serve.kernels.reading import stream
+        from expo_serve.load.streaming import Streamed
 
-        factor, from_other = (1 + alpha, False) if other == "delta" else lerp_factor(1 + alpha)
-        one, two = (self.reader.span_of(operand, self.records[operand], selection) for operand in ("base", other))
-        places = one.descriptor, one.offset, two.descriptor, two.offset
-        memory = self._memory("base"), self._memory(other)
-        with self.reader.activity.during(one.path, two.path):
-            done = stream(
-                *places, *memory, uint16_bits(dest), factor, from_other, other == "delta",
-                dither_key is not None, dither_key or 0, selection.offset,
-            )  # fmt: skip
-        self.reader.activity.add_bytes(2 * done * dest.element_size())
-        return done
+        is_delta = self._other == "delta"
+        factor, from_other = (1 + alpha, False) if is_delta else lerp_factor(1 + alpha)
+        one, two = (self.reader.span_of(side, self.records[side], selection) for side in ("base", self._other))
+        return Streamed(dest, one, two, selection.offset, factor, from_other, is_delta, dither_key)
 
-    def _memory(self, operand: Operand) -> npt.NDArray[np.uint16]:
-        """Return this thread's memory for a piece of bf16 values."""
-        size = sizes.STREAM_PIECE_BYTES
-        return self.reader.buffer(operand, size).array[:size].view(np.uint16)
+    @cached_property
+    def _other(self) -> Operand | None:
+        """The operand beside base, if both are bf16."""
+        if len(self.records) != 2 or {record.dtype for record in self.records.values()} != {"BF16"}:
+            return None
+        return "delta" if "delta" in self.records else "aligned"

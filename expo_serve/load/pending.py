@@ -72,7 +72,8 @@ class PendingTensor:
         for part, selection, has_base in self._by_base_rows(dest, Selection.of(view)):
             recipe = self._recipe(has_base)
             for out, chosen in cut(part, selection, block, recipe.operands.grain):
-                submit(out, Fill(out, chosen, recipe, self.session), recipe.operands.spans(chosen))
+                fill = Fill(out, chosen, recipe, self.session, is_read_next=submit is run_inline)
+                submit(out, fill, recipe.operands.spans(chosen))
 
     def materialize(self, view: torch.Tensor) -> torch.Tensor:
         """Return the elements that ``view`` selects as a plain CPU tensor of its own."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
@@ -30,6 +31,8 @@ class ReadAhead:
         self._pools: dict[str, DaemonPool] = {}
         self._scratch = threading.local()
         self._ended = False
+        self._cached: dict[int, tuple[int, int]] = {}
+        """By descriptor: the last stretch of the file that was found in the page cache."""
 
     def defer(self, spans: Sequence[FileSpan], then: Callable[[], None]) -> bool:
         """Call ``then`` once these spans are in the page cache; False if they are already, and nothing is deferred.
@@ -37,7 +40,7 @@ class ReadAhead:
         ``then`` is called whatever goes wrong with a read: the task that needs the bytes meets the same error, and can
         name the tensor.
         """
-        cold = [part for part in spans if not part.is_cached()]
+        cold = [part for part in spans if not self._is_cached(part)]
         arrived = _Countdown(len(cold), then)
         for part in cold:
             self._pool(part.operand).submit(lambda part=part: self._bring(part, arrived))  # type: ignore[misc]
@@ -48,6 +51,17 @@ class ReadAhead:
         self._ended = True
         for pool in self._pools.values():
             pool.close()
+
+    def _is_cached(self, part: FileSpan) -> bool:
+        """Ask for a span, or for some of the file behind it too: most spans are answered by what was asked before."""
+        first, end = self._cached.get(part.descriptor, (0, 0))
+        if first <= part.offset and part.end <= end:
+            return True
+        further = replace(part, length=part.length + sizes.BLOCK_BYTES)
+        if further.end <= os.fstat(part.descriptor).st_size and further.is_cached():
+            self._cached[part.descriptor] = part.offset, further.end
+            return True
+        return part.is_cached()
 
     def _pool(self, operand: str) -> DaemonPool:
         if operand not in self._pools:

@@ -1,8 +1,8 @@
-"""From a tensor's record to its bytes in memory: positioned reads, and nothing else. The formula is in :mod:`.formula`.
+"""From a tensor's record to its bytes in memory: positioned reads, or a mapping. The formula is in :mod:`.formula`.
 
-We use pread into reused buffers instead of mmap: the cost does not depend on how the page cache is laid out, nothing
-stays resident, network file systems work, and a truncated file is an OSError rather than SIGBUS. Measurements:
-docs/performance.md#reading.
+pread into reused buffers is what always works: on network file systems, and with a truncated file as an OSError rather
+than SIGBUS. Compiled loops may take operands from a mapping instead, where that is faster: :mod:`.ways` decides.
+Measurements: docs/performance.md#reading.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from expo_serve.errors import CheckpointError, LoadError
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.dtypes import TORCH_DTYPES
+from expo_serve.load.mapping import MappedFile, map_file
 from expo_serve.load.selection import FileSpan, Offsets, Selection
+from expo_serve.load.ways import Ways
 
 
 class Buffer:
@@ -58,21 +61,24 @@ class Reader:
     def __init__(self, activity: ReadActivity | None = None) -> None:
         self.activity = activity or ReadActivity()
         self._files: dict[Path, int] = {}
+        self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
+        self._mapped: dict[Path, MappedFile | None] = {}
+        self.ways = Ways()
         weakref.finalize(self, _close, self._files)
 
     def check(self, record: TensorRecord) -> None:
-        """Check that a tensor's file can be read and is as long as its header said.
+        """Check that a tensor's file can be opened, and was as long as its header said when it was.
 
         Raises:
             CheckpointError: the file is gone, or has become shorter.
         """
         try:
-            size = os.fstat(self._descriptor(record.file)).st_size
+            self._descriptor(record.file)
         except OSError as error:
             raise _unreadable(record, error) from None
-        if size < record.offset + record.nbytes:
+        if self._sizes[record.file] < record.offset + record.nbytes:
             raise _cut(record)
 
     def read(self, record: TensorRecord, selection: Selection, slot: str) -> torch.Tensor:
@@ -156,11 +162,35 @@ class Reader:
         offset, length = record.offset + selection.offset * item, selection.numel * item
         return FileSpan(operand, record.file, self._descriptor(record.file), offset, length)
 
+    def address_of(self, part: FileSpan) -> int | None:
+        """Return where 16-bit values are mapped; None where they cannot be."""
+        file = self._mapping(part)
+        return file.address_of(part) if file else None
+
+    def release(self, parts: Sequence[FileSpan]) -> bool:
+        """Take spans that were used out of the resident set; return False if not all of them could be read."""
+        files = [self._mapped[part.path] for part in parts]
+        for file, part in zip(files, parts, strict=True):
+            if file:
+                file.release(part)
+        return all(file is not None and file.is_intact for file in files)
+
+    def _mapping(self, part: FileSpan) -> MappedFile | None:
+        """Return the file of a span, mapped; None where it cannot be, or where a page of it could not be read."""
+        if part.path not in self._mapped:
+            with self._lock:
+                if part.path not in self._mapped:
+                    self._mapped[part.path] = map_file(part.path, part.descriptor)
+        file = self._mapped[part.path]
+        return file if file and file.is_intact else None
+
     def _descriptor(self, file: Path) -> int:
         if (descriptor := self._files.get(file)) is None:
             with self._lock:
                 if (descriptor := self._files.get(file)) is None:
-                    descriptor = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                    self._sizes[file] = os.fstat(opened).st_size
+                    descriptor = self._files[file] = opened
         return descriptor
 
 

@@ -8,11 +8,15 @@ size                        value      reason
 ==========================  =========  ================================================================================
 ``BLOCK_BYTES``             8 MiB      Handed to a thread at a time: handing over costs nothing beside it, and the
                                        threads go through both files side by side and finish together.
+``JOINED_BYTES``            4 MiB      Smaller blocks are handed over together, until they have this size: a thread
+                                       takes the GIL once for all of them.
 ``PENDING_BYTES``           256 MiB    Handed over and not done. Costs no memory; keeps an error near its cause.
 ``PIECE_BYTES``             2 MiB      Of each operand, combined at a time by torch: operands and result stay in the
                                        cache, and Python's share stays small. Also the smallest read buffer.
-``STREAM_PIECE_BYTES``      1 MiB      Of each operand, read and combined at a time by the compiled loop. A cold disk is
-                                       fastest with requests no larger than the kernel's read-ahead window.
+``STREAM_PIECE_BYTES``      L2 / 4     Of each operand, read and combined at a time by the compiled loop: both and the
+                                       results stay in the L2 cache.
+``MAPPED_PIECE_BYTES``      256 KiB    Of each operand, mapped at a time: a call costs nothing beside it, and the pages
+                                       are there just before they are read.
 ``LOW_RANK_PIECE_BYTES``    256 KiB    Of base, read before a low-rank product is added: stays in the L2 cache.
 ``FETCH_PIECE_BYTES``       256 KiB    Of a packed delta's base, read before it is added to the checksum: the same.
 ``MEASURED_PIECE_BYTES``    256 KiB    Of each side, read and counted at a time by ``inspect --measure``: the same.
@@ -32,10 +36,27 @@ Read these as attributes of the module (``sizes.BLOCK_BYTES``), so that a test c
 
 from __future__ import annotations
 
+import os
+
+_USUAL_L2_BYTES = 1 << 20
+
+
+def _l2_share(parts: int) -> int:
+    """Return a part of a core's L2 cache in bytes, a power of two from 128 KiB to 1 MiB."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (OSError, ValueError):  # not Linux, or not a C library that tells
+        size = 0
+    share = (size if size > 0 else _USUAL_L2_BYTES) // parts
+    return min(max(1 << (share.bit_length() - 1), 128 << 10), 1 << 20)
+
+
 BLOCK_BYTES = 8 << 20
+JOINED_BYTES = 4 << 20
 PENDING_BYTES = 256 << 20
 PIECE_BYTES = 2 << 20
-STREAM_PIECE_BYTES = 1 << 20
+STREAM_PIECE_BYTES = _l2_share(4)
+MAPPED_PIECE_BYTES = 256 << 10
 LOW_RANK_PIECE_BYTES = 256 << 10
 FETCH_PIECE_BYTES = 256 << 10
 MEASURED_PIECE_BYTES = 256 << 10

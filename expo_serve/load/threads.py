@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -49,6 +49,17 @@ def all_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A task that can do the work of several of its kind at once."""
+
+    def __call__(self) -> object:
+        """Do the work."""
+
+    def call_together(self, others: Sequence[Any]) -> None:
+        """Do the work, and that of others of the kind."""
 
 
 class Executor(Protocol):
@@ -99,6 +110,9 @@ class Background:
         self._pending: list[tuple[int, int]] = []
         """Address ranges that are being written: start and end, sorted; no two overlap."""
         self._pending_bytes = 0
+        self._joined: list[_Submitted] = []
+        """Small tasks that wait to be handed over together."""
+        self._joined_bytes = 0
         self._prefetch = prefetch
         self._failure: BaseException | None = None
         self._ended = False
@@ -133,12 +147,27 @@ class Background:
         while self._pending and self._pending_bytes + end - first > sizes.PENDING_BYTES:
             self._finish_one()
         assert self._pool is not None
-        start = partial(self._pool.submit, _Submitted(self, first, end, task))
+        submitted = _Submitted(self, first, end, task)
         with self._keeping_failure():
-            if not (self._prefetch and self._prefetch.defer(spans, start)):
-                start()
+            if not (self._prefetch and self._prefetch.defer(spans, partial(self._pool.submit, submitted))):
+                if end - first < sizes.JOINED_BYTES and isinstance(task, Joinable):
+                    self._join(submitted)
+                else:
+                    self._pool.submit(submitted)
             insort(self._pending, (first, end))
             self._pending_bytes += end - first
+
+    def _join(self, submitted: _Submitted) -> None:
+        """Keep a small task until others are there, with which a thread does it."""
+        self._joined.append(submitted)
+        self._joined_bytes += submitted.end - submitted.start
+        if self._joined_bytes >= sizes.JOINED_BYTES:
+            self._hand_over_joined()
+
+    def _hand_over_joined(self) -> None:
+        if self._joined and self._pool is not None:
+            self._pool.submit(partial(_run_together, self._joined))
+        self._joined, self._joined_bytes = [], 0
 
     def wait(self) -> None:
         """Wait until all submitted tasks are done.
@@ -163,6 +192,7 @@ class Background:
     def _finish_one(self) -> None:
         if self._failure:
             raise self._failure
+        self._hand_over_joined()
         done = self._done.get()
         self._pending.remove((done.start, done.end))
         self._pending_bytes -= done.end - done.start
@@ -198,6 +228,19 @@ class _Submitted:
         except BaseException as error:  # noqa: BLE001 - the caller of submit or wait raises it
             self.failure = error
         background._done.put(self)
+
+
+def _run_together(group: Sequence[_Submitted]) -> None:
+    """Run joined tasks at once; a failure of one is noted with the first."""
+    first, *others = group
+    background = first.background
+    try:
+        if not background._ended and not background._failure:
+            first.task.call_together([other.task for other in others])  # type: ignore[attr-defined]  # joinable
+    except BaseException as error:  # noqa: BLE001 - the caller of submit or wait raises it
+        first.failure = error
+    for one in group:
+        background._done.put(one)
 
 
 def in_order(

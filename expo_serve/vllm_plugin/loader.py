@@ -38,6 +38,8 @@ from expo_serve.vllm_plugin.unwritten import check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
+_MADE_TOGETHER = 16
+"""Lazy tensors made at a time: to leave the dispatch modes and to enter them again takes as long as making one."""
 logger = compat.init_logger("vllm.expo_serve.loader")
 
 
@@ -53,13 +55,14 @@ class ModelLoad:
 
     def lazy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor by its name; a tensor is done with when the next one is asked for."""
-        for name in self.given:
-            planned = self.plan.tensors[name]
+        for first in range(0, len(self.given), _MADE_TOGETHER):
+            planned = [self.plan.tensors[name] for name in self.given[first : first + _MADE_TOGETHER]]
             with unwatched():
-                lazy = lazy_tensor(planned, self.session)
-            yield name, lazy
-            if self.progress:
-                self.progress.advance(sum(planned.read_bytes.values()))
+                lazies = [lazy_tensor(tensor, self.session) for tensor in planned]
+            for tensor, lazy in zip(planned, lazies, strict=True):
+                yield tensor.name, lazy
+                if self.progress:
+                    self.progress.advance(sum(tensor.read_bytes.values()))
 
     def dropped(self) -> dict[str, int]:
         """Return the tensors of which the model took nothing: name to number of elements."""

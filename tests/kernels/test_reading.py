@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from expo_serve import kernels
-from expo_serve.kernels import reading
+from expo_serve.kernels import bf16, dither, reading
 from expo_serve.kernels.bf16 import lerp_factor
 from expo_serve.load.dtypes import uint16_bits
 from expo_serve.load.reader import read_runs
@@ -76,31 +77,99 @@ def test_a_system_error_keeps_its_cause(file: int, way: str) -> None:
         read_runs(closed, memoryview(bytearray(30)), np.array([0, 10, 20]))
 
 
+class Sides:
+    """Two operands in files, also mapped, and memory for their results."""
+
+    def __init__(self, opened: Callable[..., int], base: torch.Tensor, other: torch.Tensor, results: int) -> None:
+        self.files = opened(base, 10), opened(other, 4)
+        self.maps = [mmap.mmap(file, 0, prot=mmap.PROT_READ) for file in self.files]
+        self.places = [np.frombuffer(each, np.uint8).ctypes.data for each in self.maps]
+        self.memory = np.zeros(2 * results + 192, np.uint8)
+        self.results = results
+
+    def stream(self, piece: int, is_mapped: bool, is_non_temporal: bool, start: int = 0, **how: object) -> torch.Tensor:
+        """Stream into memory that begins ``start`` values behind a line of the cache; return what is done."""
+        aligned = -self.memory.ctypes.data % 64 + 2 * start
+        out = self.memory[aligned : aligned + 2 * self.results].view(np.uint16)
+        out[:] = 7
+        table = np.zeros(1, reading.BLOCK)
+        fields = {
+            "base_file": self.files[0], "other_file": self.files[1], "base_offset": 10, "other_offset": 4,
+            "base": self.places[0] + 10, "other": self.places[1] + 4, "out": out.ctypes.data, "size": self.results,
+            "factor": 0.5, "from_other": True, **how,
+        }  # fmt: skip
+        for name, value in fields.items():
+            table[name] = value
+        pieces = np.zeros((2, piece), np.uint16)
+        reading.stream(table, pieces[0].ctypes.data, pieces[1].ctypes.data, piece, is_mapped, is_non_temporal)
+        done = int(table["done"][0])
+        assert (out[done + piece :] == 7).all()
+        return torch.from_numpy(out[:done].view(np.int16).copy()).view(torch.bfloat16)
+
+
+WAYS = [(False, False), (False, True), (True, False), (True, True)]
+"""Mapped or read, past the cache or not."""
+
+
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
 @pytest.mark.parametrize("is_delta", [False, True])
+@pytest.mark.parametrize(("is_mapped", "is_non_temporal"), WAYS)
+@pytest.mark.parametrize("start", [0, 1, 31])
 def test_streaming_is_reading_and_combining(
-    opened: Callable[..., int], piece: int, is_delta: bool
-) -> None:  # fmt: skip
+    opened: Callable[..., int], piece: int, is_delta: bool, is_mapped: bool, is_non_temporal: bool, start: int
+) -> None:
     base, other = torch.randn(200).bfloat16(), torch.randn(200).bfloat16()
-    files = opened(base, 10), 10, opened(other, 3), 3
-    memory = np.zeros(piece, np.uint16), np.zeros(piece, np.uint16)
-    factor = (1.5, False) if is_delta else lerp_factor(1.5)
-    out = torch.zeros_like(base)
-    assert reading.stream(*files, *memory, uint16_bits(out), *factor, is_delta, False, 0, 0) == 200
+    factor, from_other = (1.5, False) if is_delta else lerp_factor(1.5)
+    how = {"factor": factor, "from_other": from_other, "is_delta": is_delta}
+    found = Sides(opened, base, other, 200).stream(piece, is_mapped, is_non_temporal, start, **how)
     expected = (base.double() + 1.5 * other.double()).bfloat16() if is_delta else torch.lerp(base, other, 1.5)
-    assert same_bits(out, expected)
+    assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize(("is_mapped", "is_non_temporal"), WAYS)
+@pytest.mark.parametrize("index", [0, 1, 4095, 2**33 - 5])
+def test_dithered_bits_depend_on_the_element_alone(
+    opened: Callable[..., int], is_mapped: bool, is_non_temporal: bool, index: int
+) -> None:
+    base, other = torch.randn(9001).bfloat16(), torch.randn(9001).bfloat16()
+    noise = np.empty(9001, np.uint16)
+    dither.fill(np.array([index]), 9001, 77, noise)
+    expected = torch.empty_like(base)
+    sides = uint16_bits(base), uint16_bits(other)
+    assert bf16.combine(*sides, uint16_bits(expected), 0.5, True, False, noise)
+    how = {"is_dithered": True, "key": 77, "index": index}
+    for piece in (33, 8192):
+        found = Sides(opened, base, other, 9001).stream(piece, is_mapped, is_non_temporal, **how)
+        assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("short", ["base", "other"])
-def test_stream_stops_where_a_file_ends_or_a_value_is_not_finite(opened: Callable[..., int], short: str) -> None:
+@pytest.mark.parametrize("is_non_temporal", [False, True])
+def test_stream_stops_where_a_file_ends_or_a_value_is_not_finite(
+    opened: Callable[..., int], short: str, is_non_temporal: bool
+) -> None:
     values = torch.ones(100).bfloat16()
     damaged = values.clone()
     damaged[77] = torch.inf
     for other, done in ((values[:45], 40), (damaged, 70)):
-        one, two = (opened(other), opened(values)) if short == "base" else (opened(values), opened(other))
-        memory, out = np.zeros((2, 10), np.uint16), np.zeros(100, np.uint16)
-        assert reading.stream(one, 0, two, 0, memory[0], memory[1], out, 0.5, True, False, False, 0, 0) == done
-        assert set(out[:done]) == {0x3F80}
+        sides = Sides(opened, *((other, values) if short == "base" else (values, other)), 100)
+        found = sides.stream(10, False, is_non_temporal)
+        assert len(found) == done
+        assert same_bits(found, values[:done])
+
+
+def test_blocks_go_on_after_one_that_stops(opened: Callable[..., int]) -> None:
+    values, damaged = torch.ones(100).bfloat16(), torch.ones(100).bfloat16()
+    damaged[0] = torch.nan
+    files, out = (opened(values), opened(damaged), opened(values)), np.zeros(300, np.uint16)
+    table = np.zeros(3, reading.BLOCK)
+    table["base_file"], table["other_file"] = files[0], files
+    table["size"], table["factor"], table["from_other"] = 100, 0.5, True
+    table["out"] = out.ctypes.data + 200 * np.arange(3)
+    pieces = np.zeros((2, 64), np.uint16)
+    reading.stream(table, pieces[0].ctypes.data, pieces[1].ctypes.data, 64, False, False)
+    assert table["done"].tolist() == [100, 0, 100]
+    assert set(out[:100]) | set(out[200:]) == {0x3F80}
 
 
 @pytest.mark.parametrize("done", [0, 1, 15, 47, 48])
@@ -108,16 +177,13 @@ def test_what_a_loop_that_stops_early_leaves_is_done_the_plain_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     """A read may give less than was asked for: nothing is wrong then."""
-    given = []
-
+    given: list[int] = []
     stream = reading.stream
 
-    def stop_early(*arguments: object) -> int:
-        *before, out, factor, from_other, is_delta, is_dithered, key, index = arguments
-        assert isinstance(out, np.ndarray)
-        how = factor, from_other, is_delta, is_dithered, key, index
-        given.append(stream(*before, out[:done], *how))  # type: ignore[arg-type, call-arg]
-        return given[-1]
+    def stop_early(table: reading.Blocks, *arguments: int) -> None:
+        table["size"] = done
+        stream(table, *arguments)  # type: ignore[arg-type]  # two of them are booleans
+        given.extend(table["done"])
 
     monkeypatch.setattr(reading, "stream", stop_early)
     case = Lazies(tmp_path).make(numbers(6, 8), numbers(6, 8, seed=1))

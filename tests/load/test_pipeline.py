@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from expo_serve import kernels
 from expo_serve.config import Method
 from expo_serve.errors import CheckpointError, LoadError, ValuesError
-from expo_serve.load import sizes
+from expo_serve.load import sizes, ways
 from expo_serve.load import threads as threads_module
 from expo_serve.load.counts import Counts
 from expo_serve.load.dtypes import meta_tensor
@@ -109,6 +109,9 @@ def test_bits_do_not_depend_on_pieces_blocks_or_threads(
         patch.setattr(sizes, "PIECE_BYTES", piece_bytes)
         patch.setattr(sizes, "BLOCK_BYTES", block_bytes)
         patch.setattr(sizes, "STREAM_PIECE_BYTES", piece_bytes - piece_bytes % 2)
+        patch.setattr(sizes, "MAPPED_PIECE_BYTES", piece_bytes - piece_bytes % 2)
+        patch.setattr(sizes, "JOINED_BYTES", block_bytes // 2)
+        patch.setattr(ways, "LEAST_BYTES", 1)
         patch.setattr(FileSpan, "is_cached", lambda part: part.offset % 3 > cold)
         patch.setattr(sizes, "PENDING_BYTES", pending_bytes)
         loaded = {name: lazy_tensor(tensor, session) for name, tensor in plan.tensors.items()}

@@ -15,6 +15,7 @@ import torch
 import expo_serve
 from expo_serve import kernels
 from expo_serve.kernels import reading
+from expo_serve.load import sizes
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.session import load_into
 from expo_serve.load.threads import DaemonPool
@@ -59,7 +60,8 @@ def walked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, s
         return stream(*arguments)
 
     monkeypatch.setattr(DaemonPool, "submit", watched_submit)
-    assert kernels.available("reading.stream")
+    assert kernels.available("bf16.combine", "reading.stream")
+    monkeypatch.setattr(sizes, "JOINED_BYTES", 1)
     monkeypatch.setattr(reading, "stream", watched_stream)
     plan = Lazies(tmp_path).plan({NAME: numbers(64, 32)}, {NAME: numbers(64, 32, seed=1)})
     model = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
