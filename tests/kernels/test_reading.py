@@ -21,9 +21,17 @@ from tests.load.lazies import Lazies, numbers
 from tests.models.raw import same_bits
 
 
-def test_this_machine_has_the_loops() -> None:
-    """Everything below would pass without them."""
-    assert kernels.available("reading.stream", "reading.gather", "reading.fetch"), kernels.reason()
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    """A loop that is called before it was asked for would be compiled for other types, for the whole process."""
+    loops: tuple[kernels.Loop, ...] = (
+        "bf16.combine",
+        "dither.fill",
+        "reading.stream",
+        "reading.gather",
+        "reading.fetch",
+    )
+    assert kernels.available(*loops), kernels.reason()
 
 
 @pytest.fixture
