@@ -1,7 +1,7 @@
 """How long loading a pair takes, against plain vLLM's load of the aligned side alone and against a peer.
 
 All fill the same model in this process, in turn, into parameters that were touched before. Who begins changes from
-round to round. Warm: all files are in the page cache before every load, which is checked. Cold: they are dropped
+round to round. The limit is that of `roofline`, in the same run. Warm: all files are in the page cache before every load, which is checked. Cold: they are dropped
 before every load; `storage` is then what reading aligned's files from end to end takes. The ratios round by round are
 what counts; machines are noisy.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loadtests import roofline
 from loadtests.loading import CONTENDERS, contenders, empty_model, load_once, weight_bytes
 from loadtests.machine import OthersAtWork
 from loadtests.page_cache import drop, read_all, resident_share, warm
@@ -33,6 +34,9 @@ def measure(pair: Pair, rounds: int, cold_rounds: int) -> dict[str, Any]:
             "skipped": skipped,
             "warm": _warm(names, model, config, pair, rounds),
         }
+        limit = roofline.measure(pair, max(2, rounds // 3))["limit"]
+        loads = figures["warm"]["seconds"]["expo"]["all"]
+        figures["limit"] = {**limit, "expo_to_limit": spread([seconds / limit["seconds"] for seconds in loads])}
         if cold_rounds:
             figures["cold"] = _cold(names, model, config, pair, cold_rounds)
     return figures
@@ -87,6 +91,8 @@ def show(size: str, figures: dict[str, Any]) -> str:
         if state in figures
         for name, series in figures[state]["seconds"].items()
     ]
+    if limit := figures.get("limit"):
+        rows.append((size, "warm", f"limit: {limit['way']}", f"{limit['seconds']:.3f}", shown(limit["expo_to_limit"])))
     return table(("pair", "page cache", "loader", "seconds", "expo / this one"), rows)
 
 
