@@ -1,9 +1,9 @@
 """How long loading a pair takes, against plain vLLM's load of the aligned side alone and against a peer.
 
 All fill the same model in this process, in turn, into parameters that were touched before. Who begins changes from
-round to round. The limit is that of `roofline`, in the same run. Warm: all files are in the page cache before every load, which is checked. Cold: they are dropped
-before every load; `storage` is then what reading aligned's files from end to end takes. The ratios round by round are
-what counts; machines are noisy.
+round to round. The limit is that of `roofline`, in the same run. Warm: all files are in the page cache before every
+load, which is checked. Cold: they are dropped before every load; `storage` is then what reading aligned's files from end
+to end takes. The ratios round by round are what counts; machines are noisy.
 
     python -m loadtests.load_time [--size demo|0.5b|1.1b|3b] [--rounds 9] [--cold-rounds 5]
 """
@@ -28,7 +28,7 @@ def measure(pair: Pair, rounds: int, cold_rounds: int) -> dict[str, Any]:
     with empty_model(pair.aligned) as (model, config):
         for name in names:  # the first time of each touches the parameters, imports and compiles
             load_once(model, config, CONTENDERS[name], pair)
-        figures = {
+        figures: dict[str, Any] = {
             "side_bytes": pair.side_bytes,
             "weight_bytes": weight_bytes(model),
             "skipped": skipped,
