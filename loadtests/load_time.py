@@ -2,8 +2,8 @@
 
 All fill the same model in this process, in turn, into parameters that were touched before. Who begins changes from
 round to round. The limit is that of `roofline`, in the same run. Warm: all files are in the page cache before every
-load, which is checked. Cold: they are dropped before every load; `storage` is then what reading aligned's files from end
-to end takes. The ratios round by round are what counts; machines are noisy.
+load, which is checked. Cold: they are dropped before every load; `storage` is then what reading aligned's files takes.
+The ratios round by round are what counts; machines are noisy.
 
     python -m loadtests.load_time [--size demo|0.5b|1.1b|3b] [--rounds 9] [--cold-rounds 5]
 """
