@@ -60,11 +60,7 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if is_lazy_copy := _is_lazy_copy(func, args):
-            self._note(args[0])
-        if is_lazy_copy or (func.is_view and isinstance(args[0], LazyTensor)):
-            return LazyTensor.__torch_dispatch__(func, types, args, kwargs)  # as func would, through torch once more
-        if self._settle and not func.is_view:
+        if self._settle and not func.is_view and not _is_lazy_copy(func, args):
             self._settle()
         if func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):

@@ -11,7 +11,6 @@ import torch
 
 from expo_serve.load.counts import Counts, ReadActivity
 from expo_serve.load.device import Stages
-from expo_serve.load.huge_pages import ask_for_huge_pages
 from expo_serve.load.operands import Recipe
 from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.reader import Reader
@@ -78,6 +77,5 @@ def load_into(
         observe: is called with every block that is computed.
     """
     activity = activity or ReadActivity()
-    ask_for_huge_pages(model)
     with Background(model, threads, ReadAhead(activity)) as background, Stages(threads) as stages:
         yield ModelSession(Reader(activity), Counts(), background.submit, stages, observe, background)
