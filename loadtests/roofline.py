@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -42,23 +43,11 @@ Work = Callable[[int], object]
 
 def in_threads(work: Work, size: int, threads: int) -> float:
     """Do all blocks of so many bytes in threads; return the seconds."""
-    blocks, lock = iter(range(0, size, _BLOCK)), threading.Lock()
-
-    def run() -> None:
-        while True:
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                return
-            work(block)
-
-    started = time.perf_counter()
-    running = [threading.Thread(target=run) for _ in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return time.perf_counter() - started
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        for _ in pool.map(work, range(0, size, _BLOCK)):
+            pass
+        return time.perf_counter() - started
 
 
 class Side:
@@ -67,7 +56,7 @@ class Side:
     def __init__(self, file: Path, stack: ExitStack) -> None:
         self.descriptor = os.open(file, os.O_RDONLY)
         stack.callback(os.close, self.descriptor)
-        self.size = file.stat().st_size // _BLOCK * _BLOCK or file.stat().st_size // 2 * 2
+        self.size = file.stat().st_size // _BLOCK * _BLOCK or file.stat().st_size // 8 * 8
         self.map()
 
     def map(self) -> None:

@@ -57,9 +57,7 @@ class Fill:
                 (done,) = stream_all([block], self.session.reader, self.is_read_next)
             elif self._suits_compiled_loops():
                 recipe = self.recipe
-                done = recipe.operands.fill_prefix(
-                    self.dest, self.selection, recipe.alpha, recipe.dither_key, self.is_read_next
-                )
+                done = recipe.operands.fill_prefix(self.dest, self.selection, recipe.alpha, recipe.dither_key)
             self._fill_pieces(done)
         self._account()
 

@@ -125,9 +125,7 @@ class LowRankOperands:
         self._read_factors().product(box.rows, box.columns, steps)
         values.copy_(box.pick(steps, selection))
 
-    def fill_prefix(
-        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
-    ) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read rows of base straight into ``dest`` and add the product in place."""
         columns = self._columns
         is_plain = self._base.dtype == "BF16" and not self._delta.start and selection.offset % columns == 0

@@ -48,9 +48,7 @@ class Operands(Protocol):
             ExpoError: a file cannot be read, or holds what it must not.
         """
 
-    def fill_prefix(
-        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
-    ) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read and combine as many elements as the compiled loops can, from the first one on.
 
         This is the fast path. It returns early, without raising, at any anomaly (a short read, a value that is
@@ -62,7 +60,6 @@ class Operands(Protocol):
             selection: contiguous elements.
             alpha: the extrapolation factor.
             dither_key: see :class:`Recipe`.
-            is_read_next: whether the results are read as soon as they are there, so that the cache should have them.
 
         Returns:
             The number of elements that are done.
@@ -133,9 +130,7 @@ class RecordOperands:
             for operand, record in self.records.items()
         }
 
-    def fill_prefix(
-        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
-    ) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Compute nothing: :meth:`streamed` describes what the compiled loop can compute, of many blocks at once."""
         return 0
 

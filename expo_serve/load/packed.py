@@ -112,9 +112,7 @@ class PackedOperands:
             for operand, value in values.items():
                 value.copy_(around[operand].as_strided(selection.shape, selection.stride, selection.offset - start))
 
-    def fill_prefix(
-        self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None, is_read_next: bool
-    ) -> int:
+    def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
         """Read blocks of base straight into ``dest``, and extrapolate in place what the delta changes."""
         first, end = selection.offset, selection.end
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
