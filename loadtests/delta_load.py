@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from expo_serve.config import ExpoConfig
 from expo_serve.plan.prepare import pin, prepare
 from loadtests.deltas import KINDS, Deltas, deltas_of
-from loadtests.loading import CONTENDERS, empty_model, load_once, weight_bytes
+from loadtests.loading import CONTENDERS, GPU_CONTENDERS, empty_model, load_once, weight_bytes
 from loadtests.machine import OthersAtWork
 from loadtests.page_cache import drop, resident_share, warm
 from loadtests.pairs import weight_files
@@ -52,15 +52,16 @@ class Loads:
 
     def once(self, name: str) -> dict[str, Any]:
         """Load in one way."""
-        contender = CONTENDERS[name if name in CONTENDERS else "expo"]
+        contender = {**CONTENDERS, **GPU_CONTENDERS}.get(name, CONTENDERS["expo"])
         return load_once(self._model, self._config, contender, self._deltas.pair, self._sources.get(name))
 
-    def files(self, name: str) -> list[Path]:
-        """What one way reads."""
-        pair = self._deltas.pair
-        if name in CONTENDERS:
-            return weight_files(pair.aligned)
-        return [*weight_files(pair.base), *weight_files(pair.aligned if name == "pair" else self._deltas.path(name))]
+
+def files(deltas: Deltas, name: str) -> list[Path]:
+    """What one way reads."""
+    pair = deltas.pair
+    if name in CONTENDERS:
+        return weight_files(pair.aligned)
+    return [*weight_files(pair.base), *weight_files(pair.aligned if name == "pair" else deltas.path(name))]
 
 
 def _sources(deltas: Deltas, kind: str) -> dict[str, Any]:
@@ -80,27 +81,27 @@ def measure(deltas: Deltas, rounds: int, cold_rounds: int) -> dict[str, Any]:
             "side_bytes": deltas.pair.side_bytes,
             "weight_bytes": weight_bytes(model),
             "delta_bytes": {kind: deltas.nbytes(kind) for kind in loads.kinds},
-            "warm": _warm(names, loads, rounds),
+            "warm": _warm(names, loads, deltas, rounds),
         }
         if cold_rounds:
-            figures["cold"] = _cold([name for name in names if name != "plain2"], loads, cold_rounds)
+            figures["cold"] = _cold([name for name in names if name != "plain2"], loads, deltas, cold_rounds)
     return figures
 
 
-def _warm(names: list[str], loads: Loads, rounds: int) -> dict[str, Any]:
+def _warm(names: list[str], loads: Loads, deltas: Deltas, rounds: int) -> dict[str, Any]:
     done: _Loads = {name: [] for name in names}
     least = 1.0
     with OthersAtWork() as others:
         for name in turns(names, rounds):
-            least = min(least, warm(loads.files(name)))
+            least = min(least, warm(files(deltas, name)))
             done[name].append(loads.once(name))
     return {"least_resident_share": least, "others_cores": others.cores, **_summary(done)}
 
 
-def _cold(names: list[str], loads: Loads, rounds: int) -> dict[str, Any]:
+def _cold(names: list[str], loads: Loads, deltas: Deltas, rounds: int) -> dict[str, Any]:
     done: _Loads = {name: [] for name in names}
     most = 0.0
-    every = sorted({file for name in names for file in loads.files(name)})
+    every = sorted({file for name in names for file in files(deltas, name)})
     with throttled(every[0]) as is_throttled, OthersAtWork() as others:
         for name in turns(names, rounds):
             drop(every)

@@ -138,7 +138,10 @@ def _memory_rows(results: _Results, wanted: str) -> list[Row]:
     found = [
         (f"anonymous memory above plain, MiB, {size}, fresh process", figure, "at most 64, ambition 32", verdict),
         _barred("peak resident / plain, fresh process", own["expo_peak_to_plain"], 1.05, 1, 3),
-        ("load in a fresh process / plain", shown(own["expo_to_plain"]), "", "reported"),
+        *(
+            (f"load in a fresh process / plain, {name}", shown(ratio), "", "reported")
+            for name, ratio in own["to_plain"].items()
+        ),
     ]
     refused = own["does_not_work_on_cpu"].items()
     return [

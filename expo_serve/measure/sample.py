@@ -63,7 +63,8 @@ class Sample:
         part = _part(block, wanted, recipe.operands.grain, draw / chance)
         with torch.no_grad():
             operands = recipe.operands.read(part, reader.buffer)
-            found = tally(operands, recipe.dtype, recipe.alpha, recipe.noise(part, torch.device("cpu")))
+            noise = recipe.noise(part, torch.device("cpu"))
+            found = tally(operands, recipe.dtype, recipe.alpha, noise, self._method)
         weight = block.numel / part.numel / chance
         with self._lock:
             self._parts[recipe.alpha].append((weight * found.moved[self._method], weight * found.step_squares))

@@ -62,7 +62,11 @@ class Tally:
 
 
 def tally(
-    operands: Mapping[Operand, torch.Tensor], dtype: torch.dtype, alpha: float, noise: torch.Tensor | None
+    operands: Mapping[Operand, torch.Tensor],
+    dtype: torch.dtype,
+    alpha: float,
+    noise: torch.Tensor | None,
+    only: Method | None = None,
 ) -> Tally:
     """Count and add up what the operands differ by and what their combination moves.
 
@@ -72,6 +76,7 @@ def tally(
         alpha: the extrapolation factor.
         noise: the random bits of the values, see :func:`~expo_serve.load.dither.noise`; without them dithered rounding
             counts as rounding to nearest, as it does for results in fp32 and fp64.
+        only: the one rounding that is wanted: ``units`` and the other rounding may stay 0, where torch has to count.
     """
     base, other = operands["base"], operands["delta" if "delta" in operands else "aligned"]
     is_plain = all(side.dtype == torch.bfloat16 and side.is_contiguous() for side in (base, other))
@@ -81,7 +86,7 @@ def tally(
     flat = [torch.split(side.reshape(-1), _PIECE) for side in (base, other)]
     random = torch.split(noise.reshape(-1), _PIECE) if noise is not None else [None] * len(flat[0])
     for one, two, bits in zip(*flat, random, strict=True):
-        total.add(_of_piece(one, two, "delta" in operands, dtype, alpha, bits))
+        total.add(_of_piece(one, two, "delta" in operands, dtype, alpha, bits, only))
     return total
 
 
@@ -143,22 +148,22 @@ def _of_piece(
     dtype: torch.dtype,
     alpha: float,
     noise: torch.Tensor | None,
+    only: Method | None,
 ) -> Tally:
     names: tuple[Operand, Operand] = ("base", "delta" if is_delta else "aligned")
     operands = dict(zip(names, (base, other), strict=True))
     start = base.double()
     step = other.double() if is_delta else other.double() - start
     aligned = start + step
-    moved: dict[Method, float] = {}
+    found = Tally(step_squares=float(torch.dot(step, step)))
     methods: dict[Method, torch.Tensor | None] = {"nearest": None, "dithered": noise}
-    for method, random in methods.items():
-        if random is None and moved:
-            moved[method] = moved["nearest"]
-            continue
-        result = combine_unchecked(torch.empty(base.shape, dtype=dtype), operands, dtype, alpha, random)
-        moved[method] = float(torch.dot(result.double() - aligned, step))
-    units = _units(base.to(dtype), aligned.to(dtype))
-    return Tally(units, float(torch.dot(aligned, aligned)), float(torch.dot(step, step)), moved)
+    for method in (only,) if only else methods:
+        result = combine_unchecked(torch.empty(base.shape, dtype=dtype), operands, dtype, alpha, methods[method])
+        found.moved[method] = float(torch.dot(result.double() - aligned, step))
+    if not only:
+        found.aligned_squares = float(torch.dot(aligned, aligned))
+        found.units = _units(base.to(dtype), aligned.to(dtype))
+    return found
 
 
 def _units(base: torch.Tensor, aligned: torch.Tensor) -> list[int]:
