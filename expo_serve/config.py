@@ -52,6 +52,8 @@ def format_alpha(alpha: float) -> str:
 
 
 Method = Literal["dithered", "nearest"]
+DoubtName = Literal["different-revisions", "other-base", "same-sources", "whole-checkpoint"]
+"""Findings that refuse a load unless they are allowed: docs/sources.md#doubts."""
 MAX_SEED = 2**32 - 1
 SEED_RANGE = f"an integer from 0 to {MAX_SEED}"
 
@@ -223,6 +225,9 @@ class ExpoConfig(BaseModel):
     delta_revision: str | None = None
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
+    allow: Annotated[
+        tuple[DoubtName, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = ()
     rounding: Method = "dithered"
     rounding_seed: Annotated[int, BeforeValidator(parse_seed)] = 0
     pinned: Pinned | None = None

@@ -134,6 +134,8 @@ class DeploymentReport(BaseModel):
     version: str = __version__
     alpha: Alpha
     alpha_rules: list[str]
+    allowed: list[str] = []
+    """Doubts about the sources that the user allowed: docs/sources.md#doubts."""
     rounding: Method
     rounding_seed: int
     effective_alpha: float | None

@@ -5,6 +5,7 @@ Both are made once: a folder made from the same sources is left as it is.
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 ADAPTER = HERE / "adapter"
 REQUIREMENTS = HERE.parents[1] / "requirements" / "demo-model.txt"
 SOURCE_NOTE = "made_from.txt"
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class DemoError(Exception):
@@ -34,8 +36,8 @@ class DemoError(Exception):
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the files' contents, in the order given."""
-    total = hashlib.sha256()
+    """Return the SHA-256 of the model's name and of the files' contents, in the order given."""
+    total = hashlib.sha256(MODEL_NAME.encode())
     for file in files:
         total.update(file.read_bytes())
     return total.hexdigest()
@@ -138,6 +140,13 @@ def make_base(folder: Path) -> None:
         from transformers import AutoTokenizer
 
         save(load_gguf(unpacked, name), AutoTokenizer.from_pretrained(unpacked, gguf_file=name), folder)
+    note_name(folder / "config.json")
+
+
+def note_name(file: Path) -> None:
+    """Write into a config which model this is, as models on the hub have it: adapters name their base."""
+    config = json.loads(file.read_bytes())
+    file.write_text(json.dumps({"_name_or_path": MODEL_NAME, **config}, indent=2) + "\n")
 
 
 def make_aligned(base: Path, folder: Path) -> None:

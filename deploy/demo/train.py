@@ -31,7 +31,6 @@ LEARNING_RATE = 3e-5
 BETA = 0.1
 RANK = 16
 ALPHAS = (0.5, 1.0, 2.0)
-MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECORD = prepare.HERE / "training.json"
 
 
@@ -143,7 +142,7 @@ def save_adapter(model: PeftModel) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     for config in model.peft_config.values():
-        config.base_model_name_or_path = MODEL_NAME
+        config.base_model_name_or_path = prepare.MODEL_NAME
     with tempfile.TemporaryDirectory() as scratch:
         # "auto" would look for the base model's config on a hub.
         model.save_pretrained(scratch, save_embedding_layers=False)

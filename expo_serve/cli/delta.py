@@ -8,12 +8,13 @@ from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess, find_source
-from expo_serve.cli.options import REVISION_HELP, add_hub_flags, add_rounding_flags, flag_of, normalise
+from expo_serve.cli.options import REVISION_HELP, add_allow_flag, add_hub_flags, add_rounding_flags, flag_of, normalise
 from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
-from expo_serve.errors import UsageError
+from expo_serve.errors import UsageError, warn
 from expo_serve.plan.delta import Delta, open_delta
+from expo_serve.plan.doubts import settle
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
@@ -78,6 +79,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         action.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
     add_rounding_flags(apply)
     for action in (create, verify, apply):
+        add_allow_flag(action)
         add_hub_flags(action)
     return parser, {"create": create, "verify": verify, "apply": apply}
 
@@ -106,7 +108,7 @@ def _create(given: argparse.Namespace) -> None:
     config = _config(given, aligned=given.aligned, aligned_revision=given.aligned_revision, unmatched=given.unmatched)
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
-    plan = plan_pair(base, aligned, config, keep_left_out=True)
+    plan = _settled(plan_pair(base, aligned, config, keep_left_out=True), config)
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
@@ -155,12 +157,20 @@ def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan, ExpoC
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
     if isinstance(delta, PackedDelta):
-        return delta, delta.plan(base, config, keep_left_out=True), config
-    return delta, delta.plan(base, config), config
+        return delta, _settled(delta.plan(base, config, keep_left_out=True), config), config
+    return delta, _settled(delta.plan(base, config), config), config
 
 
-def _config(given: argparse.Namespace, **values: str | None) -> ExpoConfig:
-    return parse_config({"base": given.base, "base_revision": given.base_revision, "alpha": 0, **values}, name=flag_of)
+def _settled(plan: Plan, config: ExpoConfig) -> Plan:
+    """Return the plan with its doubts allowed, and say its warnings."""
+    settled = settle(plan, config)
+    for warning in settled.warnings:
+        warn(warning)
+    return settled
+
+
+def _config(given: argparse.Namespace, **values: str | list[str] | None) -> ExpoConfig:
+    return parse_config({"base": given.base, "base_revision": given.base_revision, "alpha": 0, "allow": given.allow, **values}, name=flag_of)
 
 
 def _hub(given: argparse.Namespace) -> HubAccess:

@@ -18,6 +18,7 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, PairError, UsageError
 from expo_serve.measure.measurement import Measurement
 from expo_serve.plan.delta import Delta, open_delta
+from expo_serve.plan.doubts import settle, unsettled
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate
@@ -108,11 +109,15 @@ def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
     if len(opened) == 2:
         try:
             plan = plan_opened(opened, options.config)
+            doubts = unsettled(plan, options.config)
+            refusals += doubts
+            plan = plan if doubts else settle(plan, options.config)
         except ExpoError as error:
             refusals.append(error)
     return Inspection(
         alpha=options.config.alpha,
         alpha_rules=[rule.text for rule in options.config.alpha_rules],
+        allowed=list(options.config.allow),
         rounding=options.config.rounding,
         rounding_seed=options.config.rounding_seed,
         sources={side: _source(source, opened.get(side)) for side, source in sources.items()},

@@ -61,6 +61,8 @@ class Inspection(BaseModel):
     version: str = __version__
     alpha: Alpha
     alpha_rules: list[str]
+    allowed: list[str] = []
+    """Doubts that the user allows."""
     rounding: Method
     rounding_seed: int
     served_model_name: str | None = None

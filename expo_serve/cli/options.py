@@ -15,12 +15,12 @@ import yaml
 
 from expo_serve.checkpoint.source import HubAccess
 from expo_serve.cli.parser import Parser
-from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, ExpoConfig, Method, parse_config
+from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, DoubtName, ExpoConfig, Method, parse_config
 from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
-    "unmatched", "rounding", "rounding-seed",
+    "unmatched", "allow", "rounding", "rounding-seed",
 )  # fmt: skip
 REVISION_HELP = "branch, tag or commit on the hub"
 _SHARED_FLAGS = ("hf-token", "download-dir")
@@ -68,10 +68,20 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--unmatched", choices=("refuse", "copy"),
         help="tensors that only one checkpoint has: refuse the pair (default), or copy aligned's and ignore base's",
     )  # fmt: skip
+    add_allow_flag(group)
     add_rounding_flags(group)
     shared = parser.add_argument_group("access to the sources")
     add_hub_flags(shared)
     shared.add_argument("--config", metavar="FILE.yaml", help="flags as keys of a YAML file; the command line wins")
+
+
+def add_allow_flag(group: argparse._ActionsContainer) -> None:
+    """Add the flag that allows what most often means a wrong model."""
+    group.add_argument(
+        "--allow", metavar="NAME", action="append", default=[],
+        help="accept what most often means a wrong model and is refused otherwise; can be repeated: "
+             f"{', '.join(get_args(DoubtName))}",
+    )  # fmt: skip
 
 
 def add_rounding_flags(group: argparse._ActionsContainer) -> None:

@@ -16,6 +16,7 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
+from expo_serve.plan.doubts import Doubt
 from expo_serve.plan.matching import base_names
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
@@ -84,8 +85,13 @@ class FullDelta:
         self._refuse_extra(extra, base, config)
         self._refuse_shapes(deltas)
         self._refuse_untied_output(tied, base)
-        warnings = tuple(self._warnings(base, deltas))
-        changes = BaseChanges(deltas, extra, ignored=tuple(sorted(tied)), warnings=warnings)
+        changes = BaseChanges(
+            deltas,
+            extra,
+            ignored=tuple(sorted(tied)),
+            warnings=tuple(self._warnings(base, deltas)),
+            doubts=tuple(self._doubts(deltas)),
+        )
         return plan_over_base(self, base, config, changes)
 
     def _refuse_extra(self, extra: Mapping[str, TensorRecord], base: Checkpoint, config: ExpoConfig) -> None:
@@ -129,12 +135,15 @@ class FullDelta:
                 f"the delta ({self.source.name}) lacks {len(missing)} of base's {count_of(len(base.tensors), 'tensor')}"
                 f", the first {missing[0]}: {stay} base's; is the delta complete?"
             )
+
+    def _doubts(self, deltas: Mapping[str, FullTensorDelta]) -> Iterator[Doubt]:
         vectors = [delta for delta in deltas.values() if _is_vector(delta.record)][:_SAMPLED_VECTORS]
         sizes = [(_mean_size(delta.record), _mean_size(delta.base)) for delta in vectors]
         if sizes and all(0 < base_size < _WHOLE_RATIO * size for size, base_size in sizes):
-            yield (
-                f"the delta's vectors are as large as base's ({vectors[0].record.name}): it looks like a whole "
-                "checkpoint, which --aligned takes"
+            yield Doubt(
+                "whole-checkpoint",
+                f"the delta ({self.source.name}) looks like a whole checkpoint: its vectors are as large as base's "
+                f"({vectors[0].record.name}); give it as --aligned",
             )
 
 

@@ -6,8 +6,9 @@ against base's; what the adapter does not name is base's at every alpha.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +18,7 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
+from expo_serve.plan.doubts import Doubt
 from expo_serve.plan.lora_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,6 +33,7 @@ from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
+_QUANTISED_COPY = re.compile(r"(-unsloth)?(-bnb)?-[48]bit$")
 _MERGE = "merge it with PEFT and give the result as --aligned"
 
 
@@ -114,24 +117,22 @@ class LoraDelta:
             partners={name: partner for name, partner in partners.items() if name not in base.tensors},
             copies=copies,
             overrides={**_overrides(whole, base), **({"tie_word_embeddings": False} if copies else {})},
-            warnings=(*self._base_warnings(base), *_tied_warnings(deltas, base)),
+            warnings=_tied_warnings(deltas, base),
+            doubts=tuple(self._doubts(base)),
         )
         return plan_over_base(self, base, config, changes, self.tokenizer)
 
-    def _base_warnings(self, base: Checkpoint) -> tuple[str, ...]:
-        """Warn if the adapter names another base.
-
-        Only a warning, because trainers write a hub id or a path of their own machine there.
-        """
+    def _doubts(self, base: Checkpoint) -> Iterator[Doubt]:
+        """Doubt an adapter that names another base; trainers write a hub id or a path of their own machine there."""
         trained_on = (self.adapter_config.base or "").rstrip("/")
         found = base.source
-        if not trained_on or trained_on in (found.name, found.path):
-            return ()
-        if trained_on.rsplit("/", 1)[-1] == found.short_name:
-            return ()
-        return (
-            f"the adapter {self.source.name} was trained on {trained_on!r}, base is {found.name!r}: "
-            "are they the same model?",
+        names = [name for name in (found.name, base.config.get("_name_or_path")) if isinstance(name, str)]
+        if not trained_on or trained_on == found.path or _short(trained_on) in map(_short, names):
+            return
+        yield Doubt(
+            "other-base",
+            f"the adapter {self.source.name} was trained on {trained_on!r}, base is {found.name!r}; give the base that "
+            "it was trained on",
         )
 
     def _refuse_unknown(self, targets: Mapping[str, str], base: Checkpoint, config: ExpoConfig) -> None:
@@ -188,6 +189,11 @@ class LoraDelta:
                 f"the adapter ({self.source.name}) has an embedding with more rows but no output with as many, and "
                 f"base ties the two, so the output that it was trained with is not known; {_MERGE}"
             )
+
+
+def _short(name: str) -> str:
+    """Return the last part of a hub id or path, without what quantised copies of a base append for training."""
+    return _QUANTISED_COPY.sub("", name.rsplit("/", 1)[-1].lower())
 
 
 def _oriented(modules: tuple[LoraModule, ...], base: Checkpoint) -> list[LoraModule]:

@@ -9,6 +9,7 @@ from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import JsonObject, TensorRecord
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import count_of
+from expo_serve.plan.doubts import Doubt, same_sources
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.pair import alpha_warnings, vocabulary_warnings
 from expo_serve.plan.plan import OpenedSource, Plan, PlannedTensor
@@ -33,6 +34,7 @@ class BaseChanges:
     ignored: tuple[str, ...] = ()
     """Tensors of the delta that are not used."""
     warnings: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
 
 
 def plan_over_base(
@@ -72,7 +74,8 @@ def plan_over_base(
         overrides=changes.overrides,
         tokenizer=tokenizer,
     )
-    return replace(plan, warnings=(*alpha_warnings(config), *changes.warnings, *_warnings(plan, changes)))
+    warnings = (*alpha_warnings(config), *changes.warnings, *_warnings(plan, changes))
+    return replace(plan, warnings=warnings, doubts=(*same_sources(base, delta), *changes.doubts))
 
 
 def _planned(record: TensorRecord, config: ExpoConfig, changes: BaseChanges) -> PlannedTensor:

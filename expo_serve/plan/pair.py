@@ -11,6 +11,7 @@ from dataclasses import replace
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.config import USUAL_ALPHA, ExpoConfig, format_alpha
 from expo_serve.errors import count_of
+from expo_serve.plan.doubts import same_sources
 from expo_serve.plan.matching import Matching, match
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures, refuse_tensors, refuse_unused_rules
@@ -47,7 +48,8 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_le
         ignored_base=tuple(record.name for record in matching.only_base.values()),
         left_out=() if keep_left_out else matching.left_out,
     )
-    return replace(plan, warnings=(*alpha_warnings(config), *_warnings(plan, matching)))
+    warnings = (*alpha_warnings(config), *_warnings(plan, matching))
+    return replace(plan, warnings=warnings, doubts=tuple(same_sources(base, aligned)))
 
 
 def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:

@@ -10,6 +10,7 @@ from typing import Protocol
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import DITHERED_DTYPES, JsonObject, Operand, TensorRecord
 from expo_serve.config import NEAREST, Rounding, Source, format_alpha
+from expo_serve.plan.doubts import Doubt
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
@@ -140,6 +141,8 @@ class Plan:
     """Tensors of the aligned checkpoint that the result does not have, because no model of its kind can load them."""
     warnings: tuple[str, ...] = ()
     """One line each, for the user."""
+    doubts: tuple[Doubt, ...] = ()
+    """What has to be allowed; :func:`~expo_serve.plan.doubts.settle` looks at it."""
     unchanged: tuple[str, ...] = ()
     """Tensors that a delta does not name; they are base's at every alpha."""
     added: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import ConfigError
 from expo_serve.plan.delta import open_delta
+from expo_serve.plan.doubts import settle
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
 
@@ -25,7 +26,7 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
         ConfigError: a source is missing in the configuration.
         SourceError: a source cannot be found.
         CheckpointError: a file breaks its format, or has changed since it was pinned.
-        PairError: the sources do not belong together.
+        PairError: the sources do not belong together, or something about them is doubtful and not allowed.
         UsageError: an alpha rule matches no tensor.
     """
     hub = hub or HubAccess()
@@ -35,8 +36,8 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
         raise ConfigError(f"{missing} is missing: expected a folder or hub id")
     base = open_checkpoint("base", locate("base", config, hub))
     if config.delta if pinned is None else pinned.delta:
-        return open_delta(locate("delta", config, hub)).plan(base, config)
-    return plan_pair(base, open_checkpoint("aligned", locate("aligned", config, hub)), config)
+        return settle(open_delta(locate("delta", config, hub)).plan(base, config), config)
+    return settle(plan_pair(base, open_checkpoint("aligned", locate("aligned", config, hub)), config), config)
 
 
 def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:

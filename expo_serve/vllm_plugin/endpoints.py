@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expo_serve import metrics
 from expo_serve.config import ExpoConfig, deployment_id, parse_alpha, parse_config
 from expo_serve.errors import CompatError, LoadError
-from expo_serve.report import DeploymentReport, LoadReport, combined_effective_alpha
+from expo_serve.report import DeploymentReport, LoadReport, PublicSource, combined_effective_alpha
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.worker import REPORT_METHOD
 
@@ -56,10 +56,12 @@ class ExpoEndpointPlugin:
             return
         names = args.served_model_name or [args.model]
         ranks = await _collect(engine_client)
+        _refuse_different_sources(ranks, config)
         model = engine_client.vllm_config.model_config
         report = DeploymentReport(
             alpha=config.alpha,
             alpha_rules=[rule.text for rule in config.alpha_rules],
+            allowed=list(config.allow),
             rounding=config.rounding,
             rounding_seed=config.rounding_seed,
             effective_alpha=combined_effective_alpha(config.alpha, ranks),
@@ -116,6 +118,28 @@ async def _collect(engine_client: Any) -> list[LoadReport]:
     if not reports:
         raise LoadError("no worker has a load report: another loader loaded the weights")
     return sorted(reports, key=lambda report: (report.engine, report.rank))
+
+
+def _refuse_different_sources(ranks: list[LoadReport], config: ExpoConfig) -> None:
+    """Require all ranks to have loaded one version of each source: under plain vLLM each finds its own.
+
+    Raises:
+        LoadError: they have not, and the configuration does not allow it.
+    """
+    if "different-revisions" in config.allow:
+        return
+    for side, first in ranks[0].sources.items():
+        for rank in ranks:
+            if (found := rank.sources[side]) != first:
+                raise LoadError(
+                    f"{side} differs between the ranks: {_version(first)} on rank {ranks[0].rank}, {_version(found)} on "
+                    f"rank {rank.rank} of engine {rank.engine}; give every machine the same files, or pin "
+                    f"{side}_revision to a commit (if this is meant: --allow different-revisions)"
+                )
+
+
+def _version(source: PublicSource) -> str:
+    return f"{source.name} {source.revision or ''}".strip() + f" (fingerprint {source.fingerprint})"
 
 
 class AlphaMiddleware:
