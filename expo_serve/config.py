@@ -90,6 +90,11 @@ def parse_seed(value: object) -> int:
     return int(digits)
 
 
+def _as_list(given: object) -> object:
+    """Turn one string into a list of it, as YAML files have it."""
+    return [given] if isinstance(given, str) else given
+
+
 class AlphaRule(BaseModel):
     """Sets ``alpha`` for the tensors whose checkpoint name matches ``pattern`` (``re.search``)."""
 
@@ -149,6 +154,8 @@ class Source(BaseModel):
     """Commit on the hub; None for a plain folder."""
     fingerprint: str = ""
     """Hash of the file sizes and safetensors headers; it distinguishes layouts, not values."""
+    links: tuple[str, ...] = ()
+    """Folders to which links among the files may lead, beside the source's own."""
 
     @property
     def short_name(self) -> str:
@@ -225,9 +232,9 @@ class ExpoConfig(BaseModel):
     delta_revision: str | None = None
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
-    allow: Annotated[
-        tuple[DoubtName, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
-    ] = ()
+    allow_links: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Folders to which links among the files of the sources may lead."""
+    allow: Annotated[tuple[DoubtName, ...], BeforeValidator(_as_list)] = ()
     rounding: Method = "dithered"
     rounding_seed: Annotated[int, BeforeValidator(parse_seed)] = 0
     pinned: Pinned | None = None

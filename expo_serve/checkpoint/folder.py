@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 
 from expo_serve.checkpoint.header import Header, read_header
-from expo_serve.checkpoint.records import QUANTISED_DTYPES, JsonObject, Operand, TensorRecord, total_bytes
-from expo_serve.checkpoint.source import INDEX_FILE, hub_repository, read_config, read_weight_map
+from expo_serve.checkpoint.links import check_inside
+from expo_serve.checkpoint.quantisation import refuse_quantised, refuse_quantised_tensors
+from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
+from expo_serve.checkpoint.source import INDEX_FILE, read_config, read_weight_map
+from expo_serve.checkpoint.wrappers import bare_names
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Files in which quantisers described their work before config.json had a key for it; some still write them.
-_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
     """
     config = read_config(operand, source)
     refuse_quantised(operand, config, Path(source.path))
-    opened = open_files(operand, source, tuple(_weight_files(operand, Path(source.path))))
+    opened = open_files(operand, source)
     return Checkpoint(operand, opened.source, config, opened.files, opened.tensors)
 
 
@@ -75,12 +78,15 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
         CheckpointError: a file breaks the format, the index or the fingerprint.
     """
     folder = Path(source.path)
-    files = files or tuple(_weight_files(operand, folder))
+    index = _read_index(source) if not files else {}
+    files = files or tuple(_weight_files(operand, source))
     for file in files:
-        _check_inside(file, folder)
+        check_inside(file, source)
     headers = {file: read_header(file) for file in files}
-    tensors = _join(operand, headers)
-    _check_index(folder, tensors)
+    tensors = _join(operand, headers, index)
+    refuse_quantised_tensors(operand, tensors.values())
+    _check_index(folder / INDEX_FILE, index, tensors)
+    tensors = _under_bare_names(tensors)
     fingerprint = _fingerprint(headers)
     if source.fingerprint not in ("", fingerprint):
         raise CheckpointError(
@@ -91,42 +97,44 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
     return OpenedFiles(source, files, tensors, {file: header.metadata for file, header in headers.items()})
 
 
-def refuse_quantised(operand: Operand, config: JsonObject, folder: Path) -> None:
-    """Refuse a quantised checkpoint: its numbers cannot be extrapolated.
-
-    Raises:
-        CheckpointError: the config or a quantiser's own file says that the checkpoint is quantised.
-    """
-    method = _quantisation(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
-    if method:
-        raise CheckpointError(
-            f"{operand}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; "
-            "give the unquantised one, and quantise it while loading with vLLM's --quantization"
-        )
+def _read_index(source: Source) -> dict[str, str]:
+    """Return the file of each tensor by the index; empty if there is none."""
+    index = Path(source.path) / INDEX_FILE
+    if not index.is_symlink() and not index.exists():
+        return {}
+    check_inside(index, source)
+    return read_weight_map(index)
 
 
-def _quantisation(config: JsonObject) -> str | None:
-    """Return the method of quantisation that the config or a part of it (such as ``text_config``) names."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if settings := part.get("quantization_config") or part.get("compression_config"):
-            return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
-    return None
-
-
-def _weight_files(operand: Operand, folder: Path) -> Iterator[Path]:
+def _weight_files(operand: Operand, source: Source) -> Iterator[Path]:
     """Yield the files that vLLM would read: those that the index names, or else every safetensors file."""
-    index = folder / INDEX_FILE
-    if index.is_symlink() or index.exists():
-        _check_inside(index, folder)
-        for shard in sorted(set(read_weight_map(index).values())):
-            yield _present(folder / shard, index)
+    folder = Path(source.path)
+    if index := _read_index(source):
+        for shard in sorted(set(index.values())):
+            yield _present(folder / shard, folder / INDEX_FILE)
         return
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     # The publisher's own format may be stored beside the Hugging Face one and repeat it under other names.
     files = [file for file in found if not fnmatch(file.name, "consolidated*")] or found
     if not files:
         raise CheckpointError(f"{operand}: {_nothing_to_read(folder)}")
+    _refuse_missing_shards(operand, files)
     yield from files
+
+
+def _refuse_missing_shards(operand: Operand, files: Iterable[Path]) -> None:
+    """Without an index only their names tell that shards are missing: ``model-00001-of-00003.safetensors``."""
+    numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            numbers[match["stem"], match["count"]].add(int(match["number"]))
+    for (stem, count), there in numbers.items():
+        if missing := sorted(set(range(1, int(count) + 1)) - there):
+            names = ", ".join(f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in missing[:3])
+            raise CheckpointError(
+                f"{operand}: {next(iter(files)).parent} holds a part of a checkpoint: {len(missing)} of {int(count)} "
+                f"shards are missing ({names}{', ...' if len(missing) > 3 else ''}); copy or download them again"
+            )
 
 
 def _nothing_to_read(folder: Path) -> str:
@@ -149,33 +157,17 @@ def _present(shard: Path, index: Path) -> Path:
     return shard
 
 
-def _check_inside(file: Path, folder: Path) -> None:
-    """Accept regular files only, and links only within the folder or within the same repository of the hub cache."""
-    try:
-        target = file.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: broken link: {error}") from None
-    root = folder.resolve()
-    repository = hub_repository(root)
-    if not target.is_relative_to(repository[0] if repository else root):
-        raise CheckpointError(f"{file}: link leaves the checkpoint (to {target}); it was not opened")
-    if not stat.S_ISREG(target.stat().st_mode):
-        raise CheckpointError(f"{file}: expected a regular file; it was not opened")
-
-
-def _join(operand: Operand, headers: dict[Path, Header]) -> dict[str, TensorRecord]:
+def _join(operand: Operand, headers: dict[Path, Header], index: Mapping[str, str]) -> dict[str, TensorRecord]:
+    """Return the tensors of all files. Where one is in several, the index decides."""
     tensors: dict[str, TensorRecord] = {}
     for file, header in headers.items():
         for record in sorted(header.tensors.values(), key=lambda record: record.offset):
+            if index.get(record.name, file.name) != file.name:
+                continue
             if record.name in tensors:
                 raise CheckpointError(
                     f"{operand}: tensor {record.name!r} is stored in two files that are both read: "
                     f"{tensors[record.name].file.name} and {file.name}; remove the one that does not belong"
-                )
-            if record.dtype in QUANTISED_DTYPES:
-                raise CheckpointError(
-                    f"{operand}: tensor {record.name!r} in {file} is quantised ({record.dtype}); give the "
-                    "unquantised checkpoint, and quantise it while loading with vLLM's --quantization"
                 )
             tensors[record.name] = record
     if not tensors:
@@ -183,15 +175,17 @@ def _join(operand: Operand, headers: dict[Path, Header]) -> dict[str, TensorReco
     return tensors
 
 
-def _check_index(folder: Path, tensors: dict[str, TensorRecord]) -> None:
-    index = folder / INDEX_FILE
-    if not index.exists():
-        return
-    for name, shard in read_weight_map(index).items():
-        if name not in tensors or tensors[name].file.name != shard:
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorRecord]) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors:
             raise CheckpointError(
                 f"{index}: tensor {name!r} is mapped to {shard!r}, which does not contain it; copy or download it again"
             )
+
+
+def _under_bare_names(tensors: dict[str, TensorRecord]) -> dict[str, TensorRecord]:
+    bare = bare_names(tensors)
+    return {bare[name]: replace(record, name=bare[name]) for name, record in tensors.items()}
 
 
 def _fingerprint(headers: dict[Path, Header]) -> str:

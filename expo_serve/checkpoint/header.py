@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from expo_serve.checkpoint.records import DTYPES, JsonObject, TensorRecord
+from expo_serve.checkpoint.records import DTYPES, SUB_BYTE_DTYPES, JsonObject, TensorRecord
 from expo_serve.errors import CheckpointError
 
 MAX_HEADER_BYTES = 64 * 2**20
@@ -25,6 +25,14 @@ MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 64  # torch's own limit; the product of millions of sizes would take hours
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
+_OTHER_FILES = {
+    b"version ": "it is a pointer of Git LFS, without the weights; run git lfs pull, or download the file again",
+    b"<!doctyp": "it is a web page; download the file again, by a link to the file itself",
+    b"<html": "it is a web page; download the file again, by a link to the file itself",
+    b"\x00\x05\x16\x07": "it holds a Mac's attributes of another file (AppleDouble); remove it",
+    b"gguf": "it is a GGUF file, which is quantised most often; give a checkpoint in safetensors",
+}
+"""What is found in the place of weights, by its first bytes in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
+            if not prefix:
+                raise CheckpointError(f"{path}: file is empty; copy or download it again")
             if len(prefix) < _LENGTH_BYTES:
                 raise CheckpointError(
                     f"{path}: not a safetensors file: expected at least {_LENGTH_BYTES} bytes, found {size}"
@@ -84,6 +94,8 @@ def _length_problem(prefix: bytes, length: int, available: int) -> str:
         return (
             "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it to safetensors"
         )
+    if other := next((what for start, what in _OTHER_FILES.items() if prefix.lower().startswith(start)), None):
+        return f"not a safetensors file: {other}"
     if length > MAX_HEADER_BYTES:
         return f"header length is {length} bytes, the limit is {MAX_HEADER_BYTES}; is this a safetensors file?"
     return f"file is truncated: the header needs {length} bytes, {available} are left; copy or download it again"
@@ -132,6 +144,10 @@ def _record(path: Path, name: str, entry: object, start: int) -> TensorRecord:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype in SUB_BYTE_DTYPES:
+        raise CheckpointError(
+            f"{where} is quantised ({dtype}), so its numbers cannot be extrapolated; give the unquantised checkpoint"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported; expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):

@@ -50,6 +50,8 @@ DTYPES: dict[str, Dtype] = {
 FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "float")
 DITHERED_DTYPES = frozenset({"BF16", "F16"})
 """Results of these dtypes can be rounded dithered; in wider ones rounding to nearest loses nothing of alpha."""
+SUB_BYTE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+"""Dtypes of the format with less than a byte for a value: only quantised checkpoints have them."""
 QUANTISED_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "quantised")
 
 

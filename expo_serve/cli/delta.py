@@ -170,7 +170,17 @@ def _settled(plan: Plan, config: ExpoConfig) -> Plan:
 
 
 def _config(given: argparse.Namespace, **values: str | list[str] | None) -> ExpoConfig:
-    return parse_config({"base": given.base, "base_revision": given.base_revision, "alpha": 0, "allow": given.allow, **values}, name=flag_of)
+    return parse_config(
+        {
+            "base": given.base,
+            "base_revision": given.base_revision,
+            "alpha": 0,
+            "allow": given.allow,
+            "allow_links": given.allow_links,
+            **values,
+        },
+        name=flag_of,
+    )
 
 
 def _hub(given: argparse.Namespace) -> HubAccess:

@@ -20,7 +20,7 @@ from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
-    "unmatched", "allow", "rounding", "rounding-seed",
+    "unmatched", "allow", "allow-links", "rounding", "rounding-seed",
 )  # fmt: skip
 REVISION_HELP = "branch, tag or commit on the hub"
 _SHARED_FLAGS = ("hf-token", "download-dir")
@@ -76,11 +76,15 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_flag(group: argparse._ActionsContainer) -> None:
-    """Add the flag that allows what most often means a wrong model."""
+    """Add the flags that allow what is refused otherwise."""
     group.add_argument(
         "--allow", metavar="NAME", action="append", default=[],
         help="accept what most often means a wrong model and is refused otherwise; can be repeated: "
              f"{', '.join(get_args(DoubtName))}",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-links", metavar="DIR", action="append", default=[],
+        help="a folder to which links among the files of the sources may lead; can be repeated",
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from expo_serve.checkpoint.folder import Checkpoint, open_files, refuse_quantised
+from expo_serve.checkpoint.folder import Checkpoint, open_files
+from expo_serve.checkpoint.quantisation import refuse_quantised
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source

@@ -76,7 +76,9 @@ def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
     """
     if config.pinned:
         return _on_this_machine(operand, getattr(config.pinned, operand), hub)
-    return find_source(operand, getattr(config, operand), getattr(config, f"{operand}_revision"), hub)
+    found = find_source(operand, getattr(config, operand), getattr(config, f"{operand}_revision"), hub)
+    links = tuple(str(Path(root).expanduser().resolve()) for root in config.allow_links)
+    return found.model_copy(update={"links": links})
 
 
 def _on_this_machine(operand: Operand, source: Source, hub: HubAccess) -> Source:
@@ -84,4 +86,4 @@ def _on_this_machine(operand: Operand, source: Source, hub: HubAccess) -> Source
     if Path(source.path).is_dir() or source.revision is None:
         return source
     found = find_source(operand, source.name, source.revision, hub)
-    return found.model_copy(update={"fingerprint": source.fingerprint})
+    return found.model_copy(update={"fingerprint": source.fingerprint, "links": source.links})

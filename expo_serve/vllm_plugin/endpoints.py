@@ -132,9 +132,9 @@ def _refuse_different_sources(ranks: list[LoadReport], config: ExpoConfig) -> No
         for rank in ranks:
             if (found := rank.sources[side]) != first:
                 raise LoadError(
-                    f"{side} differs between the ranks: {_version(first)} on rank {ranks[0].rank}, {_version(found)} on "
-                    f"rank {rank.rank} of engine {rank.engine}; give every machine the same files, or pin "
-                    f"{side}_revision to a commit (if this is meant: --allow different-revisions)"
+                    f"{side} differs between the ranks: {_version(first)} on rank {ranks[0].rank}, "
+                    f"{_version(found)} on rank {rank.rank} of engine {rank.engine}; give every machine the same "
+                    f"files, or pin {side}_revision to a commit (if this is meant: --allow different-revisions)"
                 )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from expo_serve.checkpoint.source import HubAccess, is_on_network
+from expo_serve.checkpoint.wrappers import bare_names
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
 from expo_serve.load.counts import ReadActivity
@@ -198,7 +199,8 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             # A file that the plan leaves out whole repeats the others in a publisher's own format.
             is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
         )
-        names = [name for name, _ in self._get_weights_iterator(primary) if name not in plan.left_out]
+        stored = dict.fromkeys(name for name, _ in self._get_weights_iterator(primary))
+        names = [name for name in bare_names(stored).values() if name not in plan.left_out]
         names += [name for name in plan.added if not unused(name)]
         if unplanned := [name for name in names if name not in plan.tensors]:
             raise CheckpointError(

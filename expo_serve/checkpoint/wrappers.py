@@ -1,0 +1,23 @@
+"""Names without what wrappers of training put into them: ``module.`` (DDP, FSDP) and ``_orig_mod.`` (torch.compile)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+_PARALLEL = "module."
+_COMPILED = "_orig_mod"
+
+
+def bare_names(names: Collection[str]) -> dict[str, str]:
+    """Return the bare name of each tensor of one checkpoint.
+
+    ``_orig_mod`` is left out wherever it stands, ``module.`` where every name begins with it. If two names would become
+    the same, all stay as they are.
+
+    Args:
+        names: of all tensors.
+    """
+    bare = {name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in names}
+    while bare and all(name.startswith(_PARALLEL) for name in bare.values()):
+        bare = {stored: name.removeprefix(_PARALLEL) for stored, name in bare.items()}
+    return bare if len(set(bare.values())) == len(bare) else {name: name for name in names}
