@@ -14,11 +14,11 @@ from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError, warn
 from expo_serve.plan.delta import Delta, open_delta
-from expo_serve.plan.doubts import settle
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
-from expo_serve.plan.prepare import locate
+from expo_serve.plan.prepare import locate, review
+from expo_serve.plan.tokenizers import tokenizer_problem
 
 _EPILOG = """\
 A packed delta holds only what differs, without loss, in a few percent of the checkpoint's size. Serve it with
@@ -108,7 +108,7 @@ def _create(given: argparse.Namespace) -> None:
     config = _config(given, aligned=given.aligned, aligned_revision=given.aligned_revision, unmatched=given.unmatched)
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
-    plan = _settled(plan_pair(base, aligned, config, keep_left_out=True), config)
+    plan = _reviewed(plan_pair(base, aligned, config, keep_left_out=True), config)
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
@@ -157,16 +157,17 @@ def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan, ExpoC
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
     if isinstance(delta, PackedDelta):
-        return delta, _settled(delta.plan(base, config, keep_left_out=True), config), config
-    return delta, _settled(delta.plan(base, config), config), config
+        return delta, _reviewed(delta.plan(base, config, keep_left_out=True), config), config
+    return delta, _reviewed(delta.plan(base, config), config), config
 
 
-def _settled(plan: Plan, config: ExpoConfig) -> Plan:
-    """Return the plan with its doubts allowed, and say its warnings."""
-    settled = settle(plan, config)
-    for warning in settled.warnings:
+def _reviewed(plan: Plan, config: ExpoConfig) -> Plan:
+    """Return the plan with its doubts allowed, and say all warnings."""
+    reviewed = review(plan, config)
+    problem = tokenizer_problem(reviewed)
+    for warning in (*reviewed.warnings, *([problem] if problem else [])):
         warn(warning)
-    return settled
+    return reviewed
 
 
 def _config(given: argparse.Namespace, **values: str | list[str] | None) -> ExpoConfig:

@@ -18,10 +18,11 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import ExpoError, PairError, UsageError
 from expo_serve.measure.measurement import Measurement
 from expo_serve.plan.delta import Delta, open_delta
-from expo_serve.plan.doubts import settle, unsettled
+from expo_serve.plan.doubts import unsettled
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
-from expo_serve.plan.prepare import locate
+from expo_serve.plan.prepare import locate, review
+from expo_serve.plan.tokenizers import tokenizer_problem
 
 
 def main(arguments: list[str]) -> int:
@@ -111,7 +112,7 @@ def inspect(options: Options, tensor_parallel_size: int) -> Inspection:
             plan = plan_opened(opened, options.config)
             doubts = unsettled(plan, options.config)
             refusals += doubts
-            plan = plan if doubts else settle(plan, options.config)
+            plan = plan if doubts else review(plan, options.config)
         except ExpoError as error:
             refusals.append(error)
     return Inspection(
@@ -182,7 +183,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
             available_host_bytes=available,
             fits_host=weights * ranks <= available,
         ),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *([problem] if (problem := tokenizer_problem(plan)) else [])],
         "tensors": [_tensor(tensor) for tensor in plan.tensors.values()],
     }
 

@@ -20,7 +20,7 @@ from expo_serve.cli import processes
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig
-from expo_serve.errors import ExpoError, ServeError, UsageError
+from expo_serve.errors import ExpoError, ServeError, SourceError, UsageError
 
 _EPILOG = """\
 All flags of `vllm serve` are accepted too, with the same meaning.
@@ -79,12 +79,24 @@ def _refuse_variables() -> None:
 
 def _resolve(options: Options, started: float) -> ExpoConfig:
     from expo_serve.plan.prepare import pin, prepare
+    from expo_serve.plan.tokenizers import tokenizer_problem
 
     _check_vllm()
     plan = prepare(options.config, options.hub)
     for warning in plan.warnings:
         errors.warn(warning)
+    problem = tokenizer_problem(plan)
+    if problem and not _names_tokenizer(options):
+        raise SourceError(f"{problem}, or name another with --tokenizer, or serve without one: --skip-tokenizer-init")
     return pin(options.config, plan, started, on_terminal=sys.stderr.isatty())
+
+
+def _names_tokenizer(options: Options) -> bool:
+    """Return whether a flag of vLLM replaces the tokenizer, or does without one."""
+    flags = {argument.split("=")[0].replace("_", "-").removeprefix("--") for argument in options.arguments}
+    return not {"tokenizer", "skip-tokenizer-init"}.isdisjoint(
+        flags | {key.replace("_", "-") for key in options.file_options}
+    )
 
 
 def _check_vllm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
@@ -13,6 +14,7 @@ from expo_serve.plan.delta import open_delta
 from expo_serve.plan.doubts import settle
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
+from expo_serve.plan.tokenizers import vocabulary_warnings
 
 
 def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
@@ -36,8 +38,21 @@ def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
         raise ConfigError(f"{missing} is missing: expected a folder or hub id")
     base = open_checkpoint("base", locate("base", config, hub))
     if config.delta if pinned is None else pinned.delta:
-        return settle(open_delta(locate("delta", config, hub)).plan(base, config), config)
-    return settle(plan_pair(base, open_checkpoint("aligned", locate("aligned", config, hub)), config), config)
+        plan = open_delta(locate("delta", config, hub)).plan(base, config)
+    else:
+        plan = plan_pair(base, open_checkpoint("aligned", locate("aligned", config, hub)), config)
+    return settle(plan, config) if pinned else review(plan, config)
+
+
+def review(plan: Plan, config: ExpoConfig) -> Plan:
+    """Return a new plan with what the user has to know about its sources among the warnings.
+
+    Raises:
+        PairError: something about the sources is doubtful and not allowed.
+    """
+    tokenizer = plan.tokenizer or plan.model
+    found = vocabulary_warnings(plan.base.source, tokenizer) if tokenizer != plan.base.source else ()
+    return settle(replace(plan, warnings=(*plan.warnings, *found)), config)
 
 
 def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:

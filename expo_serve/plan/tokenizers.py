@@ -1,0 +1,102 @@
+"""Checks the tokenizer that a result is served with: whether it is there, and whether both sides mean the same tokens.
+
+Reads JSON files only; a vocabulary in another format is not compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from expo_serve.config import Source
+from expo_serve.plan.plan import Plan
+
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model*", "tokenizer.mm.model*", "tekken.json", "*.tiktoken", "tiktoken.model",
+    "vocab.json", "vocab.txt", "*.spm", "spiece.model", "sentencepiece*.model", "*.vocab",
+)  # fmt: skip
+"""Files that hold the tokens themselves, by the names of transformers and vLLM."""
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files that a tokenizer needs beside its tokens, and that are no tokenizer alone."""
+_SHOWN = 10
+
+
+def tokenizer_problem(plan: Plan) -> str | None:
+    """Return what is wrong with the tokenizer of a result, in one line that begins with its side; None if it is whole.
+
+    Args:
+        plan: names the folder that it is served from.
+    """
+    source = plan.tokenizer or plan.model
+    folder = Path(source.path)
+    if has_vocabulary(folder):
+        return None
+    side = next((operand for operand, there in plan.sources.items() if there == source), "the model")
+    if settings := [name for name in _SETTINGS if (folder / name).is_file()]:
+        return (
+            f"{side}: {source.name} holds half a tokenizer ({', '.join(settings)} without the tokens); copy the whole "
+            "tokenizer into that folder, or remove the rest of it to use that of base"
+            if plan.tokenizer
+            else f"{side}: {source.name} holds half a tokenizer ({', '.join(settings)} without the tokens); copy the "
+            "whole tokenizer into that folder"
+        )
+    return f"{side}: {source.name} has no tokenizer; copy it into that folder"
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer's tokens, or the code of a tokenizer of its own."""
+    if any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        return True
+    settings = _read(folder / "tokenizer_config.json")
+    code = settings.get("auto_map") if isinstance(settings, dict) else None
+    return isinstance(code, dict) and "AutoTokenizer" in code and any(folder.glob("*.py"))
+
+
+def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
+    """Warn of token ids that mean different tokens on the two sides: their embeddings are extrapolated all the same.
+
+    Args:
+        base: the side before alignment.
+        other: the side whose tokenizer the result is served with.
+    """
+    ours, theirs = _tokens(Path(base.path)), _tokens(Path(other.path))
+    different = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
+    if different:
+        examples = ", ".join(f"{number}: {ours[number]!r} and {theirs[number]!r}" for number in different[:_SHOWN])
+        yield (
+            f"{len(different)} token ids mean one token in base and another one beside it; are these the tokenizers of "
+            f"one model? ({examples}{', ...' if len(different) > _SHOWN else ''})"
+        )
+
+
+def _tokens(folder: Path) -> dict[int, str]:
+    """Return the tokens of a folder's tokenizer by their ids; empty where no JSON file has them."""
+    whole = _read(folder / "tokenizer.json")
+    if not isinstance(whole, dict):
+        return _by_id(_read(folder / "vocab.json"))
+    model = whole.get("model")
+    found = _by_id(model.get("vocab")) if isinstance(model, dict) else {}
+    added = whole.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(number := token.get("id"), int):
+            found[number] = str(token.get("content"))
+    return found
+
+
+def _by_id(vocabulary: object) -> dict[int, str]:
+    """Return the tokens of a mapping to ids (BPE, WordPiece) or of a list of pairs with a score (Unigram)."""
+    if isinstance(vocabulary, dict):
+        return {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+    if isinstance(vocabulary, list):
+        return {number: str(item[0]) for number, item in enumerate(vocabulary) if isinstance(item, list) and item}
+    return {}
+
+
+def _read(file: Path) -> object:
+    """Return the content of a JSON file; None where it cannot be read: whoever needs the file says so."""
+    try:
+        content: object = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content
