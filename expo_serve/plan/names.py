@@ -19,6 +19,8 @@ _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _LAYER = re.compile(r"^((model|language_model|text_model|llm|transformer|decoder)\.)*layers\.(?P<index>\d+)\.")
 _MTP_SIZES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
+# Names under which models were published with code of their own, before transformers had them.
+_FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "phi-msft": "phi"}
 _HEAD = re.compile(r"(?<=.)(LMHeadModel|Model|For[A-Z]\w*)$")
 _BODY = re.compile(r"(?<!LMHead)Model$")
 
@@ -91,6 +93,12 @@ def may_tie_output(base: Mapping[str, object]) -> bool:
     is_body = isinstance(architectures, list) and all(_BODY.search(str(name)) for name in architectures)
     ties = ties_embeddings(base)
     return ties is True or (ties is None and not is_body)
+
+
+def model_type(config: Mapping[str, object]) -> object:
+    """Return the type of the model, by the name that it has in transformers now."""
+    kind = config.get("model_type")
+    return _FORMER_TYPES.get(kind, kind) if isinstance(kind, str) else kind
 
 
 def architecture_stems(config: Mapping[str, object]) -> object:

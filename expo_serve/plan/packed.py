@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
 from expo_serve.checkpoint.header import read_header
-from expo_serve.checkpoint.records import FLOAT_DTYPES, JsonObject, Operand, TensorRecord, total_bytes
+from expo_serve.checkpoint.records import FLOAT_DTYPES, JsonObject, Operand, TensorRecord, grows_into, total_bytes
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
@@ -108,7 +108,7 @@ class PackedDelta:
 
     def _planned(self, name: str, base: Checkpoint, config: ExpoConfig) -> PlannedTensor:
         tensor, record = self.packed_tensors[name], self.tensors[name]
-        partner = base.tensors[tensor.base[0]] if tensor.base else None
+        partner = replace(base.tensors[tensor.base[0]], shape=tensor.base[2]) if tensor.base else None
         result = TensorRecord(name, record.file, record.offset, tensor.dtype, tensor.shape)
         delta = PackedTensorDelta(record, tensor, self.block, partner, self.base_name)
         extrapolated = partner if tensor.extrapolated else None
@@ -132,7 +132,7 @@ class PackedDelta:
             record = base.tensors.get(name)
             if record is None:
                 yield f"{name}: expected {dtype} {list(shape)}, base has no such tensor"
-            elif (record.dtype, record.shape) != (dtype, shape):
+            elif record.dtype != dtype or not grows_into(shape, record.shape):  # rows that aligned lost are not used
                 yield f"{name}: expected {dtype} {list(shape)}, found {record.dtype_and_shape}"
 
 

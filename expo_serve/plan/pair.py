@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from expo_serve.checkpoint.folder import Checkpoint
+from expo_serve.checkpoint.records import TensorRecord, grows_into
 from expo_serve.config import USUAL_ALPHA, ExpoConfig, format_alpha
 from expo_serve.errors import count_of
 from expo_serve.plan.doubts import same_sources
 from expo_serve.plan.matching import Matching, match
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures, refuse_tensors, refuse_unused_rules
+
+Partners = dict[str, TensorRecord | None]
 
 
 def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_left_out: bool = False) -> Plan:
@@ -34,7 +37,7 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_le
     matching = match(base, aligned)
     refuse_tensors(base, aligned, matching, config)
     refuse_unused_rules(config, aligned.tensors)
-    partners = {**matching.partners, **(dict.fromkeys(matching.left_out) if keep_left_out else {})}
+    partners = {**_as_long(matching.partners, aligned), **(dict.fromkeys(matching.left_out) if keep_left_out else {})}
     mtp_only = matching.mtp_only_in_aligned if config.unmatched == "copy" else ()
     plan = Plan(
         base,
@@ -52,8 +55,25 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_le
     return replace(plan, warnings=warnings, doubts=tuple(same_sources(base, aligned)))
 
 
+def _as_long(partners: Partners, aligned: Checkpoint) -> Partners:
+    """Return the partners with no more rows than aligned has, which lost base's padding or last tokens."""
+    return {
+        name: replace(partner, shape=aligned.tensors[name].shape)
+        if partner and partner.shape != (shape := aligned.tensors[name].shape) and grows_into(shape, partner.shape)
+        else partner
+        for name, partner in partners.items()
+    }
+
+
 def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
     yield from vocabulary_warnings("aligned", plan.grown)
+    if cut := {
+        tensor.name: rows
+        for tensor in plan.extrapolated
+        if tensor.base and (rows := _rows(plan.base.tensors[tensor.base.name]) - _rows(tensor.base)) > 0
+    }:
+        names = ", ".join(f"{name} (-{count_of(rows, 'row')})" for name, rows in cut.items())
+        yield f"aligned has a smaller vocabulary than base: base's last rows are not used: {names}"
     if matching.mtp_only_in_aligned:
         yield (
             f"only aligned has multi-token prediction layers ({count_of(len(matching.mtp_only_in_aligned), 'tensor')}):"
@@ -65,6 +85,10 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
             f"--unmatched copy: copied {count_of(len(plan.copied_unmatched), 'tensor')} that only aligned has, "
             f"ignored {count_of(len(plan.ignored_base), 'tensor')} that only base has"
         )
+
+
+def _rows(record: TensorRecord) -> int:
+    return record.shape[0] if record.shape else 0
 
 
 def alpha_warnings(config: ExpoConfig) -> Iterable[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import TensorRecord
@@ -17,6 +16,7 @@ from expo_serve.plan.names import (
     is_embedding,
     is_leftover,
     is_output,
+    model_type,
     ties_embeddings,
     vocabulary_sizes,
 )
@@ -46,8 +46,10 @@ def refuse_architectures(base: Checkpoint, other: Checkpoint) -> None:
     Raises:
         PairError: the two are different models.
     """
-    same_type = base.config.get("model_type") == other.config.get("model_type")
-    if same_type and architecture_stems(base.config) == architecture_stems(other.config):
+    same_type = model_type(base.config) == model_type(other.config)
+    stems = [architecture_stems(side.config) for side in (base, other)]
+    # Nothing reads the architectures of base: converters and trainers leave them out.
+    if same_type and (stems[0] == stems[1] or not all(stems)):
         return
     key = "architectures" if same_type else "model_type"
     is_delta = other.operand == "delta"
@@ -73,14 +75,15 @@ def refuse_tensors(base: Checkpoint, aligned: Checkpoint, matching: Matching, co
 
 
 def _refuse_shapes(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
-    grown = set(product(vocabulary_sizes(base.config), vocabulary_sizes(aligned.config)))
+    sizes = vocabulary_sizes(base.config), vocabulary_sizes(aligned.config)
     both = (
         (partner or matching.same_name.get(name), aligned.tensors[name]) for name, partner in matching.partners.items()
     )
     wrong = [
         f"{record.name}: base {partner.dtype_and_shape}, aligned {record.dtype_and_shape}"
+        + (f", vocab_size {_shown(sizes[0])} and {_shown(sizes[1])}" if is_embedding(record) else "")
         for partner, record in both
-        if partner and not is_leftover(record) and not _are_alike(partner, record, grown)
+        if partner and not is_leftover(record) and not _are_alike(partner, record, sizes)
     ]
     if wrong:
         raise PairError(
@@ -91,18 +94,37 @@ def _refuse_shapes(base: Checkpoint, aligned: Checkpoint, matching: Matching) ->
         )
 
 
-def _are_alike(base: TensorRecord, aligned: TensorRecord, grown: set[tuple[int, int]]) -> bool:
+def _are_alike(base: TensorRecord, aligned: TensorRecord, sizes: tuple[set[int], set[int]]) -> bool:
     """Return whether two tensors can be extrapolated, or are both integers, which are copied.
 
-    More rows in aligned are accepted for a vocabulary only. ``grown`` holds the vocabulary sizes of both checkpoints.
+    Another number of rows is accepted for a vocabulary only, and where each side's is what its own config says.
+
+    Args:
+        base: base's tensor.
+        aligned: aligned's.
+        sizes: the vocabulary sizes of both checkpoints, empty where a config has none.
     """
     if base.is_float != aligned.is_float:
         return False
-    if not aligned.is_float or base.shape == aligned.shape:
+    if not aligned.is_float:
         return True
-    return base.grows_into(aligned) and (
-        is_embedding(aligned) or is_output(aligned) or (base.shape[0], aligned.shape[0]) in grown
-    )
+    if base.shape == aligned.shape:
+        return not any(_lacks_rows(record, known) for record, known in zip((base, aligned), sizes, strict=True))
+    if not (base.grows_into(aligned) or aligned.grows_into(base)):
+        return False
+    agree = [record.shape[0] in known for record, known in zip((base, aligned), sizes, strict=True)]
+    if is_embedding(aligned) or is_output(aligned):
+        return all(each or not known for each, known in zip(agree, sizes, strict=True))
+    return all(agree)
+
+
+def _shown(sizes: set[int]) -> str:
+    return " or ".join(map(str, sorted(sizes))) or "unknown"
+
+
+def _lacks_rows(record: TensorRecord, sizes: set[int]) -> bool:
+    """Return whether an embedding has fewer rows than every vocabulary that its config names."""
+    return is_embedding(record) and len(record.shape) == 2 and bool(sizes) and record.shape[0] < min(sizes)
 
 
 def _refuse_layouts(matching: Matching) -> None:
