@@ -50,10 +50,18 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
     Raises:
         CheckpointError: the checkpoint is quantised, or a file breaks the format, the index or the fingerprint.
     """
+    _refuse_adapter(operand, Path(source.path))
     config = read_config(operand, source)
     refuse_quantised(operand, config, Path(source.path))
     opened = open_files(operand, source)
     return Checkpoint(operand, opened.source, config, opened.files, opened.tensors)
+
+
+def _refuse_adapter(operand: Operand, folder: Path) -> None:
+    """Refuse the folder of an adapter alone, which has no config of a model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        advice = "give it as --delta" if operand == "aligned" else "give the model that it was trained on"
+        raise CheckpointError(f"{operand}: {folder} holds an adapter, not a checkpoint; {advice}")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,18 @@ from pathlib import Path
 
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError
+from expo_serve.plan.names import is_adapter_part
 from expo_serve.plan.tensor_deltas import LoraModule
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_FACTORS = {
-    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B",
-}  # fmt: skip
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<kind>embedding_)(?P<row>[AB])(?:\.(?P<of>[^.]+))?|(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight)"
+)
+"""A factor's name. PEFT leaves the adapter's name out; what trainers save themselves has it (``lora_A.default``)."""
+_WHOLE = re.compile(r"\.modules_to_save(?:\.(?P<name>[^.]+)(?=\.(?:weight|bias)$))?")
 
 # Keys under which the result is not the sum of base's weight and B A, or under which more than weights change.
 _REFUSED = {
@@ -197,15 +200,36 @@ def sort_tensors(
     """
     factors: defaultdict[str, dict[str, TensorRecord]] = defaultdict(dict)
     whole: dict[str, TensorRecord] = {}
+    adapters: set[str] = set()
     for name, record in tensors.items():
         plain = name.removeprefix(_PREFIX)
-        ending = next((ending for ending in _FACTORS if plain.endswith(ending)), None)
-        if ending is None:
-            whole[plain.replace(".modules_to_save", "").replace(".base_layer", "")] = record
+        if match := _FACTOR.fullmatch(plain):
+            part = (match["row"] or match["side"]) + (".embedding" if match["kind"] else "")
+            _refuse_second(factors[match["module"]].setdefault(part, record), record)
+            adapters.update(filter(None, (match["of"], match["name"])))
             continue
-        part = _FACTORS[ending] + (".embedding" if "embedding" in ending else "")
-        factors[plain.removesuffix(ending)][part] = record
+        if is_adapter_part(plain) and ".modules_to_save" not in plain:
+            raise CheckpointError(
+                f"{record.file}: tensor {name!r} is a part of an adapter that is no plain sum on base's weights, or of "
+                "a kind that is not known; merge the adapter with PEFT and give the result as --aligned"
+            )
+        stored = _WHOLE.search(plain)
+        adapters.update(filter(None, (stored["name"] if stored else None,)))
+        bare = _WHOLE.sub("", plain).replace(".base_layer", "").replace(".original_module", "")
+        _refuse_second(whole.setdefault(bare, record), record)
+    if len(adapters) > 1:
+        raise CheckpointError(
+            f"{next(iter(tensors.values())).file}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); "
+            "save each in a folder of its own"
+        )
     return tuple(_module(name, parts, config) for name, parts in factors.items()), whole
+
+
+def _refuse_second(first: TensorRecord, record: TensorRecord) -> None:
+    if first is not record:
+        raise CheckpointError(
+            f"{record.file}: {first.name!r} and {record.name!r} are the same part of an adapter; save one adapter alone"
+        )
 
 
 def _module(name: str, parts: Mapping[str, TensorRecord], config: LoraConfig) -> LoraModule:

@@ -19,6 +19,11 @@ _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _LAYER = re.compile(r"^((model|language_model|text_model|llm|transformer|decoder)\.)*layers\.(?P<index>\d+)\.")
 _MTP_SIZES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
+# Parameters of PEFT's adapters: the prefixes of its tuners.
+_ADAPTER_PART = re.compile(
+    r"(^|\.)(lora_|ia3_|vera_|hada_|lokr_|oft_|boft_|vblora_|randlora_|fourierft_|hra_|bone_|miss_|shira_|c3a_|ln_tuning_|"
+    r"modules_to_save(\.|$)|prompt_embeddings|adaption_(prompt|gate)|trainable_tokens_)"
+)
 # Names under which models were published with code of their own, before transformers had them.
 _FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "phi-msft": "phi"}
 _HEAD = re.compile(r"(?<=.)(LMHeadModel|Model|For[A-Z]\w*)$")
@@ -33,6 +38,11 @@ def is_embedding(record: TensorRecord) -> bool:
 def is_output(record: TensorRecord) -> bool:
     """Return whether a tensor is the output projection or its bias."""
     return _OUTPUT.search(record.name) is not None
+
+
+def is_adapter_part(name: str) -> bool:
+    """Return whether a tensor belongs to an adapter (of PEFT, most often), and so to no model alone."""
+    return _ADAPTER_PART.search(name) is not None
 
 
 def is_leftover(record: TensorRecord) -> bool:

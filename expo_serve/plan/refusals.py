@@ -13,6 +13,7 @@ from expo_serve.errors import PairError, UsageError, count_of
 from expo_serve.plan.matching import Matching, Tensors
 from expo_serve.plan.names import (
     architecture_stems,
+    is_adapter_part,
     is_embedding,
     is_leftover,
     is_output,
@@ -66,12 +67,24 @@ def refuse_tensors(base: Checkpoint, aligned: Checkpoint, matching: Matching, co
     Raises:
         PairError: shapes or layouts differ, or a tensor is in one checkpoint only.
     """
+    _refuse_adapter_parts(aligned)
     _refuse_shapes(base, aligned, matching)
     _refuse_layouts(matching)
     _refuse_no_partners(base, aligned, matching)
     if config.unmatched == "refuse" and (matching.only_base or matching.only_aligned):
         _refuse_untied_output(base, aligned, matching)
         _refuse_unmatched(base, aligned, matching)
+
+
+def _refuse_adapter_parts(aligned: Checkpoint) -> None:
+    """Applies with ``--unmatched copy`` too: a copied part of an adapter changes nothing, or breaks the result."""
+    parts = [record for name, record in aligned.tensors.items() if is_adapter_part(name)]
+    if parts:
+        raise PairError(
+            f"aligned ({aligned.source.name}) holds {count_of(len(parts), 'tensor')} of an adapter in "
+            f"{parts[0].file.name}, the first {parts[0].name}; give a folder with the adapter alone as --delta, or one "
+            "with the model alone as --aligned",
+        )
 
 
 def _refuse_shapes(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
