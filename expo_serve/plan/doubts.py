@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from expo_serve.config import DoubtName, ExpoConfig
+from expo_serve.config import ExpoConfig
 from expo_serve.errors import PairError
-
-if TYPE_CHECKING:
-    from expo_serve.plan.plan import OpenedSource, Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """One finding: the name by which it is allowed, and one line for the user."""
-
-    name: DoubtName
-    message: str
+from expo_serve.plan.plan import Doubt, OpenedSource, Plan
 
 
 def unsettled(plan: Plan, config: ExpoConfig) -> list[PairError]:

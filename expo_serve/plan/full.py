@@ -17,11 +17,10 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
-from expo_serve.plan.doubts import Doubt
 from expo_serve.plan.matching import base_names
 from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
-from expo_serve.plan.plan import Plan
+from expo_serve.plan.plan import Doubt, Plan
 from expo_serve.plan.refusals import refuse_architectures
 from expo_serve.plan.tensor_deltas import FullTensorDelta
 

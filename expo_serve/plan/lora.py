@@ -18,7 +18,6 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
-from expo_serve.plan.doubts import Doubt
 from expo_serve.plan.lora_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -30,7 +29,7 @@ from expo_serve.plan.lora_format import (
 from expo_serve.plan.matching import Tensors, base_names
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
-from expo_serve.plan.plan import Plan
+from expo_serve.plan.plan import Doubt, Plan
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _QUANTISED_COPY = re.compile(r"(-unsloth)?(-bnb)?-[48]bit$")

@@ -24,8 +24,6 @@ _ADAPTER_PART = re.compile(
     r"(^|\.)(lora_|ia3_|vera_|hada_|lokr_|oft_|boft_|vblora_|randlora_|fourierft_|hra_|bone_|miss_|shira_|c3a_|ln_tuning_|"
     r"modules_to_save(\.|$)|prompt_embeddings|adaption_(prompt|gate)|trainable_tokens_)"
 )
-# Names under which models were published with code of their own, before transformers had them.
-_FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "phi-msft": "phi"}
 _HEAD = re.compile(r"(?<=.)(LMHeadModel|Model|For[A-Z]\w*)$")
 _BODY = re.compile(r"(?<!LMHead)Model$")
 
@@ -103,12 +101,6 @@ def may_tie_output(base: Mapping[str, object]) -> bool:
     is_body = isinstance(architectures, list) and all(_BODY.search(str(name)) for name in architectures)
     ties = ties_embeddings(base)
     return ties is True or (ties is None and not is_body)
-
-
-def model_type(config: Mapping[str, object]) -> object:
-    """Return the type of the model, by the name that it has in transformers now."""
-    kind = config.get("model_type")
-    return _FORMER_TYPES.get(kind, kind) if isinstance(kind, str) else kind
 
 
 def architecture_stems(config: Mapping[str, object]) -> object:

@@ -9,10 +9,10 @@ from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import JsonObject, TensorRecord
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import count_of
-from expo_serve.plan.doubts import Doubt, same_sources
+from expo_serve.plan.doubts import same_sources
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.pair import alpha_warnings, vocabulary_warnings
-from expo_serve.plan.plan import OpenedSource, Plan, PlannedTensor
+from expo_serve.plan.plan import Doubt, OpenedSource, Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_unused_rules
 from expo_serve.plan.tensor_deltas import TensorDelta
 

@@ -9,8 +9,7 @@ from typing import Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import DITHERED_DTYPES, JsonObject, Operand, TensorRecord
-from expo_serve.config import NEAREST, Rounding, Source, format_alpha
-from expo_serve.plan.doubts import Doubt
+from expo_serve.config import NEAREST, DoubtName, Rounding, Source, format_alpha
 from expo_serve.plan.tensor_deltas import TensorDelta
 
 
@@ -96,6 +95,14 @@ class PlannedTensor:
         new_rows = self.aligned.nbytes * self.grown_rows // max(1, *self.aligned.shape[:1]) if self.grown_rows else 0
         base_bytes = self.base.nbytes if "base" in used else 0
         return {"base": base_bytes, self.origin: self.aligned.nbytes if "aligned" in used else new_rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A finding that most often means a wrong model: the name by which it is allowed, and one line for the user."""
+
+    name: DoubtName
+    message: str
 
 
 class OpenedSource(Protocol):

@@ -55,7 +55,7 @@ def write_raw(
     """Write a checkpoint: one file, or with ``shards`` (names by file) several and their index."""
     tensors = tiny_tensors() if tensors is None else tensors
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **_vocabulary(tensors), **config}))
     if not shards:
         save_file(dict(tensors), folder / "model.safetensors")
         return folder
@@ -66,6 +66,13 @@ def write_raw(
         weight_map.update(dict.fromkeys(names, file))
     write_index(folder, weight_map)
     return folder
+
+
+def _vocabulary(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The size of the vocabulary that the first embedding or output has."""
+    ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "lm_head.weight")
+    rows = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(ends) and tensor.dim() == 2]
+    return {"vocab_size": rows[0]} if rows else {}
 
 
 def write_pair(folder: Path, alpha_step: float = 0.02, **config: Any) -> tuple[Path, Path]:
