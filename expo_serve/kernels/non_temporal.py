@@ -48,6 +48,12 @@ def _write_fence(context, builder, signature, values):  # type: ignore[no-untype
 
 
 @helper
+def _copy(source: Bits, to: Bits) -> None:
+    for i in range(to.size):  # over a part, an index would be looked at whether it counts from the end
+        to[i] = source[i]
+
+
+@helper
 def store(source: Bits, to: Bits) -> None:
     """Copy values past the cache; call :func:`fence` before another thread may read them.
 
@@ -58,10 +64,8 @@ def store(source: Bits, to: Bits) -> None:
     line = LINE_BYTES // 2
     head = min(to.size, ((-to.ctypes.data) % LINE_BYTES) // 2)
     lines = (to.size - head) // line
-    for i in range(head):
-        to[i] = source[i]
+    _copy(source[:head], to[:head])
     first, last = to.ctypes.data + 2 * head, source.ctypes.data + 2 * head
     for i in range(lines):
         _store_line(first + LINE_BYTES * i, last + LINE_BYTES * i)
-    for i in range(head + lines * line, to.size):
-        to[i] = source[i]
+    _copy(source[head + lines * line : to.size], to[head + lines * line :])

@@ -171,7 +171,8 @@ def test_wrong_base_is_refused_naming_the_tensor(packed: Path, tmp_path: Path) -
 
 def test_checkpoint_is_no_packed_delta(pair: tuple[Path, Path]) -> None:
     words = (str(pair[1]), "is a full delta, which carries no checksums")
-    refused("delta", "verify", "--base", str(pair[0]), "--delta", str(pair[1]), words=words)
+    whole = "--base", str(pair[0]), "--delta", str(pair[1]), "--allow", "whole-checkpoint"
+    refused("delta", "verify", *whole, words=words)
 
 
 SERVE: dict[str, tuple[list[str], str]] = {
@@ -212,6 +213,7 @@ def large(tmp_path: Path) -> list[str]:
     base = {**tiny_tensors(1), "large.weight": torch.randn(300, 400)}
     aligned = {**tiny_tensors(2), "large.weight": torch.randn(300, 400)}
     sides = write_raw(tmp_path / "base", base), write_raw(tmp_path / "aligned", aligned)
+    (sides[1] / "tokenizer.json").write_text("{}")
     return ["--base", str(sides[0]), "--aligned", str(sides[1])]
 
 

@@ -47,6 +47,7 @@ def inspector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Inspector:
 
 
 def test_good_pair(inspector: Inspector) -> None:
+    (inspector.aligned / "tokenizer.json").write_text("{}")
     found = inspector.read()
     assert (found.alpha, found.served_model_name) == (0.5, "aligned-expo-0.5")
     assert (found.counts, found.alphas) == ({"extrapolated": 8, "copied": 0}, {"0.5": 8})

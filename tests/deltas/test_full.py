@@ -236,15 +236,16 @@ def test_config_of_the_same_kind_or_of_none_is_fine(sums: Sums, config: dict[str
     assert_same(found, {name: added(base[name], delta[name], 0.5) for name in base})
 
 
-def test_whole_checkpoint_in_place_of_a_delta_is_a_warning(sums: Sums) -> None:
+def test_whole_checkpoint_in_place_of_a_delta_is_doubted(sums: Sums) -> None:
     whole = {**tiny_tensors(1), NORM: torch.full((8,), 1.1).bfloat16()}
     base = {**tiny_tensors(), NORM: torch.ones(8).bfloat16()}
     names = [name for name in base if name.endswith("layernorm.weight") and name != NORM]
     for name in names:
         base[name] = whole[name] = torch.ones(8).bfloat16()
-    assert any("whole checkpoint, which --aligned takes" in text for text in sums.plan(base, whole).warnings)
+    with pytest.raises(PairError, match=r"like a whole checkpoint.* give it as --aligned .*--allow whole-checkpoint"):
+        sums.plan(base, whole)
     steps = {name: tensor / 50 for name, tensor in whole.items()}
-    assert sums.plan(base, steps).warnings == ()
+    assert (sums.plan(base, steps).warnings, sums.plan(base, steps).doubts) == ((), ())
 
 
 def test_delta_without_some_tensors_is_a_warning(sums: Sums) -> None:

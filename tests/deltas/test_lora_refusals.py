@@ -156,7 +156,7 @@ def test_config_alone_is_refused(base: str, tmp_path: Path) -> None:
 FILES = {
     "cut by one byte": (lambda good: good[:-1], ("is truncated",)),
     "cut within the header": (lambda good: good[:50], ("is truncated: the header needs",)),
-    "no bytes": (lambda _: b"", ("expected at least 8 bytes",)),
+    "no bytes": (lambda _: b"", ("file is empty",)),
     "absurd header length": (lambda _: b"\xff" * 64, ("header length is",)),
     "quantised": (
         lambda _: file_bytes({f"{PREFIX}{A}": entry("F8_E4M3", [2, 8], 0, 16)}, bytes(16)),
@@ -192,20 +192,21 @@ def test_tensor_of_integers_in_base_is_refused(tmp_path: Path) -> None:
     refused("inspect", *flags(base, write_adapter(tmp_path / "adapter", GOOD)), words=(f"{Q}.weight", "does not fit"))
 
 
-def warned(base: str, adapter: Path) -> list[str]:
+def warned(base: str, adapter: Path, *more: str) -> list[str]:
     """The warnings of an adapter that is not refused."""
-    result = run_command("inspect", *flags(base, adapter), "--json", timeout=30)
+    Path(base, "tokenizer.json").write_text("{}")
+    result = run_command("inspect", *flags(base, adapter), *more, "--json", timeout=30)
     assert result.returncode == 0, result.stderr
     warnings: list[str] = json.loads(result.stdout)["warnings"]
     return warnings
 
 
-def test_name_of_another_model_is_a_warning(base: str, tmp_path: Path) -> None:
+def test_name_of_another_model_is_refused_unless_it_is_allowed(base: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", GOOD, base_model_name_or_path="someone/other-7b")
-    warnings = warned(base, adapter)
-    assert len(warnings) == 1
-    assert "someone/other-7b" in warnings[0]
-    assert "base is 'base'" in warnings[0]
+    words = ("was trained on 'someone/other-7b'", "base is 'base'", "--allow other-base")
+    refused("inspect", *flags(base, adapter), words=words)
+    (warning,) = warned(base, adapter, "--allow", "other-base")
+    assert "(allowed: other-base)" in warning
 
 
 @pytest.mark.parametrize("name", ["{base}", "{base}/", "someone/base", "", None])

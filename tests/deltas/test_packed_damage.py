@@ -114,7 +114,7 @@ def test_missing_or_doubled_file_of_several_is_refused(
     for name in names:
         other = Pack(pack.base, pack.aligned, shutil.copytree(pack.delta, tmp_path / f"without-{name}"), "refuse")
         change(other.delta, name)
-        with pytest.raises(CheckpointError, match=f"files of a packed delta of {len(names)}|is stored in two files"):
+        with pytest.raises(CheckpointError, match=r"shards are missing|is stored in two files"):
             other.by_delta(ALPHA)
 
 

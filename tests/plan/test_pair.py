@@ -114,15 +114,16 @@ def test_side_that_is_not_used_is_not_read(pairs: Pairs, alpha: float, read: dic
 
 
 def test_bias_of_the_output_grows_with_the_vocabulary(pairs: Pairs) -> None:
-    base, aligned = changed(lm_head__bias=torch.zeros(16)), changed(lm_head__bias=torch.zeros(18))
-    assert pairs.plan(base, aligned).grown == {"lm_head.bias": 2}
+    aligned = {**tiny_tensors(vocabulary=18), "lm_head.bias": torch.zeros(18)}
+    assert pairs.plan(changed(lm_head__bias=torch.zeros(16)), aligned).grown["lm_head.bias"] == 2
 
 
 def test_tensor_named_otherwise_grows_when_both_configs_name_its_rows(pairs: Pairs) -> None:
     base, aligned = changed(odd__table=torch.zeros(16, 8)), changed(odd__table=torch.zeros(18, 8))
-    assert pairs.plan(base, aligned, aligned_config={"vocab_size": 18}).grown == {"odd.table": 2}
     with pytest.raises(PairError):
         pairs.plan(base, aligned)
+    aligned = {**tiny_tensors(vocabulary=18), "odd.table": torch.zeros(18, 8)}
+    assert pairs.plan(base, aligned).grown["odd.table"] == 2
 
 
 def test_hidden_tensor_does_not_grow_because_its_rows_number_the_vocabulary(pairs: Pairs) -> None:
@@ -132,9 +133,22 @@ def test_hidden_tensor_does_not_grow_because_its_rows_number_the_vocabulary(pair
 
 
 @pytest.mark.parametrize("vocabulary", [15, 8])
-def test_less_vocabulary_on_the_aligned_side_is_refused(pairs: Pairs, vocabulary: int) -> None:
+def test_of_a_larger_vocabulary_in_base_the_last_rows_are_not_used(pairs: Pairs, vocabulary: int) -> None:
+    plan = pairs.plan(aligned=tiny_tensors(vocabulary=vocabulary), aligned_config={"vocab_size": vocabulary})
+    base = plan.tensors[EMBED].base
+    assert base is not None
+    assert (base.shape, plan.grown) == ((vocabulary, 8), {})
+    assert plan.warnings[0].startswith("aligned has a smaller vocabulary than base: base's last rows are not used: ")
+    assert f"{EMBED} (-{16 - vocabulary} row" in plan.warnings[0]
+
+
+@pytest.mark.parametrize("side", ["base", "aligned"])
+def test_rows_that_the_own_config_does_not_name_are_refused(pairs: Pairs, side: str) -> None:
     with pytest.raises(PairError, match="shape or kind differs in 2 of 8 tensors"):
-        pairs.plan(aligned=tiny_tensors(vocabulary=vocabulary), aligned_config={"vocab_size": vocabulary})
+        pairs.plan(aligned=tiny_tensors(vocabulary=18), **{f"{side}_config": {"vocab_size": 17}})
+    with pytest.raises(PairError, match="shape or kind differs in 1 of 8 tensors") as caught:
+        pairs.plan(**{f"{side}_config": {"vocab_size": 32}})
+    assert "vocab_size" in caught.value.details[0]
 
 
 @pytest.mark.parametrize("tied", [True, None])
@@ -206,7 +220,7 @@ def test_sizes_of_the_configs_explain_the_shapes(pairs: Pairs) -> None:
         pairs.plan(aligned=tiny_tensors(hidden=16), aligned_config={"hidden_size": 16})
 
 
-@pytest.mark.parametrize("config", [{"model_type": "qwen2"}, {"architectures": ["Other"]}, {"architectures": None}])
+@pytest.mark.parametrize("config", [{"model_type": "qwen2"}, {"architectures": ["Other"]}])
 def test_other_architecture_is_refused(pairs: Pairs, config: dict[str, Any]) -> None:
     with pytest.raises(PairError, match="different architectures"):
         pairs.plan(aligned_config=config)
