@@ -9,7 +9,7 @@ from pathlib import Path
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess, find_source
 from expo_serve.cli.options import REVISION_HELP, add_allow_flag, add_hub_flags, add_rounding_flags, flag_of, normalise
-from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
+from expo_serve.cli.output import check_room, command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError, warn
@@ -109,6 +109,7 @@ def _create(given: argparse.Namespace) -> None:
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
     plan = _reviewed(plan_pair(base, aligned, config, keep_left_out=True), config)
+    check_room(out, "delta create", plan.weight_bytes, is_known=False)
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
@@ -143,6 +144,7 @@ def _verify(given: argparse.Namespace) -> None:
 def _apply(given: argparse.Namespace) -> None:
     out = new_path(given.out)
     _, plan, config = _open(given, _hub(given))
+    check_room(out, "delta apply", plan.weight_bytes)
     with new_folder(out, "delta apply") as folder, command_progress("delta apply", plan.weight_bytes) as progress:
         from expo_serve.write.merged import write_checkpoint
 

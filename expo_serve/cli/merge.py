@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from expo_serve.cli.options import Options, add_source_flags, read_options
-from expo_serve.cli.output import command_progress, new_folder, new_path, parse_size
+from expo_serve.cli.output import check_room, command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import parse_alpha
 from expo_serve.errors import UsageError, warn
@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     problem = tokenizer_problem(plan)
     for warning in (*plan.warnings, *([problem] if problem else [])):
         warn(warning)
+    check_room(out, "merge", plan.weight_bytes)
     with new_folder(out, "merge") as folder, command_progress("merge", plan.weight_bytes) as progress:
         from expo_serve.measure.sample import Sample
         from expo_serve.write.merged import write_checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from expo_serve.errors import ExpoError, UsageError
+from expo_serve.errors import ExpoError, UsageError, warn
 from expo_serve.progress import Progress
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,6 +48,28 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size: expected a size such as 5GB or 500MB, found {text!r}")
     return size
+
+
+def check_room(out: Path, command: str, size: int, *, is_known: bool = True) -> None:
+    """Compare what will be written with the free space, before anything is read.
+
+    Args:
+        out: the folder to write.
+        command: for messages.
+        size: bytes that will be written, or more than that.
+        is_known: whether ``size`` is what will be written; otherwise too little space is only warned of.
+
+    Raises:
+        ExpoError: there is no room.
+    """
+    folder = out.absolute().parent
+    free = shutil.disk_usage(folder).free
+    if free >= size:
+        return
+    found = f"{size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {folder}"
+    if is_known:
+        raise ExpoError(f"{command}: {out} needs {found}; free some space, or give another --out")
+    warn(f"{command}: {out} may need up to {found}")
 
 
 @contextmanager
