@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from expo_serve.load.fill import compile_kernels
 from loadtests.delta_load import Loads, files
 from loadtests.deltas import Deltas, deltas_of
 from loadtests.loading import GPU_CONTENDERS, contenders, empty_model, weight_bytes
@@ -83,6 +84,7 @@ def _refusal(name: str, deltas: Deltas) -> str | None:
 
 
 def _child(name: str, deltas: Deltas) -> None:
+    compile_kernels({"lora16": "lora", "packed": "packed"}.get(name))  # a worker does while it builds the model
     with empty_model(deltas.pair.aligned) as (model, config):
         figures = Loads(deltas, model, config).once(_way(name))
         size = weight_bytes(model)

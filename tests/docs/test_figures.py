@@ -36,7 +36,10 @@ def loading() -> dict[str, list[str]]:
     return {
         "pair, warm": spread(load["warm"]["expo_to"]["plain"]),
         "pair, warm, plain with two torch threads": spread(load["warm"]["expo_to"]["plain2"]),
-        "pair, fresh process": spread(fresh["expo_to_plain"]),
+        "pair, fresh process": spread(fresh["to_plain"]["expo"]),
+        "packed delta, fresh process": spread(fresh["to_plain"]["packed"]),
+        "LoRA rank 16, fresh process": spread(fresh["to_plain"]["lora16"]),
+        "full delta, fresh process": spread(fresh["to_plain"]["full"]),
         "pair, cold": spread(load["cold"]["expo_to"]["plain"]),
         "packed delta (4.7% of the bytes), warm": delta("warm", "packed"),
         "packed delta, cold, disk at 1 GB/s": delta("cold", "packed"),
@@ -157,7 +160,7 @@ def sentence_figures() -> dict[str, list[str]]:
     ]
     phases = result("phases")["demo"]["phases"]
     return {
-        "Three runs of the first row within an hour gave {}, {} and {}": [
+        "Three runs of the first row, two of them within an hour, gave {}, {} and {}": [
             f"{run['warm']['expo_to']['plain']['median']:.2f}" for run in runs
         ],
         "The interval of throughput is {} wide; the bar was 0.06": [f"{high - low:.3f}"],
