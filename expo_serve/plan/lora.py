@@ -18,6 +18,7 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
+from expo_serve.plan.conversion import find_candidates, same_ending, stored_instead
 from expo_serve.plan.lora_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -86,13 +87,16 @@ class LoraDelta:
         """Find base's tensor for every module and every whole tensor, and decide for every tensor of base.
 
         Raises:
-            PairError: base lacks a tensor that the adapter changes, or has it in another shape.
+            PairError: base lacks a tensor that the adapter changes, or has it in another shape or layout, or several
+                could be meant.
             UsageError: an alpha rule matches no tensor.
         """
         modules = _oriented(self.modules, base)
-        names = base_names([*(f"{module.name}.weight" for module in modules), *self.whole_tensors], base.tensors)
+        changed = [*(f"{module.name}.weight" for module in modules), *self.whole_tensors]
+        names = base_names(changed, base.tensors, base.config)
         targets = {name: _target(renamed, base) for name, renamed in names.items()}
         self._refuse_unknown(targets, base, config)
+        self._refuse_shared(names)
         adapted = {names[f"{module.name}.weight"]: targets[f"{module.name}.weight"] for module in modules}
         stored = {names[name]: record for name, record in self.whole_tensors.items()}
         beside_factors = _beside_factors(adapted, stored, base)
@@ -142,9 +146,23 @@ class LoraDelta:
             can_copy = all(name in self.whole_tensors for name in unknown)
             raise PairError(
                 f"the adapter ({self.source.name}) changes {count_of(len(unknown), 'tensor')} that base "
-                f"({base.source.name}) lacks, the first {unknown[0]}; give the base that the adapter was trained on"
+                f"({base.source.name}) lacks, the first {unknown[0]}; {_advice(unknown, base)}"
                 + (", or --unmatched copy to copy them" if can_copy else ""),
                 [f"only in the adapter: {name}" for name in unknown],
+            )
+
+    def _refuse_shared(self, names: Mapping[str, str]) -> None:
+        """Refuse two names of the adapter for one tensor of base. A tied output is base's embedding by other rules."""
+        by_target: defaultdict[str, list[str]] = defaultdict(list)
+        for name, target in names.items():
+            by_target[target].append(name)
+        shared = {target: group for target, group in by_target.items() if len(group) > 1}
+        if shared:
+            target, group = next(iter(shared.items()))
+            raise PairError(
+                f"the adapter ({self.source.name}) changes {count_of(len(shared), 'tensor')} of base twice, under "
+                f"several names, the first {target} as {' and '.join(group)}; save one adapter alone",
+                [f"{target}: {', '.join(group)}" for target, group in shared.items()],
             )
 
     def _refuse_shapes(self, deltas: Mapping[str, LowRankTensorDelta]) -> None:
@@ -188,6 +206,31 @@ class LoraDelta:
                 f"the adapter ({self.source.name}) has an embedding with more rows but no output with as many, and "
                 f"base ties the two, so the output that it was trained with is not known; {_MERGE}"
             )
+
+
+def _advice(unknown: list[str], base: Checkpoint) -> str:
+    """Return what to do about tensors that base lacks: it may be another model, or store the same one otherwise."""
+    found = find_candidates(unknown, base.tensors, base.config, {})
+    for name, others in found.items():
+        if len(others) > 1:
+            return f"several tensors of base could be meant by {name} ({' and '.join([*others][:3])}); {_MERGE}"
+        if others:
+            return (
+                f"{name} would be {next(iter(others))} in base, which another name in the adapter means too; {_MERGE}"
+            )
+    if instead := stored_instead(unknown[0], base.tensors):
+        module, names = instead
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (
+            f"base has {', '.join(names[:3])}{more} in {module}; if these are the same weights in another layout "
+            f"(fused, split or stacked), {_MERGE}, otherwise give the base that the adapter was trained on"
+        )
+    if other := same_ending(unknown[0], base.tensors):
+        return (
+            f"if it is the same tensor as {other} in base, {_MERGE}, otherwise give the base that the adapter was "
+            "trained on"
+        )
+    return "give the base that the adapter was trained on"
 
 
 def _short(name: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from expo_serve.checkpoint.folder import Checkpoint
-from expo_serve.checkpoint.records import TensorRecord
+from expo_serve.checkpoint.records import JsonObject, TensorRecord
+from expo_serve.plan.conversion import pair_names
 from expo_serve.plan.names import (
     is_embedding,
     is_foreign_head,
@@ -40,10 +41,10 @@ class Matching:
 
 
 def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
-    """Pair the tensors of two checkpoints by name, by name with a prefix, and by tied embeddings."""
+    """Pair the tensors of two checkpoints by name, under other wrappers, and by tied embeddings."""
     left_out = tuple(name for name in aligned.tensors if is_foreign_head(name, aligned.config))
     wanted = {name: record for name, record in aligned.tensors.items() if name not in left_out}
-    renamed = _under_aligned_names(base.tensors, wanted)
+    renamed = _under_aligned_names(base, wanted)
     partners = {name: _partner(record, renamed, base, aligned) for name, record in wanted.items()}
     unpaired = {
         name: record
@@ -100,19 +101,34 @@ def _is_dispensable(name: str, record: TensorRecord, base: Checkpoint, aligned: 
     return is_tied_output and _tied_embedding(base, record) is not None
 
 
-def _under_aligned_names(base: Tensors, aligned: Tensors) -> dict[str, TensorRecord]:
+def _under_aligned_names(base: Checkpoint, aligned: Tensors) -> dict[str, TensorRecord]:
     """Key base's tensors by aligned's names for them.
 
     A body that was saved without its head lacks the prefix that the whole model gives it (``layers.0`` against
-    ``model.layers.0``); one that was saved inside a wrapper has a prefix more.
+    ``model.layers.0``); one that was saved inside a wrapper has a prefix more. What no prefix pairs may be wrapped
+    otherwise (:mod:`expo_serve.plan.conversion`).
     """
-    renaming = find_renaming(base, aligned)
+    renaming = find_renaming(base.tensors, aligned)
     renamed = {}
-    for name, record in base.items():
+    for name, record in base.tensors.items():
         other = renaming.apply(name)
-        keeps_name = name in aligned or other in base
+        keeps_name = name in aligned or other in base.tensors
         renamed[name if keeps_name else other] = record
-    return renamed
+    is_left = any(
+        record.is_float and not is_leftover(record) and name not in renamed for name, record in aligned.items()
+    )
+    is_spare = any(name not in aligned for name in renamed)
+    return _converted(renamed, base, aligned) if is_left and is_spare else renamed
+
+
+def _converted(renamed: Tensors, base: Checkpoint, aligned: Tensors) -> dict[str, TensorRecord]:
+    """Return the same tensors of base, those that are wrapped otherwise under aligned's names for them too."""
+    prefixed = {name: record.name for name, record in renamed.items() if name in aligned}
+    pairs = pair_names(aligned, base.tensors, base.config, prefixed)
+    names = {other: name for name, other in pairs.items()}
+    return {
+        names.get(record.name, record.name if name in aligned else name): record for name, record in renamed.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -152,11 +168,18 @@ def _prefixes(longer: Iterable[str], shorter: Mapping[str, None]) -> Iterator[st
             end = name.find(".", end) + 1
 
 
-def base_names(names: Collection[str], base: Tensors) -> dict[str, str]:
-    """Return base's name for each name in a delta: the same name, or with one prefix more or less.
+def base_names(names: Collection[str], base: Tensors, config: JsonObject | None = None) -> dict[str, str]:
+    """Return base's name for each name in a delta: the same name, one with a prefix more or less, or other wrappers.
 
-    A name that base does not have in either form stays as it is.
+    A name that base has in none of these forms, or that could be several of base's, stays as it is.
+
+    Args:
+        names: the delta's names.
+        base: base's tensors.
+        config: base's config, for the names that transformers gives to the tensors of this type of model.
     """
     renaming = find_renaming(names, base)
     renamed = {name: name if name in base else renaming.apply(name) for name in names}
-    return {name: other if other in base else name for name, other in renamed.items()}
+    prefixed = {name: other for name, other in renamed.items() if other in base}
+    found = prefixed if len(prefixed) == len(renamed) else pair_names(renamed, base, config or {}, prefixed)
+    return {name: found.get(name, name) for name in names}
