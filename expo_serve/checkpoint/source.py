@@ -2,73 +2,109 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
 
+from expo_serve.checkpoint.hub import ADAPTER_CONFIG, HubAccess, Repository, hub_endpoint, hub_source, no_subfolder
+from expo_serve.checkpoint.json_files import INDEX_FILE, read_json, read_weight_map
 from expo_serve.checkpoint.records import JsonObject, Operand
+from expo_serve.checkpoint.spellings import right_spelling
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError
 
-INDEX_FILE = "model.safetensors.index.json"
-# Companion files of the weights: config, tokenizer, chat template, remote code.
-_COMPANION_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+__all__ = [
+    "INDEX_FILE",
+    "TOKENIZER_FILES",
+    "HubAccess",
+    "adapter_subfolders",
+    "find_source",
+    "hub_repository",
+    "is_on_network",
+    "read_config",
+    "read_weight_map",
+]
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 """Files by which a tokenizer is recognised, in the order in which they are looked for."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
-_MAX_FILE_NAME_BYTES = 255
+_MAX_FOLDERS = 1000
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NETWORK_TYPES = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"}
     | {"smb3", "smbfs", "virtiofs", "wekafs"}
 )
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class HubAccess:
-    """Access to the hub."""
-
-    token: str | bool | None = None
-    """None for the stored token, if there is one; True to require it."""
-    cache_dir: str | None = None
-    """Folder for downloads; None for the hub's own cache."""
-
-
-def find_source(operand: Operand, given: str, revision: str | None, hub: HubAccess) -> Source:
+def find_source(
+    operand: Operand, given: str, revision: str | None, hub: HubAccess, *, subfolder: str | None = None
+) -> Source:
     """Find a checkpoint or delta; a hub id is downloaded, or taken from the cache when offline.
 
     Args:
         operand: ``base``, ``aligned`` or ``delta``, for messages.
-        given: a folder or a hub id.
+        given: a folder or a hub id; or the name of a source that was found on the hub with the same ``subfolder``.
         revision: branch, tag or commit; for hub ids only.
         hub: token and cache folder.
+        subfolder: folder in ``given`` that holds the files; None for ``given`` itself.
 
     Raises:
         SourceError: there is no such folder or repository, or it cannot be reached.
+        CheckpointError: the index of a repository's shards is damaged.
     """
+    if not given:
+        raise SourceError(f"{operand} is empty: expected a folder or a hub id")
+    subfolder = _inner_path(operand, subfolder) if subfolder is not None else None
+    try:
+        folder = Path(given).expanduser()
+        if folder.is_dir():
+            return _local_source(operand, folder, revision, subfolder)
+        if folder.exists():
+            raise SourceError(f"{operand}: {given!r} is a file; give the folder that holds the checkpoint")
+    except (OSError, RuntimeError, ValueError) as error:  # too long, NUL, permission denied, ~user unknown
+        raise SourceError(f"{operand}: folder {given!r:.200} cannot be found: {error}") from None
+    if subfolder and given.endswith(f"/{subfolder}") and _HUB_ID.fullmatch(given.removesuffix(f"/{subfolder}")):
+        given = given.removesuffix(f"/{subfolder}")
+    _refuse_other_spellings(operand, given)
+    return hub_source(Repository(operand, given, revision, hub, subfolder))
+
+
+def adapter_subfolders(folder: Path) -> list[str]:
+    """Return the subfolders that hold an adapter, relative to ``folder``, at most two levels below it; sorted.
+
+    Args:
+        folder: folder whose visible subfolders are looked through.
+    """
+    found = []
+    for pattern in ("*", "*/*"):
+        for number, path in enumerate(folder.glob(f"{pattern}/{ADAPTER_CONFIG}")):
+            parts = path.relative_to(folder).parent.parts
+            if number < _MAX_FOLDERS and not any(part.startswith(".") for part in parts):
+                found.append("/".join(parts))
+    return sorted(found)
+
+
+def _inner_path(operand: Operand, subfolder: str) -> str | None:
+    """Return a subfolder's path in its usual form; None if it is the folder itself."""
+    path = PurePosixPath(subfolder)
+    if not subfolder or path.is_absolute() or ".." in path.parts or set(subfolder) & set("\\\0\n"):
+        raise SourceError(
+            f"{operand}: subfolder {subfolder!r}: expected the path of a folder inside the source, such as 'adapter'"
+        )
+    return path.as_posix() if path.parts else None
+
+
+def _refuse_other_spellings(operand: Operand, given: str) -> None:
+    """Refuse what is no hub id, with the right spelling where it can be told."""
+    is_hub_id = _HUB_ID.fullmatch(given) and not _HUB_FOLDER.fullmatch(given)
+    if not is_hub_id and (spelling := right_spelling(operand, given, hub_endpoint())):
+        raise SourceError(f"{operand}: {given!r} is neither a folder nor a hub id; give {spelling}")
     if _URL.match(given):
         raise SourceError(
             f"{operand}: {given!r} is not supported: expected a folder or a hub id; download or mount it first"
         )
-    if not given:
-        raise SourceError(f"{operand} is empty: expected a folder or a hub id")
-    try:
-        folder = Path(given).expanduser()
-        if folder.is_dir():
-            return _local_source(operand, folder, revision)
-        if folder.exists():
-            raise SourceError(f"{operand}: {given!r} is a file; give the folder that holds the checkpoint")
-    except (OSError, RuntimeError) as error:  # name too long, permission denied, ~user unknown
-        raise SourceError(f"{operand}: folder {given!r:.200} cannot be found: {error}") from None
     if not _HUB_ID.fullmatch(given):
         raise SourceError(f"{operand}: folder {given!r} does not exist")
-    return _hub_source(operand, given, revision, hub)
 
 
 def hub_repository(folder: Path) -> tuple[Path, str] | None:
@@ -80,93 +116,36 @@ def hub_repository(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _local_source(operand: Operand, folder: Path, revision: str | None) -> Source:
+def _local_source(operand: Operand, folder: Path, revision: str | None, subfolder: str | None) -> Source:
     path = folder.resolve()
+    inner = _inside(operand, path, subfolder) if subfolder else path
     repository = hub_repository(path)
     if repository and path.parent.name == "snapshots":
         commit = path.name
         if revision not in (None, commit):
             raise SourceError(f"{operand}: {path} is commit {commit}, but revision {revision!r} was requested")
-        return Source(name=repository[1], path=str(path), revision=commit)
+        name = f"{repository[1]}/{subfolder}" if subfolder else repository[1]
+        return Source(name=name, path=str(inner), revision=commit)
+    if (match := _HUB_FOLDER.fullmatch(path.name)) and (path / "snapshots").is_dir():
+        raise SourceError(
+            f"{operand}: {path} is a repository of the hub cache, not a checkpoint; give "
+            f"--{operand} {match['name'].replace('--', '/')}, or one of the folders in {path / 'snapshots'}"
+        )
     if revision is not None:
         raise SourceError(
             f"{operand}: revision {revision!r} was given, but {str(folder)!r} is a folder; leave the revision out"
         )
-    return Source(name=path.name or "model", path=str(path))
+    return Source(name=inner.name or "model", path=str(inner))
 
 
-def _hub_source(operand: Operand, hub_id: str, revision: str | None, hub: HubAccess) -> Source:
-    from huggingface_hub import snapshot_download
-
-    def fetch(patterns: list[str], commit: str | None) -> Path:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=commit,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                token=hub.token,
-                cache_dir=hub.cache_dir,
-            )
-        )
-
-    folder = _map_hub_errors(operand, hub_id, revision, lambda: fetch(list(_COMPANION_FILES), revision))
-    weights = _weight_patterns(folder)
-    _map_hub_errors(operand, hub_id, revision, lambda: fetch(weights, folder.name))
-    return Source(name=hub_id, path=str(folder.resolve()), revision=folder.name)
-
-
-def _weight_patterns(folder: Path) -> list[str]:
-    """Return the files that the index names: repositories often hold a second copy of the weights."""
-    index = folder / INDEX_FILE
-    return sorted(set(read_weight_map(index).values())) if index.is_file() else ["*.safetensors"]
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Read a safetensors index: a mapping from tensor names to file names.
-
-    Raises:
-        CheckpointError: the index cannot be read, is not JSON, has no weight_map, or names a file outside its folder.
-    """
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected an object 'weight_map' from tensor names to file names")
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_file_name(shard):
-            raise CheckpointError(
-                f"{index}: tensor {tensor!r} is mapped to {shard!r}; expected the file name of a shard in this folder"
-            )
-    return weight_map
-
-
-def _is_file_name(name: str) -> bool:
-    size = len(name.encode(errors="surrogatepass"))
-    return name not in (".", "..") and 0 < size <= _MAX_FILE_NAME_BYTES and not set(name) & set("/\\\0")
-
-
-def _map_hub_errors(operand: Operand, hub_id: str, revision: str | None, call: Callable[[], T]) -> T:
-    """Run a hub call and turn its errors into one line that names the operand."""
-    from huggingface_hub import errors as hub_errors
-
-    where = f"{operand}: {hub_id!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        return call()
-    except hub_errors.GatedRepoError:
-        raise SourceError(f"{where} is gated: accept its terms on the hub and pass --hf-token") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise SourceError(
-            f"{where}: no such folder, and no such repository on the hub (a private one needs --hf-token)"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise SourceError(f"{where}: the hub has no such revision") from None
-    except hub_errors.LocalEntryNotFoundError:
-        raise SourceError(
-            f"{where}: no such folder, not in the hub cache, and the hub cannot be reached (offline?)"
-        ) from None
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{where}: the hub did not answer as expected: {first_line}") from None
+def _inside(operand: Operand, folder: Path, subfolder: str) -> Path:
+    """Return a subfolder, which must not lead out of its folder by a link."""
+    path = (folder / subfolder).resolve()
+    if not path.is_dir():
+        raise SourceError(f"{operand}: {no_subfolder(str(folder), subfolder, adapter_subfolders(folder))}")
+    if not path.is_relative_to(folder):
+        raise SourceError(f"{operand}: subfolder {subfolder!r} leads out of {folder} (to {path}); give {path} itself")
+    return path
 
 
 def read_config(operand: str, source: Source, name: str = "config.json") -> JsonObject:
@@ -183,19 +162,9 @@ def read_config(operand: str, source: Source, name: str = "config.json") -> Json
     path = Path(source.path) / name
     if not path.is_file():
         raise CheckpointError(f"{operand}: {source.path} has no {name}; give the folder of a checkpoint")
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _read_json(path: Path) -> object:
-    try:
-        content: object = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
     return content
 
 

@@ -1,0 +1,55 @@
+"""Reads the JSON files of a checkpoint: objects in general, and the index of its shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from expo_serve.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_FILE_NAME_BYTES = 255
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read a safetensors index: a mapping from tensor names to file names.
+
+    Args:
+        index: the file.
+
+    Raises:
+        CheckpointError: the index cannot be read, is not JSON, has no weight_map, or names a file outside its folder.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_file_name(shard):
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} is mapped to {shard!r}; expected the file name of a shard in this folder"
+            )
+    return weight_map
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not JSON.
+    """
+    try:
+        content: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    return content
+
+
+def _is_file_name(name: str) -> bool:
+    size = len(name.encode(errors="surrogatepass"))
+    return name not in (".", "..") and 0 < size <= _MAX_FILE_NAME_BYTES and not set(name) & set("/\\\0")
