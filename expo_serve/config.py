@@ -230,6 +230,8 @@ class ExpoConfig(BaseModel):
     base_revision: str | None = None
     aligned_revision: str | None = None
     delta_revision: str | None = None
+    delta_subfolder: str | None = None
+    """Folder within ``delta`` that holds the adapter, where a repository holds several."""
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
     allow_links: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
@@ -247,6 +249,8 @@ class ExpoConfig(BaseModel):
             raise KeysError("{} is missing: expected " + SOURCE_EXPECTED, "base")
         if self.delta_revision is not None and self.delta is None:
             raise KeysError("{} is given, but {} is not", "delta_revision", "delta")
+        if self.delta_subfolder is not None and self.delta is None:
+            raise KeysError("{} is given, but {} is not", "delta_subfolder", "delta")
         if self.aligned_revision is not None and self.delta is not None:
             raise KeysError("{} is given, but {} is not", "aligned_revision", "aligned")
         return self

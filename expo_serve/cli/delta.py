@@ -8,7 +8,15 @@ from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess, find_source
-from expo_serve.cli.options import REVISION_HELP, add_allow_flag, add_hub_flags, add_rounding_flags, flag_of, normalise
+from expo_serve.cli.options import (
+    REVISION_HELP,
+    SUBFOLDER_HELP,
+    add_allow_flag,
+    add_hub_flags,
+    add_rounding_flags,
+    flag_of,
+    normalise,
+)
 from expo_serve.cli.output import check_room, command_progress, new_folder, new_path, parse_size
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
@@ -74,6 +82,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_source(verify, "aligned", "the checkpoint that the delta must decode to, if it is to be compared too")
     apply = add("apply", _apply, "write the checkpoint that base and any kind of delta give", "base", "delta", "out")
     _add_source(apply, "delta", "a packed delta, a LoRA adapter or a full delta")
+    apply.add_argument("--delta-subfolder", metavar="DIR", help=SUBFOLDER_HELP)
     apply.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default %(default)s)")
     for action in (create, apply):
         action.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist")
@@ -155,7 +164,10 @@ def _apply(given: argparse.Namespace) -> None:
 def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan, ExpoConfig]:
     """Open the delta, and plan every tensor at alpha 0."""
     rounding = {key: value for key in ("rounding", "rounding_seed") if (value := getattr(given, key, None)) is not None}
-    config = _config(given, delta=given.delta, delta_revision=given.delta_revision, **rounding)
+    subfolder = getattr(given, "delta_subfolder", None)
+    config = _config(
+        given, delta=given.delta, delta_revision=given.delta_revision, delta_subfolder=subfolder, **rounding
+    )
     base = open_checkpoint("base", locate("base", config, hub))
     delta = open_delta(locate("delta", config, hub))
     if isinstance(delta, PackedDelta):

@@ -19,10 +19,11 @@ from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, DoubtNam
 from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
-    "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "alpha-rule",
-    "unmatched", "allow", "allow-links", "rounding", "rounding-seed",
+    "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "delta-subfolder",
+    "alpha-rule", "unmatched", "allow", "allow-links", "rounding", "rounding-seed",
 )  # fmt: skip
 REVISION_HELP = "branch, tag or commit on the hub"
+SUBFOLDER_HELP = "the folder of the adapter within --delta, where that holds several"
 _SHARED_FLAGS = ("hf-token", "download-dir")
 _SET_BY_US = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
 """Flags of vLLM that expo-serve sets itself."""
@@ -60,6 +61,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--aligned-revision", "--revision", metavar="R", dest="aligned_revision", help=REVISION_HELP,
     )  # fmt: skip
     group.add_argument("--delta-revision", metavar="R", help=REVISION_HELP)
+    group.add_argument("--delta-subfolder", metavar="DIR", help=SUBFOLDER_HELP)
     group.add_argument(
         "--alpha-rule", metavar="REGEX=VALUE", action="append", default=[],
         help="use another alpha for the tensors whose name matches; the first matching rule wins; can be repeated",

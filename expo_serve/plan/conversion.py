@@ -24,36 +24,36 @@ from expo_serve.plan.conversion_table import NO_CONVERSION, Conversion, read_con
 
 _LANGUAGE_WRAPPERS = frozenset({"model", "language_model", "text_model", "llm"})
 """Modules around a language model (or a whole model) in transformers, vLLM, and code that is published with models."""
+_LANGUAGE_MODULES = frozenset(
+    {"decoder", "embed_tokens", "final_layernorm", "h", "layers", "lm_head", "ln_f", "norm", "transformer", "wte"}
+)
+"""What a language model holds at its top."""
 _TOWER_WRAPPER = re.compile(r"^(vision_tower)\.vision_model\.")
 """A tower's own wrapper, which transformers 5 removed from its vision models (``PrefixChange`` in its table)."""
 
 Rename = Callable[[str], str]
+Candidates = dict[str, dict[str, None]]
+"""Names to the tensors of base that each can mean, in order."""
 
 
-def pair_names(
-    names: Collection[str], base: Collection[str], config: JsonObject, prefixed: Mapping[str, str]
-) -> dict[str, str]:
-    """Pair names with base's, each with exactly one that no other name is paired with.
-
-    Args:
-        names: the tensors of an adapter, a delta or an aligned checkpoint.
-        base: base's names.
-        config: base's config, which gives the type of the model.
-        prefixed: base's names for those that one prefix pairs.
-
-    Returns:
-        Base's name for each name that was paired: the name itself where base has it.
-    """
-    found = find_candidates(names, base, config, prefixed)
-    single = {name: next(iter(candidates)) for name, candidates in found.items() if len(candidates) == 1}
+def only_pairs(candidates: Candidates) -> dict[str, str]:
+    """Return base's name for each name that can mean exactly one tensor, which no other name means."""
+    single = {name: next(iter(others)) for name, others in candidates.items() if len(others) == 1}
     uses = Counter(single.values())
     return {name: other for name, other in single.items() if name == other or uses[other] == 1}
 
 
 def find_candidates(
     names: Collection[str], base: Collection[str], config: JsonObject, prefixed: Mapping[str, str]
-) -> dict[str, dict[str, None]]:
-    """Find the tensors of base that each name can mean. For the arguments see :func:`pair_names`."""
+) -> Candidates:
+    """Find the tensors of base that each name can mean: the one of the same name, where base has it.
+
+    Args:
+        names: the tensors of an adapter, a delta or an aligned checkpoint.
+        base: base's names.
+        config: base's config, which gives the type of the model.
+        prefixed: base's names for those that one prefix pairs.
+    """
     conversion = read_conversion(config)
 
     def as_loaded(name: str) -> str:
@@ -63,15 +63,11 @@ def find_candidates(
     readings = [(bare_name, _by_key(base, bare_name))]
     if conversion is not NO_CONVERSION:
         readings += [(bare_name, _by_key(base, as_loaded)), (as_loaded, readings[0][1])]
-    endings = _by_ending(base)
-    found = {}
-    for name in names:
-        candidates = {name: None} if name in base else _candidates(name, readings, conversion)
+    found = {name: {name: None} if name in base else _candidates(name, readings, conversion) for name in names}
+    for name, candidates in found.items():
         if name not in base and name in prefixed:
             candidates[prefixed[name]] = None
-        elif name not in base and candidates and bare_name(name) == name:
-            candidates.update(dict.fromkeys(endings[name]))
-        found[name] = candidates
+    _add_towers(found, base, prefixed)
     return found
 
 
@@ -82,6 +78,11 @@ def bare_name(name: str) -> str:
     return _TOWER_WRAPPER.sub(r"\1.", ".".join(parts[len(wrappers) :]))
 
 
+def is_in_language_part(name: str) -> bool:
+    """Return whether a tensor of a multimodal model belongs to its language model, by what follows the wrappers."""
+    return bare_name(name).split(".")[0] in _LANGUAGE_MODULES
+
+
 def _by_key(names: Iterable[str], rename: Rename) -> dict[str, list[str]]:
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -89,18 +90,15 @@ def _by_key(names: Iterable[str], rename: Rename) -> dict[str, list[str]]:
     return dict(keys)
 
 
-def _by_ending(names: Iterable[str]) -> defaultdict[str, list[str]]:
-    """Key names by all that follows one of their dots.
-
-    A name without a wrapper, as ``layers.0.mlp``, may be that of a tower that was trained alone.
-    """
-    endings: defaultdict[str, list[str]] = defaultdict(list)
-    for name in names:
-        end = name.find(".") + 1
+def _add_towers(found: Candidates, base: Iterable[str], prefixed: Mapping[str, str]) -> None:
+    """Add all tensors of the same ending to a name without a wrapper: ``layers.0`` may be that of a tower alone."""
+    bare = {name for name, others in found.items() if others and name not in prefixed and bare_name(name) == name}
+    for other in base if bare else ():
+        end = other.find(".") + 1
         while end:
-            endings[name[end:]].append(name)
-            end = name.find(".", end) + 1
-    return endings
+            if other[end:] in bare:
+                found[other[end:]][other] = None
+            end = other.find(".", end) + 1
 
 
 def _candidates(

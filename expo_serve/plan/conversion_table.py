@@ -233,7 +233,7 @@ def _texts(node: ast.expr | None) -> tuple[str, ...]:
         ValueError: it is neither.
     """
     value = ast.literal_eval(node) if node else None
-    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    texts = tuple(value) if isinstance(value, list) else (value,)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{value!r} is no pattern")
     return texts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +18,7 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
-from expo_serve.plan.conversion import find_candidates, same_ending, stored_instead
+from expo_serve.plan.conversion import same_ending, stored_instead
 from expo_serve.plan.lora_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -27,7 +27,7 @@ from expo_serve.plan.lora_format import (
     read_lora_config,
     sort_tensors,
 )
-from expo_serve.plan.matching import Tensors, base_names
+from expo_serve.plan.matching import Tensors, base_candidates, base_names
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
@@ -146,7 +146,7 @@ class LoraDelta:
             can_copy = all(name in self.whole_tensors for name in unknown)
             raise PairError(
                 f"the adapter ({self.source.name}) changes {count_of(len(unknown), 'tensor')} that base "
-                f"({base.source.name}) lacks, the first {unknown[0]}; {_advice(unknown, base)}"
+                f"({base.source.name}) lacks, the first {unknown[0]}; {_advice(unknown, targets, base)}"
                 + (", or --unmatched copy to copy them" if can_copy else ""),
                 [f"only in the adapter: {name}" for name in unknown],
             )
@@ -208,10 +208,11 @@ class LoraDelta:
             )
 
 
-def _advice(unknown: list[str], base: Checkpoint) -> str:
+def _advice(unknown: list[str], names: Collection[str], base: Checkpoint) -> str:
     """Return what to do about tensors that base lacks: it may be another model, or store the same one otherwise."""
-    found = find_candidates(unknown, base.tensors, base.config, {})
-    for name, others in found.items():
+    found = base_candidates(names, base.tensors, base.config)
+    for name in unknown:
+        others = found[name]
         if len(others) > 1:
             return f"several tensors of base could be meant by {name} ({' and '.join([*others][:3])}); {_MERGE}"
         if others:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import JsonObject, TensorRecord
-from expo_serve.plan.conversion import pair_names
+from expo_serve.plan.conversion import Candidates, find_candidates, is_in_language_part, only_pairs
 from expo_serve.plan.names import (
     is_embedding,
     is_foreign_head,
+    is_language_part,
     is_leftover,
     is_mtp,
     is_output,
@@ -36,6 +37,8 @@ class Matching:
     """Tensors of base that no tensor of aligned is paired with, and that would be missed."""
     mtp_only_in_aligned: tuple[str, ...]
     """Multi-token prediction layers that only aligned has. The model itself does not load them."""
+    towers: tuple[str, ...]
+    """Tensors outside of the language part, where one side is multimodal and the other its language part alone."""
     left_out: tuple[str, ...]
     """Tensors of a value head in a model that generates text: no such model can load them."""
 
@@ -53,15 +56,23 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
     }
     mtp_only = {name for name, record in unpaired.items() if is_mtp(record, aligned.config)}
     used = {partner.name for partner in partners.values() if partner}
+    only_aligned = {name: record for name, record in unpaired.items() if name not in mtp_only}
+    only_base = {
+        name: record
+        for name, record in renamed.items()
+        if record.name not in used and not _is_dispensable(name, record, base, aligned)
+    }
+    towers: tuple[str, ...] = ()
+    if is_language_part(base.config, aligned.config):
+        towers = tuple(name for name in only_aligned if not is_in_language_part(name))
+    elif is_language_part(aligned.config, base.config):
+        towers = tuple(name for name, record in only_base.items() if not is_in_language_part(record.name))
     return Matching(
         partners=partners,
         same_name={name: record for name, record in renamed.items() if name in aligned.tensors},
-        only_aligned={name: record for name, record in unpaired.items() if name not in mtp_only},
-        only_base={
-            name: record
-            for name, record in renamed.items()
-            if record.name not in used and not _is_dispensable(name, record, base, aligned)
-        },
+        only_aligned={name: record for name, record in only_aligned.items() if name not in towers},
+        only_base={name: record for name, record in only_base.items() if name not in towers},
+        towers=towers,
         mtp_only_in_aligned=tuple(name for name in unpaired if name in mtp_only),
         left_out=left_out,
     )
@@ -124,7 +135,7 @@ def _under_aligned_names(base: Checkpoint, aligned: Tensors) -> dict[str, Tensor
 def _converted(renamed: Tensors, base: Checkpoint, aligned: Tensors) -> dict[str, TensorRecord]:
     """Return the same tensors of base, those that are wrapped otherwise under aligned's names for them too."""
     prefixed = {name: record.name for name, record in renamed.items() if name in aligned}
-    pairs = pair_names(aligned, base.tensors, base.config, prefixed)
+    pairs = only_pairs(find_candidates(aligned, base.tensors, base.config, prefixed))
     names = {other: name for name, other in pairs.items()}
     return {
         names.get(record.name, record.name if name in aligned else name): record for name, record in renamed.items()
@@ -178,8 +189,19 @@ def base_names(names: Collection[str], base: Tensors, config: JsonObject | None 
         base: base's tensors.
         config: base's config, for the names that transformers gives to the tensors of this type of model.
     """
+    prefixed = _prefixed_names(names, base)
+    is_paired = all(name in prefixed for name in names)
+    pairs = prefixed if is_paired else only_pairs(base_candidates(names, base, config))
+    return {name: pairs.get(name, name) for name in names}
+
+
+def base_candidates(names: Collection[str], base: Tensors, config: JsonObject | None = None) -> Candidates:
+    """Return all tensors of base that each name can mean. For the arguments see :func:`base_names`."""
+    return find_candidates(names, base, config or {}, _prefixed_names(names, base))
+
+
+def _prefixed_names(names: Collection[str], base: Tensors) -> dict[str, str]:
+    """Return base's name for each name that base has as it is, or with the prefix that pairs the most."""
     renaming = find_renaming(names, base)
     renamed = {name: name if name in base else renaming.apply(name) for name in names}
-    prefixed = {name: other for name, other in renamed.items() if other in base}
-    found = prefixed if len(prefixed) == len(renamed) else pair_names(renamed, base, config or {}, prefixed)
-    return {name: found.get(name, name) for name in names}
+    return {name: other for name, other in renamed.items() if other in base}

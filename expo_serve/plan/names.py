@@ -103,6 +103,18 @@ def may_tie_output(base: Mapping[str, object]) -> bool:
     return ties is True or (ties is None and not is_body)
 
 
+def is_language_part(part: Mapping[str, object], whole: Mapping[str, object]) -> bool:
+    """Return whether one config is that of the language part alone of a multimodal model with the other config."""
+    kind = part.get("model_type")
+    has_parts = any(isinstance(part.get(key), dict) for key in _LANGUAGE_PARTS)
+    parts = (whole.get(key) for key in _LANGUAGE_PARTS)
+    return (
+        kind is not None
+        and not has_parts
+        and any(isinstance(one, dict) and one.get("model_type") == kind for one in parts)
+    )
+
+
 def architecture_stems(config: Mapping[str, object]) -> object:
     """Return the architectures without their heads: a body that was saved alone differs from the whole in the head."""
     names = config.get("architectures")

@@ -79,12 +79,21 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
             f"only aligned has multi-token prediction layers ({count_of(len(matching.mtp_only_in_aligned), 'tensor')}):"
             " they are not extrapolated; the model itself does not load them"
         )
+    if matching.towers:
+        yield _tower_warning(plan, matching)
     yield from value_head_warnings(plan.left_out)
     if plan.copied_unmatched or plan.ignored_base:
         yield (
             f"--unmatched copy: copied {count_of(len(plan.copied_unmatched), 'tensor')} that only aligned has, "
             f"ignored {count_of(len(plan.ignored_base), 'tensor')} that only base has"
         )
+
+
+def _tower_warning(plan: Plan, matching: Matching) -> str:
+    count = count_of(len(matching.towers), "tensor")
+    if matching.towers[0] in plan.tensors:
+        return f"base is aligned's language part alone: {count} outside of it are aligned's at every alpha"
+    return f"aligned is base's language part alone: {count} of base outside of it are not used"
 
 
 def _rows(record: TensorRecord) -> int:

@@ -89,16 +89,18 @@ def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
     Raises:
         SourceError: there is no such folder or repository, or it cannot be reached.
     """
+    subfolder = config.delta_subfolder if operand == "delta" else None
     if config.pinned:
-        return _on_this_machine(operand, getattr(config.pinned, operand), hub)
-    found = find_source(operand, getattr(config, operand), getattr(config, f"{operand}_revision"), hub)
+        return _on_this_machine(operand, getattr(config.pinned, operand), hub, subfolder)
+    revision = getattr(config, f"{operand}_revision")
+    found = find_source(operand, getattr(config, operand), revision, hub, subfolder=subfolder)
     links = tuple(str(Path(root).expanduser().resolve()) for root in config.allow_links)
     return found.model_copy(update={"links": links})
 
 
-def _on_this_machine(operand: Operand, source: Source, hub: HubAccess) -> Source:
+def _on_this_machine(operand: Operand, source: Source, hub: HubAccess, subfolder: str | None) -> Source:
     """Return the source as this machine has it: a worker elsewhere may need its own cache or the hub."""
     if Path(source.path).is_dir() or source.revision is None:
         return source
-    found = find_source(operand, source.name, source.revision, hub)
+    found = find_source(operand, source.name, source.revision, hub, subfolder=subfolder)
     return found.model_copy(update={"fingerprint": source.fingerprint, "links": source.links})

@@ -15,6 +15,7 @@ from expo_serve.plan.names import (
     architecture_stems,
     is_adapter_part,
     is_embedding,
+    is_language_part,
     is_leftover,
     is_output,
     ties_embeddings,
@@ -39,6 +40,8 @@ def refuse_unused_rules(config: ExpoConfig, names: Iterable[str]) -> None:
 def refuse_architectures(base: Checkpoint, other: Checkpoint) -> None:
     """Require one type of model. The classes may differ in the head, as that of a body saved alone does.
 
+    A multimodal model and its language part are one type: the language part is extrapolated.
+
     Args:
         base: the checkpoint before alignment.
         other: the aligned checkpoint, or a delta that has a config.
@@ -50,6 +53,8 @@ def refuse_architectures(base: Checkpoint, other: Checkpoint) -> None:
     stems = [architecture_stems(side.config) for side in (base, other)]
     # Nothing reads the architectures of base: converters and trainers leave them out.
     if same_type and (stems[0] == stems[1] or not all(stems)):
+        return
+    if is_language_part(base.config, other.config) or is_language_part(other.config, base.config):
         return
     key = "architectures" if same_type else "model_type"
     is_delta = other.operand == "delta"

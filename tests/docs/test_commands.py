@@ -23,7 +23,8 @@ VLLM_FLAGS = {
     "--hf-overrides", "--language-model-only", "--load-format", "--master-addr", "--max-lora-rank", "--max-loras",
     "--max-model-len", "--mm-encoder-only", "--model", "--model-impl", "--model-loader-extra-config", "--nnodes",
     "--no-use-tqdm-on-load", "--node-rank", "--pipeline-parallel-size", "--port", "--quantization",
-    "--served-model-name", "--shutdown-timeout", "--speculative-config", "--tensor-parallel-size", "--tokenizer",
+    "--served-model-name", "--shutdown-timeout", "--skip-tokenizer-init", "--speculative-config",
+    "--tensor-parallel-size", "--tokenizer",
     "--trust-remote-code", "--dtype", "--worker-extension-cls",
 }  # fmt: skip
 """Flags of vLLM that the pages show; the real parser knows all of them (a test)."""

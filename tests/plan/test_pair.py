@@ -144,10 +144,11 @@ def test_of_a_larger_vocabulary_in_base_the_last_rows_are_not_used(pairs: Pairs,
 
 @pytest.mark.parametrize("side", ["base", "aligned"])
 def test_rows_that_the_own_config_does_not_name_are_refused(pairs: Pairs, side: str) -> None:
+    wrong: dict[str, Any] = {f"{side}_config": {"vocab_size": 17}}
     with pytest.raises(PairError, match="shape or kind differs in 2 of 8 tensors"):
-        pairs.plan(aligned=tiny_tensors(vocabulary=18), **{f"{side}_config": {"vocab_size": 17}})
+        pairs.plan(aligned=tiny_tensors(vocabulary=18), **wrong)
     with pytest.raises(PairError, match="shape or kind differs in 1 of 8 tensors") as caught:
-        pairs.plan(**{f"{side}_config": {"vocab_size": 32}})
+        pairs.plan(**wrong)
     assert "vocab_size" in caught.value.details[0]
 
 

@@ -9,6 +9,9 @@
 {{- $args = append $args (printf "--alpha=%s" $v.alpha) -}}
 {{- range $v.alphaRules -}}{{- $args = append $args (printf "--alpha-rule=%s" .) -}}{{- end -}}
 {{- with $v.unmatched -}}{{- $args = append $args (printf "--unmatched=%s" .) -}}{{- end -}}
+{{- range $v.allow -}}{{- $args = append $args (printf "--allow=%s" .) -}}{{- end -}}
+{{- range $v.allowLinks -}}{{- $args = append $args (printf "--allow-links=%s" .) -}}{{- end -}}
+{{- with $v.deltaSubfolder -}}{{- $args = append $args (printf "--delta-subfolder=%s" .) -}}{{- end -}}
 {{- with $v.rounding -}}{{- $args = append $args (printf "--rounding=%s" .) -}}{{- end -}}
 {{- if not (kindIs "invalid" $v.roundingSeed) -}}
 {{- $args = append $args (printf "--rounding-seed=%d" (int64 $v.roundingSeed)) -}}

@@ -1,0 +1,192 @@
+"""Pairs that differ in dress: what vLLM gets, what ``merge`` writes and what is computed from the plain pair are one.
+
+Each case changes how the sides of a pair are stored, and neither what the model is nor what is to come out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from tests.command import run_here
+from tests.compare import by_expo, differing, load
+from tests.models import build_pair, read_tensors, reference_checkpoint
+from tests.models.build import write_checkpoint
+from tests.models.extras import build_multimodal_pair
+from tests.models.raw import same_bits, write_index
+
+pytestmark = pytest.mark.engine
+ALPHA = 0.5
+WEIGHTS = "model.safetensors"
+Dress = Callable[[Path, Path], dict[str, Any]]
+"""Changes base and aligned in place; returns further keys of the loader's extra config."""
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:
+    """Write all tensors of a checkpoint anew, and keys of its config; None removes one."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    file = folder / "config.json"
+    content = {**json.loads(file.read_text()), **config}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def rename(folder: Path, new: Callable[[str], str]) -> None:
+    """Store a checkpoint under other names."""
+    rewrite(folder, {new(name): tensor for name, tensor in read_tensors(folder).items()})
+
+
+def _parallel(base: Path, aligned: Path) -> dict[str, Any]:
+    rename(aligned, lambda name: f"module.{name}")
+    return {}
+
+
+def _compiled(base: Path, aligned: Path) -> dict[str, Any]:
+    rename(aligned, lambda name: name.replace("model.", "model._orig_mod.", 1))
+    rename(base, lambda name: f"_orig_mod.{name}")
+    return {}
+
+
+def _padded_base(base: Path, aligned: Path) -> dict[str, Any]:
+    tensors = read_tensors(base)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        padding = torch.full((8, tensors[name].shape[1]), torch.nan, dtype=tensors[name].dtype)
+        tensors[name] = torch.cat([tensors[name], padding])
+    rewrite(base, tensors, vocab_size=264)
+    return {}
+
+
+def _no_architectures(base: Path, aligned: Path) -> dict[str, Any]:
+    rewrite(base, read_tensors(base), architectures=None)
+    return {}
+
+
+def _linked(base: Path, aligned: Path) -> dict[str, Any]:
+    store = base.parent / "store"
+    store.mkdir()
+    for side in (base, aligned):
+        (side / WEIGHTS).rename(store / side.name)
+        (side / WEIGHTS).symlink_to(store / side.name)
+    return {"allow_links": [str(store)]}
+
+
+def _stale_shard(base: Path, aligned: Path) -> dict[str, Any]:
+    """The index says which of two files has a tensor; the other has former values."""
+    tensors = read_tensors(aligned)
+    names = list(tensors)
+    stale = {names[0]: torch.zeros_like(tensors[names[0]])}
+    first, second = names[:5], names[5:]
+    save_file({name: tensors[name] for name in first}, aligned / "a.safetensors")
+    save_file({**stale, **{name: tensors[name] for name in second}}, aligned / "b.safetensors")
+    write_index(aligned, {**dict.fromkeys(first, "a.safetensors"), **dict.fromkeys(second, "b.safetensors")})
+    (aligned / WEIGHTS).unlink()
+    return {}
+
+
+def _hidden_file(base: Path, aligned: Path) -> dict[str, Any]:
+    (aligned / "._model.safetensors").write_bytes(bytes([0, 5, 22, 7]) * 1024)
+    return {}
+
+
+DRESSES: dict[str, Dress] = {
+    "data parallel": _parallel,
+    "compiled": _compiled,
+    "padding of base": _padded_base,
+    "no architectures in base": _no_architectures,
+    "links": _linked,
+    "a stale shard": _stale_shard,
+    "a hidden file": _hidden_file,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Base, aligned, and the result as it is computed here."""
+    folder = tmp_path_factory.mktemp("plain")
+    base, aligned = build_pair(folder)
+    return base, aligned, reference_checkpoint(base, aligned, ALPHA, folder / "expected")
+
+
+@pytest.mark.parametrize("dress", DRESSES.values(), ids=DRESSES)
+def test_dress_changes_nothing(plain: tuple[Path, Path, Path], dress: Dress, tmp_path: Path) -> None:
+    base, aligned = (shutil.copytree(side, tmp_path / side.name) for side in plain[:2])
+    expected = plain[2]
+    more = dress(base, aligned)
+    assert merged(base, aligned, tmp_path / "merged", more).keys() == read_tensors(expected).keys()
+    assert_same(read_tensors(tmp_path / "merged"), read_tensors(expected))
+    assert_loads_alike(expected, base, aligned, more)
+
+
+def merged(base: Path, aligned: Path, out: Path, more: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What ``merge`` writes."""
+    flags = [f"--allow-links={folder}" for folder in more.get("allow_links", ())]
+    arguments = ["--base", str(base), "--aligned", str(aligned), "--alpha", str(ALPHA), "--out", str(out), *flags]
+    result = run_here("merge", *arguments)
+    assert result.returncode == 0, result.stderr
+    return read_tensors(out)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names and bits."""
+    assert [name for name, tensor in expected.items() if not same_bits(found[name], tensor)] == []
+
+
+def assert_loads_alike(expected: Path, base: Path, aligned: Path, more: dict[str, Any]) -> None:
+    """VLLM gets what it gets from the expected checkpoint."""
+    found, report = load(aligned, **by_expo(base, ALPHA, **more))
+    assert report is not None
+    assert differing(found, load(expected)[0]) == []
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pair of a model with a tower."""
+    return build_multimodal_pair(tmp_path_factory.mktemp("multimodal"), "5GB")
+
+
+def language_part(folder: Path, out: Path) -> Path:
+    """Save the language model of a checkpoint alone."""
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    write_checkpoint(model.language_model, out, torch.bfloat16)
+    return out
+
+
+def test_language_part_of_base_alone(multimodal: tuple[Path, Path], tmp_path: Path) -> None:
+    """Aligned is multimodal: its tower stays."""
+    text = language_part(multimodal[0], tmp_path / "text")
+    whole = read_tensors(multimodal[1])
+    prefix = "language_model."
+    expected = reference_checkpoint(
+        text, multimodal[1], ALPHA, tmp_path / "expected", lambda name: name.removeprefix(prefix)
+    )
+    changed = [name for name, tensor in read_tensors(expected).items() if not same_bits(tensor, whole[name])]
+    assert changed
+    assert all(name.startswith(prefix) for name in changed)
+    assert_same(merged(text, multimodal[1], tmp_path / "merged", {}), read_tensors(expected))
+    assert_loads_alike(expected, text, multimodal[1], {})
+
+
+def test_language_part_of_aligned_alone(multimodal: tuple[Path, Path], tmp_path: Path) -> None:
+    """Aligned is text only: base's tower is not used."""
+    text = language_part(multimodal[1], tmp_path / "text")
+    expected = reference_checkpoint(
+        multimodal[0], text, ALPHA, tmp_path / "expected", lambda name: f"language_model.{name}"
+    )
+    assert_same(merged(multimodal[0], text, tmp_path / "merged", {}), read_tensors(expected))
+    assert_loads_alike(expected, multimodal[0], text, {})
+
+
+def test_layer_that_one_language_part_lacks_is_refused(multimodal: tuple[Path, Path], tmp_path: Path) -> None:
+    text = language_part(multimodal[0], tmp_path / "text")
+    rewrite(text, {name: tensor for name, tensor in read_tensors(text).items() if ".layers.1." not in name})
+    arguments = ["--base", str(text), "--aligned", str(multimodal[1]), "--alpha", "0.5"]
+    result = run_here("merge", *arguments, "--out", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert "in one checkpoint only" in result.stderr
