@@ -118,8 +118,8 @@ def _create(given: argparse.Namespace) -> None:
     base = open_checkpoint("base", locate("base", config, hub))
     aligned = open_checkpoint("aligned", locate("aligned", config, hub))
     plan = _reviewed(plan_pair(base, aligned, config, keep_left_out=True), config)
-    check_room(out, "delta create", plan.weight_bytes, is_known=False)
     with new_folder(out, "delta create") as folder, command_progress("delta create", plan.weight_bytes) as progress:
+        check_room(out, "delta create", plan.weight_bytes, is_known=False)
         from expo_serve.write.companions import copy_companion_files
         from expo_serve.write.packed import write_packed_delta
         from expo_serve.write.provenance import write_card
@@ -153,8 +153,8 @@ def _verify(given: argparse.Namespace) -> None:
 def _apply(given: argparse.Namespace) -> None:
     out = new_path(given.out)
     _, plan, config = _open(given, _hub(given))
-    check_room(out, "delta apply", plan.weight_bytes)
     with new_folder(out, "delta apply") as folder, command_progress("delta apply", plan.weight_bytes) as progress:
+        check_room(out, "delta apply", plan.weight_bytes)
         from expo_serve.write.merged import write_checkpoint
 
         write_checkpoint(plan, config, folder, parse_size(given.max_shard_size), progress)

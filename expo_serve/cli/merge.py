@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> int:
     problem = tokenizer_problem(plan)
     for warning in (*plan.warnings, *([problem] if problem else [])):
         warn(warning)
-    check_room(out, "merge", plan.weight_bytes)
     with new_folder(out, "merge") as folder, command_progress("merge", plan.weight_bytes) as progress:
+        check_room(out, "merge", plan.weight_bytes)
         from expo_serve.measure.sample import Sample
         from expo_serve.write.merged import write_checkpoint
 

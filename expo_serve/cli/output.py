@@ -99,9 +99,8 @@ def _open_up(folder: Path) -> None:
     """Set the modes that mkdir and open would give; temporary folders and copies of private files are private."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
-    folder.chmod(0o777 & ~umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def command_progress(command: str, total: int) -> Progress:

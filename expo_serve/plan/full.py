@@ -6,6 +6,7 @@ The result is ``base + (1 + alpha) * delta``. A tensor that the delta does not h
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,12 @@ class FullDelta:
         if self.config.get("architectures"):
             refuse_architectures(base, Checkpoint("delta", self.source, self.config, self.files, self.tensors))
         wanted = {name: record for name, record in self.tensors.items() if not is_leftover(record)}
-        names = base_names(wanted, base.tensors)
+        names = base_names(wanted, base.tensors, base.config)
         in_base = {name: record for name, record in wanted.items() if names[name] in base.tensors}
         tied = {name for name, record in wanted.items() if name not in in_base and _is_tied_output(record, base)}
         extra = {name: record for name, record in wanted.items() if name not in in_base and name not in tied}
         deltas = {names[name]: FullTensorDelta(record, base.tensors[names[name]]) for name, record in in_base.items()}
+        self._refuse_twice(names, base)
         self._refuse_extra(extra, base, config)
         self._refuse_shapes(deltas)
         self._refuse_untied_output(tied, base)
@@ -101,6 +103,14 @@ class FullDelta:
                 f"lacks, the first {next(iter(extra))}; give the base that the delta was made from"
                 + ("" if len(extra) == len(self.tensors) else ", or --unmatched copy to copy them"),
                 [f"only in delta: {record.name} {list(record.shape)}" for record in extra.values()],
+            )
+
+    def _refuse_twice(self, names: Mapping[str, str], base: Checkpoint) -> None:
+        counts = Counter(other for other in names.values() if other in base.tensors)
+        if twice := next((other for other, count in counts.items() if count > 1), None):
+            both = " and ".join(name for name, other in names.items() if other == twice)
+            raise PairError(
+                f"the delta ({self.source.name}) changes {twice} of base twice, as {both}; save each change once"
             )
 
     def _refuse_shapes(self, deltas: Mapping[str, FullTensorDelta]) -> None:

@@ -1,26 +1,38 @@
-"""Companion files of a checkpoint: config, tokenizer, chat template and all other files that hold no weights."""
+"""Copies the companion files of a checkpoint: config, tokenizer, templates, code, and the modules of its subfolders."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json")
+from expo_serve.checkpoint.companions import is_companion
 
 
 def copy_companion_files(source: Path, folder: Path, leave_out: Collection[str] = ()) -> None:
-    """Copy every file of ``source`` that holds no weights into ``folder``; hidden files and folders are skipped.
+    """Copy every companion file of ``source`` into ``folder``, under the same path.
 
     Args:
         source: folder of a checkpoint.
         folder: existing folder to copy into.
-        leave_out: names of further files to skip.
+        leave_out: paths of further files to skip.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    for file in sorted(source.iterdir()):
-        is_skipped = file.name.startswith(".") or file.name in leave_out
-        if file.is_file() and not is_skipped and not any(file.match(glob) for glob in _WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
+    for path in _companions(source):
+        if str(path) in leave_out:
+            continue
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
+
+
+def _companions(source: Path) -> Iterator[PurePosixPath]:
+    """Yield the paths of companion files within a folder, in order; links to folders are not followed."""
+    for place, folders, names in os.walk(source):
+        folders.sort()
+        inner = PurePosixPath(Path(place).relative_to(source))
+        for name in sorted(names):
+            if is_companion(inner / name) and Path(place, name).is_file():
+                yield inner / name
