@@ -17,7 +17,7 @@ from time import sleep
 from typing import Any, TypeVar
 
 from expo_serve.checkpoint.companions import is_companion
-from expo_serve.checkpoint.hub_errors import HubFailure, bounded_requests, explain, one_line, within
+from expo_serve.checkpoint.hub_errors import UNREACHABLE, HubFailure, bounded_requests, explain, one_line, within
 from expo_serve.checkpoint.json_files import INDEX_FILE, read_weight_map
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Source
@@ -368,7 +368,8 @@ def _from_cache(wanted: Repository, failure: HubFailure) -> Source:
 
     commit = None if failure.is_final else _cached_commit(wanted)
     if commit is None:
-        raise wanted.refusal(_not_cached(wanted) if constants.HF_HUB_OFFLINE else failure.reason)
+        absent = "no such folder, not in the hub cache, and " if failure.reason.startswith(UNREACHABLE) else ""
+        raise wanted.refusal(_not_cached(wanted) if constants.HF_HUB_OFFLINE else absent + failure.reason)
     known = _known_files(wanted, commit)
     folder = wanted.snapshot(commit) / (wanted.subfolder or "")
     missing = _missing(wanted, wanted.snapshot(commit), known)
@@ -388,7 +389,7 @@ def _not_cached(wanted: Repository) -> str:
     there = f"no such folder, not in the hub cache ({wanted.cache})"
     if others:
         there = f"no such revision in the hub cache ({wanted.cache}), which holds {_listed(others)}"
-    return f"{there}, and the hub cannot be reached: offline (HF_HUB_OFFLINE)"
+    return f"{there}, and {UNREACHABLE}: offline (HF_HUB_OFFLINE)"
 
 
 def _cached_commit(wanted: Repository) -> str | None:

@@ -30,6 +30,8 @@ _TORN = frozenset(("ReadError", "WriteError", "RemoteProtocolError", "ChunkedEnc
 _SECRETS = ((re.compile(r"Bearer\s+[^\s'\"]+"), "Bearer ..."), (re.compile(r"://[^/@\s]+@"), "://"))
 _QUERY = re.compile(r"\?[^\s'\"]*")
 _MAX_LINE = 300
+UNREACHABLE = "the hub cannot be reached"
+"""How the reason begins if there was no answer at all."""
 
 T = TypeVar("T")
 
@@ -191,7 +193,7 @@ def _explain_network(error: Exception, names: set[str], hub: str) -> HubFailure:
         return HubFailure(f"the certificate of {hub} is not trusted; set SSL_CERT_FILE to the one of your network")
     if names & {"TimeoutException", "Timeout", "TimeoutError"}:
         return HubFailure(
-            f"no such folder here, and the hub cannot be reached: {hub} is silent ({line}); "
+            f"{UNREACHABLE}: {hub} is silent ({line}); "
             "HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set for how many seconds it may be"
         )
     if "TooManyRedirects" in names:
@@ -203,14 +205,14 @@ def _explain_network(error: Exception, names: set[str], hub: str) -> HubFailure:
             f"the connection to {hub} broke off ({line}); run it again: finished files are kept", wait=1.0
         )
     if names & {"ConnectError", "ConnectionError", "gaierror", "NetworkError", "HTTPError"}:
-        return HubFailure(f"no such folder here, and the hub cannot be reached: {hub}: {line}")
+        return HubFailure(f"{UNREACHABLE}: {hub}: {line}")
     if names & {"JSONDecodeError", "FileMetadataError", "UnicodeDecodeError"}:
         return HubFailure(
             f"{hub} does not answer as a hub does ({line}); a login page of the network or a wrong HF_ENDPOINT may "
             "be in its place"
         )
     if "EntryNotFoundError" in names:
-        return HubFailure(f"no such folder here, not in the hub cache, and the hub cannot be reached: {line}")
+        return HubFailure(f"{UNREACHABLE}: {line}")
     if "Consistency check failed" in line:
         return HubFailure(f"a file from {hub} has not the size that it announced ({line}); run it again", wait=1.0)
     return HubFailure(f"the answer of {hub} could not be used: {type(error).__name__}: {line}")
