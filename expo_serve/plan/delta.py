@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from expo_serve.checkpoint.folder import Checkpoint
+from expo_serve.checkpoint.source import adapter_subfolders
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError
 from expo_serve.plan.full import FullDelta
 from expo_serve.plan.lora import LoraDelta
-from expo_serve.plan.lora_format import CONFIG_FILE
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.plan import OpenedSource, Plan
 
@@ -72,7 +72,7 @@ def open_delta(source: Source) -> Delta:
     """
     folder = Path(source.path)
     there = [format_ for format_ in DELTA_FORMATS if format_.recognises(folder)]
-    if not there and (adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))):
+    if not there and (adapters := adapter_subfolders(folder)):
         raise CheckpointError(
             f"delta: {source.path} holds no delta, but its subfolders hold adapters; give one of them: "
             f"--delta-subfolder {' or '.join(adapters[:5])}"
