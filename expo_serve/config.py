@@ -154,6 +154,8 @@ class Source(BaseModel):
     """Commit on the hub; None for a plain folder."""
     fingerprint: str = ""
     """Hash of the file sizes and safetensors headers; it distinguishes layouts, not values."""
+    pickles: bool = False
+    """Whether PyTorch's .bin files may be walked over, where there are no others."""
     links: tuple[str, ...] = ()
     """Folders to which links among the files may lead, beside the source's own."""
 
@@ -234,6 +236,8 @@ class ExpoConfig(BaseModel):
     """Folder within ``delta`` that holds the adapter, where a repository holds several."""
     alpha_rules: tuple[Annotated[AlphaRule, BeforeValidator(parse_alpha_rule)], ...] = ()
     unmatched: Literal["refuse", "copy"] = "refuse"
+    allow_pickle_index: bool = False
+    """Whether PyTorch's .bin files are read, where a source has no safetensors; nothing of their pickles is run."""
     allow_links: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Folders to which links among the files of the sources may lead."""
     allow: Annotated[tuple[DoubtName, ...], BeforeValidator(_as_list)] = ()

@@ -201,7 +201,6 @@ PAIRS: dict[str, tuple[Callable[[], dict[str, torch.Tensor]], dict[str, Any], tu
         {"num_hidden_layers": 1},
         ("3 tensors are in one checkpoint only", "only in base: model.layers.1.input_layernorm.weight [8]"),
     ),
-    "smaller vocabulary": (lambda: tiny_tensors(vocabulary=15), {}, ("shape or kind differs in 2 of 8 tensors",)),
     "integers on one side": (_other_dtype_kind, {}, ("lm_head.weight", "BF16", "I32")),
 }
 

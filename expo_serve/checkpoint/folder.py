@@ -12,6 +12,7 @@ from pathlib import Path
 
 from expo_serve.checkpoint.header import Header, read_header
 from expo_serve.checkpoint.links import check_inside
+from expo_serve.checkpoint.pickle_index import read_pickle_header
 from expo_serve.checkpoint.quantisation import refuse_quantised, refuse_quantised_tensors
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import INDEX_FILE, read_config, read_weight_map
@@ -19,8 +20,9 @@ from expo_serve.checkpoint.wrappers import bare_names
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
 
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?P<suffix>safetensors|bin)")
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
     files = files or tuple(_weight_files(operand, source))
     for file in files:
         check_inside(file, source)
-    headers = {file: read_header(file) for file in files}
+    headers = {file: _read_header(file) for file in files}
     tensors = _join(operand, headers, index)
     refuse_quantised_tensors(operand, tensors.values())
-    _check_index(folder / INDEX_FILE, index, tensors)
+    _check_index(_index_file(source), index, tensors)
     tensors = _under_bare_names(tensors)
     fingerprint = _fingerprint(headers)
     if source.fingerprint not in ("", fingerprint):
@@ -107,11 +109,25 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
 
 def _read_index(source: Source) -> dict[str, str]:
     """Return the file of each tensor by the index; empty if there is none."""
-    index = Path(source.path) / INDEX_FILE
+    index = _index_file(source)
     if not index.is_symlink() and not index.exists():
         return {}
     check_inside(index, source)
     return read_weight_map(index)
+
+
+def _index_file(source: Source) -> Path:
+    folder = Path(source.path)
+    return folder / (PICKLE_INDEX if _reads_pickles(source) else INDEX_FILE)
+
+
+def _reads_pickles(source: Source) -> bool:
+    """Return whether a source has no safetensors files, and its pickles may be walked over."""
+    return source.pickles and not any(Path(source.path).glob("*.safetensors"))
+
+
+def _read_header(file: Path) -> Header:
+    return read_pickle_header(file) if file.suffix == ".bin" else read_header(file)
 
 
 def _weight_files(operand: Operand, source: Source) -> Iterator[Path]:
@@ -119,7 +135,11 @@ def _weight_files(operand: Operand, source: Source) -> Iterator[Path]:
     folder = Path(source.path)
     if index := _read_index(source):
         for shard in sorted(set(index.values())):
-            yield _present(folder / shard, folder / INDEX_FILE)
+            yield _present(folder / shard, _index_file(source))
+        return
+    if _reads_pickles(source) and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        _refuse_missing_shards(operand, pickles)
+        yield from pickles
         return
     found = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     # The publisher's own format may be stored beside the Hugging Face one and repeat it under other names.
@@ -132,13 +152,13 @@ def _weight_files(operand: Operand, source: Source) -> Iterator[Path]:
 
 def _refuse_missing_shards(operand: Operand, files: Iterable[Path]) -> None:
     """Without an index only their names tell that shards are missing: ``model-00001-of-00003.safetensors``."""
-    numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    numbers: defaultdict[tuple[str, str, str], set[int]] = defaultdict(set)
     for file in files:
         if match := _SHARD.fullmatch(file.name):
-            numbers[match["stem"], match["count"]].add(int(match["number"]))
-    for (stem, count), there in numbers.items():
+            numbers[match["stem"], match["count"], match["suffix"]].add(int(match["number"]))
+    for (stem, count, suffix), there in numbers.items():
         if missing := sorted(set(range(1, int(count) + 1)) - there):
-            names = ", ".join(f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in missing[:3])
+            names = ", ".join(f"{stem}-{number:0{len(count)}}-of-{count}.{suffix}" for number in missing[:3])
             raise CheckpointError(
                 f"{operand}: {next(iter(files)).parent} holds a part of a checkpoint: {len(missing)} of {int(count)} "
                 f"shards are missing ({names}{', ...' if len(missing) > 3 else ''}); copy or download them again"
@@ -149,8 +169,9 @@ def _nothing_to_read(folder: Path) -> str:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run code and are never "
-            "opened; convert them to safetensors"
+            f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run code and are not "
+            "opened; convert them to safetensors, or give --allow-pickle-index: it finds the tensors without running "
+            "anything"
         )
     if any(folder.glob("*.gguf")):
         return f"{folder} holds a GGUF file: quantised checkpoints cannot be extrapolated; give one in safetensors"

@@ -25,7 +25,7 @@ MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 64  # torch's own limit; the product of millions of sizes would take hours
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
-_OTHER_FILES = {
+OTHER_FILES = {
     b"version ": "it is a pointer of Git LFS, without the weights; run git lfs pull, or download the file again",
     b"<!doctyp": "it is a web page; download the file again, by a link to the file itself",
     b"<html": "it is a web page; download the file again, by a link to the file itself",
@@ -94,7 +94,7 @@ def _length_problem(prefix: bytes, length: int, available: int) -> str:
         return (
             "not a safetensors file: it looks like a PyTorch pickle, which is never opened; convert it to safetensors"
         )
-    if other := next((what for start, what in _OTHER_FILES.items() if prefix.lower().startswith(start)), None):
+    if other := next((what for start, what in OTHER_FILES.items() if prefix.lower().startswith(start)), None):
         return f"not a safetensors file: {other}"
     if length > MAX_HEADER_BYTES:
         return f"header length is {length} bytes, the limit is {MAX_HEADER_BYTES}; is this a safetensors file?"

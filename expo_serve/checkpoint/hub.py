@@ -282,10 +282,13 @@ def _holds_weights(wanted: Repository, files: Sequence[str]) -> bool:
 def _refuse_without_weights(wanted: Repository, files: Sequence[str]) -> None:
     pickles = [name for name in files if _PICKLES.fullmatch(name)]
     if pickles:
-        what = f"the repository holds only pickle files ({_listed(pickles)}), which can run code and are never opened"
+        what = f"the repository holds only pickle files ({_listed(pickles)}), which can run code and are not opened"
         if pull := _conversion(wanted):
             raise wanted.refusal(f"{what}; its pull request holds safetensors: give --{wanted.operand}-revision {pull}")
-        raise wanted.refusal(f"{what}; convert them to safetensors (https://huggingface.co/spaces/safetensors/convert)")
+        raise wanted.refusal(
+            f"{what}; convert them to safetensors (https://huggingface.co/spaces/safetensors/convert), or give "
+            "--allow-pickle-index: it finds the tensors without running anything"
+        )
     if any(name.endswith(".gguf") for name in files):
         raise wanted.refusal(
             "the repository holds GGUF files: quantised checkpoints cannot be extrapolated; give one in safetensors"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from expo_serve.checkpoint.header import _OTHER_FILES, MAX_DIMENSIONS, MAX_TENSORS, Header
+from expo_serve.checkpoint.header import OTHER_FILES, MAX_DIMENSIONS, MAX_TENSORS, Header
 from expo_serve.checkpoint.pickle_values import (
     STORAGE_DTYPES,
     TORCH_DTYPES,
@@ -82,7 +82,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path}: file is empty; copy or download it again")
     if start.startswith(LOCAL_MAGIC):
         return
-    for magic, what in _OTHER_FILES.items():
+    for magic, what in OTHER_FILES.items():
         if start.lower().startswith(magic):
             raise CheckpointError(f"{path}: not a file of torch.save: {what}")
     if start[8:9] == b"{" and start[6:8] == b"\0\0":

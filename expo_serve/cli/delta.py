@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
-from expo_serve.checkpoint.source import HubAccess, find_source
+from expo_serve.checkpoint.source import HubAccess
 from expo_serve.cli.options import (
     REVISION_HELP,
     SUBFOLDER_HELP,
@@ -141,7 +141,8 @@ def _verify(given: argparse.Namespace) -> None:
         )
     aligned = None
     if given.aligned:
-        aligned = open_checkpoint("aligned", find_source("aligned", given.aligned, given.aligned_revision, hub))
+        config = _config(given, aligned=given.aligned, aligned_revision=given.aligned_revision)
+        aligned = open_checkpoint("aligned", locate("aligned", config, hub))
     with command_progress("delta verify", plan.weight_bytes) as progress:
         from expo_serve.write.verify import verify_packed_delta
 
@@ -184,7 +185,7 @@ def _reviewed(plan: Plan, config: ExpoConfig) -> Plan:
     return reviewed
 
 
-def _config(given: argparse.Namespace, **values: str | list[str] | None) -> ExpoConfig:
+def _config(given: argparse.Namespace, **values: str | list[str] | bool | None) -> ExpoConfig:
     return parse_config(
         {
             "base": given.base,
@@ -192,6 +193,7 @@ def _config(given: argparse.Namespace, **values: str | list[str] | None) -> Expo
             "alpha": 0,
             "allow": given.allow,
             "allow_links": given.allow_links,
+            "allow_pickle_index": bool(given.allow_pickle_index),
             **values,
         },
         name=flag_of,
@@ -199,4 +201,4 @@ def _config(given: argparse.Namespace, **values: str | list[str] | None) -> Expo
 
 
 def _hub(given: argparse.Namespace) -> HubAccess:
-    return HubAccess(given.hf_token, given.download_dir)
+    return HubAccess(given.hf_token, given.download_dir, bool(given.allow_pickle_index))

@@ -20,7 +20,7 @@ from expo_serve.errors import ConfigError, UsageError
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "delta-subfolder",
-    "alpha-rule", "unmatched", "allow", "allow-links", "rounding", "rounding-seed",
+    "alpha-rule", "unmatched", "allow", "allow-links", "allow-pickle-index", "rounding", "rounding-seed",
 )  # fmt: skip
 REVISION_HELP = "branch, tag or commit on the hub"
 SUBFOLDER_HELP = "the folder of the adapter within --delta, where that holds several"
@@ -87,6 +87,11 @@ def add_allow_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--allow-links", metavar="DIR", action="append", default=[],
         help="a folder to which links among the files of the sources may lead; can be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-pickle-index", action="store_const", const=True,
+        help="read PyTorch's .bin files where a source has no safetensors: their pickle is walked over to find the "
+             "tensors, and nothing of it is run",
     )  # fmt: skip
 
 

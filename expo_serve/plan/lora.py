@@ -21,6 +21,7 @@ from expo_serve.errors import CheckpointError, PairError, count_of
 from expo_serve.plan.conversion import same_ending, stored_instead
 from expo_serve.plan.lora_format import (
     CONFIG_FILE,
+    PICKLE_FILE,
     WEIGHTS_FILE,
     LoraConfig,
     nothing_to_read,
@@ -77,9 +78,12 @@ class LoraDelta:
         """
         folder = Path(source.path)
         config = read_lora_config(read_config("delta", source, CONFIG_FILE), str(folder / CONFIG_FILE))
-        if not (folder / WEIGHTS_FILE).exists():
+        weights = folder / WEIGHTS_FILE
+        if not weights.exists() and source.pickles:
+            weights = folder / PICKLE_FILE
+        if not weights.exists():
             raise CheckpointError(f"delta: {nothing_to_read(folder)}")
-        opened = open_files("delta", source, (folder / WEIGHTS_FILE,))
+        opened = open_files("delta", source, (weights,))
         modules, whole = sort_tensors(opened.tensors, config)
         return cls(opened.source, config, opened.files, opened.tensors, modules, whole)
 

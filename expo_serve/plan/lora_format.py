@@ -25,7 +25,7 @@ from expo_serve.plan.tensor_deltas import LoraModule
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
+PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<kind>embedding_)(?P<row>[AB])(?:\.(?P<of>[^.]+))?|(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight)"
@@ -175,10 +175,10 @@ def _start_problem(start: str) -> str | None:
 
 def nothing_to_read(folder: Path) -> str:
     """Return why a folder without adapter_model.safetensors cannot be read, for an error."""
-    if (folder / _PICKLE).exists():
+    if (folder / PICKLE_FILE).exists():
         return (
-            f"{folder} holds its adapter as a pickle file only ({_PICKLE}), which can run code and is never opened; "
-            "convert it to safetensors"
+            f"{folder} holds its adapter as a pickle file only ({PICKLE_FILE}), which can run code and is not opened; "
+            "convert it to safetensors, or give --allow-pickle-index: it finds the tensors without running anything"
         )
     return f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}"
 

@@ -165,6 +165,11 @@ class Plan:
         return {opened.operand: opened.source for opened in (self.base, self.aligned_or_delta)}
 
     @property
+    def model_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights of ``model``."""
+        return self.base.files if self.model == self.base.source else self.aligned_or_delta.files
+
+    @property
     def extrapolated(self) -> list[PlannedTensor]:
         """The tensors that have a partner in base."""
         return [tensor for tensor in self.tensors.values() if tensor.base]

@@ -93,14 +93,18 @@ def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
     if config.pinned:
         return _on_this_machine(operand, getattr(config.pinned, operand), hub, subfolder)
     revision = getattr(config, f"{operand}_revision")
+    hub = replace(hub, allow_pickles=config.allow_pickle_index)
     found = find_source(operand, getattr(config, operand), revision, hub, subfolder=subfolder)
     links = tuple(str(Path(root).expanduser().resolve()) for root in config.allow_links)
-    return found.model_copy(update={"links": links})
+    return found.model_copy(update={"links": links, "pickles": config.allow_pickle_index})
 
 
 def _on_this_machine(operand: Operand, source: Source, hub: HubAccess, subfolder: str | None) -> Source:
     """Return the source as this machine has it: a worker elsewhere may need its own cache or the hub."""
     if Path(source.path).is_dir() or source.revision is None:
         return source
+    hub = replace(hub, allow_pickles=source.pickles)
     found = find_source(operand, source.name, source.revision, hub, subfolder=subfolder)
-    return found.model_copy(update={"fingerprint": source.fingerprint, "links": source.links})
+    return found.model_copy(
+        update={"fingerprint": source.fingerprint, "links": source.links, "pickles": source.pickles}
+    )

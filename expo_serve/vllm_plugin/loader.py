@@ -191,6 +191,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """List the names that vLLM's own iterator yields, in its order; the tensors that it opens are not read."""
         chosen = getattr(model, "allow_patterns_overrides", None)
+        if plan.model_files[0].suffix == ".bin":  # vLLM itself would run the pickles
+            unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
+            return [name for name in plan.tensors if not unused(name)]
         unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
         primary = self.Source(
             model_or_path=plan.model.path,

@@ -16,6 +16,7 @@ from tests.deploy.podsecurity import violations
 
 OPTIONS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text())
 SWITCHES: dict[str, tuple[set[str], set[str]]] = {
+    "defaults.allowPickleIndex": (set(), set()),
     "defaults.podDisruptionBudget.enabled": (set(), {"PodDisruptionBudget"}),
     "defaults.autoscaling.hpa.enabled": ({"HorizontalPodAutoscaler"}, set()),
     "defaults.autoscaling.keda.enabled": ({"ScaledObject"}, set()),

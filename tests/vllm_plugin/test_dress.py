@@ -95,6 +95,26 @@ def _hidden_file(base: Path, aligned: Path) -> dict[str, Any]:
     return {}
 
 
+def _pickled(base: Path, aligned: Path) -> dict[str, Any]:
+    for side in (base, aligned):
+        torch.save(read_tensors(side), side / "pytorch_model.bin")
+        (side / WEIGHTS).unlink()
+    return {"allow_pickle_index": True}
+
+
+def _pickled_in_shards(base: Path, aligned: Path) -> dict[str, Any]:
+    tensors = read_tensors(aligned)
+    shards: list[list[str]] = [list(tensors)[:7], list(tensors)[7:]]
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in names}, aligned / file)
+        weight_map.update(dict.fromkeys(names, file))
+    (aligned / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (aligned / WEIGHTS).unlink()
+    return {"allow_pickle_index": True}
+
+
 DRESSES: dict[str, Dress] = {
     "data parallel": _parallel,
     "compiled": _compiled,
@@ -103,6 +123,8 @@ DRESSES: dict[str, Dress] = {
     "links": _linked,
     "a stale shard": _stale_shard,
     "a hidden file": _hidden_file,
+    "pickles": _pickled,
+    "pickles in shards": _pickled_in_shards,
 }
 
 
@@ -127,6 +149,7 @@ def test_dress_changes_nothing(plain: tuple[Path, Path, Path], dress: Dress, tmp
 def merged(base: Path, aligned: Path, out: Path, more: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What ``merge`` writes."""
     flags = [f"--allow-links={folder}" for folder in more.get("allow_links", ())]
+    flags += ["--allow-pickle-index"] if more.get("allow_pickle_index") else []
     arguments = ["--base", str(base), "--aligned", str(aligned), "--alpha", str(ALPHA), "--out", str(out), *flags]
     result = run_here("merge", *arguments)
     assert result.returncode == 0, result.stderr

@@ -11,6 +11,7 @@
 {{- with $v.unmatched -}}{{- $args = append $args (printf "--unmatched=%s" .) -}}{{- end -}}
 {{- range $v.allow -}}{{- $args = append $args (printf "--allow=%s" .) -}}{{- end -}}
 {{- range $v.allowLinks -}}{{- $args = append $args (printf "--allow-links=%s" .) -}}{{- end -}}
+{{- if $v.allowPickleIndex -}}{{- $args = append $args "--allow-pickle-index" -}}{{- end -}}
 {{- with $v.deltaSubfolder -}}{{- $args = append $args (printf "--delta-subfolder=%s" .) -}}{{- end -}}
 {{- with $v.rounding -}}{{- $args = append $args (printf "--rounding=%s" .) -}}{{- end -}}
 {{- if not (kindIs "invalid" $v.roundingSeed) -}}
