@@ -1,4 +1,4 @@
-"""Adapters where people have them: in subfolders, beside a model, as .bin files, with their own name in the tensors'."""
+"""Adapters where people have them: in subfolders, beside a model, as .bin files, with their name in the tensors'."""
 
 from __future__ import annotations
 
