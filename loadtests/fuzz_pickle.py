@@ -236,7 +236,8 @@ def _is_same(record: TensorRecord, tensor: torch.Tensor) -> bool:
         return False
     with record.file.open("rb") as opened:
         raw = os.pread(opened.fileno(), record.nbytes, record.offset)
-    return raw == tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    values = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())  # sizes of 1 may have any stride
+    return raw == values.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def fuzz(minutes: float, seed: int, folder: Path, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
