@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from expo_serve.checkpoint.header import OTHER_FILES, MAX_DIMENSIONS, MAX_TENSORS, Header
+from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_TENSORS, OTHER_FILES, Header
 from expo_serve.checkpoint.pickle_values import (
     STORAGE_DTYPES,
     TORCH_DTYPES,

@@ -66,8 +66,8 @@ def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
     if different:
         examples = ", ".join(f"{number}: {ours[number]!r} and {theirs[number]!r}" for number in different[:_SHOWN])
         yield (
-            f"{count_of(len(different), 'token id means', 'token ids mean')} one token in base and another one beside it; "
-            f"are these the tokenizers of one model? ({examples}{', ...' if len(different) > _SHOWN else ''})"
+            f"{count_of(len(different), 'token id means', 'token ids mean')} one token in base and another one beside "
+            f"it; are these the tokenizers of one model? ({examples}{', ...' if len(different) > _SHOWN else ''})"
         )
 
 
