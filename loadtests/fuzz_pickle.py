@@ -236,8 +236,10 @@ def _is_same(record: TensorRecord, tensor: torch.Tensor) -> bool:
         return False
     with record.file.open("rb") as opened:
         raw = os.pread(opened.fileno(), record.nbytes, record.offset)
-    values = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())  # sizes of 1 may have any stride
-    return raw == values.reshape(-1).view(torch.uint8).numpy().tobytes()
+    # The bytes as they are: sizes of 1 may have any stride, and a copy makes other bytes of a bool's.
+    start = tensor.storage_offset() * tensor.element_size()
+    stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (record.nbytes,))
+    return tensor.is_contiguous() and raw == stored.numpy().tobytes()
 
 
 def fuzz(minutes: float, seed: int, folder: Path, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
