@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 from expo_serve.checkpoint.header import Header, read_header
@@ -22,7 +23,7 @@ from expo_serve.errors import CheckpointError
 
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?P<suffix>safetensors|bin)")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.(?P<suffix>safetensors|bin)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
     files = files or tuple(_weight_files(operand, source))
     for file in files:
         check_inside(file, source)
-    headers = {file: _read_header(file) for file in files}
+    headers = {file: _read_header(file, source) for file in files}
     tensors = _join(operand, headers, index)
     refuse_quantised_tensors(operand, tensors.values())
     _check_index(_index_file(source), index, tensors)
@@ -126,8 +127,8 @@ def _reads_pickles(source: Source) -> bool:
     return source.pickles and not any(Path(source.path).glob("*.safetensors"))
 
 
-def _read_header(file: Path) -> Header:
-    return read_pickle_header(file) if file.suffix == ".bin" else read_header(file)
+def _read_header(file: Path, source: Source) -> Header:
+    return read_pickle_header(file) if source.pickles and file.suffix == ".bin" else read_header(file)
 
 
 def _weight_files(operand: Operand, source: Source) -> Iterator[Path]:
@@ -157,11 +158,13 @@ def _refuse_missing_shards(operand: Operand, files: Iterable[Path]) -> None:
         if match := _SHARD.fullmatch(file.name):
             numbers[match["stem"], match["count"], match["suffix"]].add(int(match["number"]))
     for (stem, count, suffix), there in numbers.items():
-        if missing := sorted(set(range(1, int(count) + 1)) - there):
-            names = ", ".join(f"{stem}-{number:0{len(count)}}-of-{count}.{suffix}" for number in missing[:3])
+        wanted = range(1, int(count) + 1)  # the number may be absurd
+        if missing := len(wanted) - sum(number in wanted for number in there):
+            first = islice((number for number in wanted if number not in there), 3)
+            names = ", ".join(f"{stem}-{number:0{len(count)}}-of-{count}.{suffix}" for number in first)
             raise CheckpointError(
-                f"{operand}: {next(iter(files)).parent} holds a part of a checkpoint: {len(missing)} of {int(count)} "
-                f"shards are missing ({names}{', ...' if len(missing) > 3 else ''}); copy or download them again"
+                f"{operand}: {next(iter(files)).parent} holds a part of a checkpoint: {missing} of {int(count)} "
+                f"shards are missing ({names}{', ...' if missing > 3 else ''}); copy or download them again"
             )
 
 

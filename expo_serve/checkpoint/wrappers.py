@@ -17,7 +17,19 @@ def bare_names(names: Collection[str]) -> dict[str, str]:
     Args:
         names: of all tensors.
     """
-    bare = {name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in names}
+    bare = {name: _without_compiled(name) for name in names}
     while bare and all(name.startswith(_PARALLEL) for name in bare.values()):
         bare = {stored: name.removeprefix(_PARALLEL) for stored, name in bare.items()}
     return bare if len(set(bare.values())) == len(bare) else {name: name for name in names}
+
+
+def possible_names(stored: str) -> list[str]:
+    """Return the names that a tensor can have whose stored name is this: as it is, and without wrappers."""
+    names = [stored, _without_compiled(stored)]
+    while names[-1].startswith(_PARALLEL):
+        names.append(names[-1].removeprefix(_PARALLEL))
+    return names
+
+
+def _without_compiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from expo_serve.checkpoint.source import HubAccess, is_on_network
-from expo_serve.checkpoint.wrappers import bare_names
+from expo_serve.checkpoint.wrappers import bare_names, possible_names
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
 from expo_serve.load.counts import ReadActivity
@@ -191,16 +191,17 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """List the names that vLLM's own iterator yields, in its order; the tensors that it opens are not read."""
         chosen = getattr(model, "allow_patterns_overrides", None)
-        if plan.model_files[0].suffix == ".bin":  # vLLM itself would run the pickles
-            unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
-            return [name for name in plan.tensors if not unused(name)]
         unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
+        if plan.model_files[0].suffix == ".bin":  # vLLM itself would run the pickles
+            return [name for name in plan.tensors if not unused(name)]
         primary = self.Source(
             model_or_path=plan.model.path,
             revision=None,
             allow_patterns_overrides=chosen,
             # A file that the plan leaves out whole repeats the others in a publisher's own format.
-            is_unused_weight=lambda name: unused(name) or (chosen is None and name not in plan.tensors),
+            is_unused_weight=lambda name: (
+                unused(name) or (chosen is None and plan.tensors.keys().isdisjoint(possible_names(name)))
+            ),
         )
         stored = dict.fromkeys(name for name, _ in self._get_weights_iterator(primary))
         names = [name for name in bare_names(stored).values() if name not in plan.left_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoCon
         return config.model_copy(update={"base": model, "base_revision": config.base_revision or revision})
     _check_same("aligned", config.aligned, model)
     revision = config.aligned_revision or revision
+    hub = replace(hub, allow_pickles=config.allow_pickle_index)
     if format_of(Path(find_source("aligned", model, revision, hub).path)) is PackedDelta:
         return config.model_copy(
             update={"delta": model, "delta_revision": revision, "aligned": None, "aligned_revision": None}

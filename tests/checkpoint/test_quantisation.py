@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
-from tests.models.raw import entry, file_bytes, tiny_tensors, write_raw
+from tests.models.raw import entry, file_bytes, tiny_tensors, write_index, write_raw
 
 MODULE = "model.layers.0.mlp.up_proj"
 Tensors = dict[str, torch.Tensor]
@@ -94,6 +94,21 @@ PLAIN: dict[str, Callable[[], Tensors]] = {
 @pytest.mark.parametrize("more", PLAIN.values(), ids=PLAIN)
 def test_others_are_not_taken_for_such(tmp_path: Path, more: Callable[[], Tensors]) -> None:
     opened(tmp_path / "base", {**tiny_tensors(), **more()})
+
+
+def test_absurd_number_of_shards_takes_no_time(tmp_path: Path) -> None:
+    folder = write_raw(tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-999999999.safetensors")
+    with pytest.raises(CheckpointError, match="999999998 of 999999999 shards are missing"):
+        open_checkpoint("base", Source(name="base", path=str(folder)))
+
+
+def test_index_that_names_a_pickle_does_not_open_it(tmp_path: Path) -> None:
+    folder = write_raw(tmp_path / "base")
+    torch.save({"a.weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+    write_index(folder, {"a.weight": "pytorch_model.bin"})
+    with pytest.raises(CheckpointError, match="it looks like a PyTorch pickle"):
+        open_checkpoint("base", Source(name="base", path=str(folder)))
 
 
 @pytest.mark.parametrize("missing", [[1], [2], [1, 3]])

@@ -54,6 +54,20 @@ def _compiled(base: Path, aligned: Path) -> dict[str, Any]:
     return {}
 
 
+def _compiled_in_a_shard(base: Path, aligned: Path) -> dict[str, Any]:
+    """One shard has only such names, the other none."""
+    tensors = read_tensors(aligned)
+    inside = {name.replace("layers.", "layers._orig_mod."): tensors[name] for name in tensors if ".layers." in name}
+    outside = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
+    weight_map = {}
+    for file, part in (("a.safetensors", inside), ("b.safetensors", outside)):
+        save_file(part, aligned / file)
+        weight_map.update(dict.fromkeys(part, file))
+    write_index(aligned, weight_map)
+    (aligned / WEIGHTS).unlink()
+    return {}
+
+
 def _padded_base(base: Path, aligned: Path) -> dict[str, Any]:
     tensors = read_tensors(base)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -118,6 +132,7 @@ def _pickled_in_shards(base: Path, aligned: Path) -> dict[str, Any]:
 DRESSES: dict[str, Dress] = {
     "data parallel": _parallel,
     "compiled": _compiled,
+    "compiled in a shard": _compiled_in_a_shard,
     "padding of base": _padded_base,
     "no architectures in base": _no_architectures,
     "links": _linked,
