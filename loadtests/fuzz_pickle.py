@@ -236,6 +236,8 @@ def _is_same(record: TensorRecord, tensor: torch.Tensor) -> bool:
         return False
     with record.file.open("rb") as opened:
         raw = os.pread(opened.fileno(), record.nbytes, record.offset)
+    if not record.nbytes:
+        return True
     # The bytes as they are: sizes of 1 may have any stride, and a copy makes other bytes of a bool's.
     start = tensor.storage_offset() * tensor.element_size()
     stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (record.nbytes,), (1,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def test_grown_vocabulary(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:250].clone()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 250}))
     report = assert_same_bits(base, aligned, 0.5, tmp_path)
     assert report.grown_rows == {"model.embed_tokens.weight": 6, "lm_head.weight": 6}
 
