@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from expo_serve.errors import ConfigError
 
@@ -93,6 +94,16 @@ def parse_seed(value: object) -> int:
 def _as_list(given: object) -> object:
     """Turn one string into a list of it, as YAML files have it."""
     return [given] if isinstance(given, str) else given
+
+
+def _real_folder(given: str) -> str:
+    """Return the path of a folder with links resolved, so that every process means the same one."""
+    try:
+        if given.strip():
+            return str(Path(given).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):  # of an unknown user, or not a path at all
+        pass
+    raise ValueError(f"expected a folder, found {given!r:.100}")
 
 
 class AlphaRule(BaseModel):
@@ -238,7 +249,7 @@ class ExpoConfig(BaseModel):
     unmatched: Literal["refuse", "copy"] = "refuse"
     allow_pickle_index: bool = False
     """Whether PyTorch's .bin files are read, where a source has no safetensors; nothing of their pickles is run."""
-    allow_links: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    allow_links: Annotated[tuple[Annotated[str, AfterValidator(_real_folder)], ...], BeforeValidator(_as_list)] = ()
     """Folders to which links among the files of the sources may lead."""
     allow: Annotated[tuple[DoubtName, ...], BeforeValidator(_as_list)] = ()
     rounding: Method = "dithered"
@@ -296,7 +307,8 @@ def deployment_id(config: ExpoConfig, model: str, revision: str | None) -> str:
     else:
         sides = ("base", "aligned", "delta")
         given = {side: [getattr(config, side), getattr(config, f"{side}_revision")] for side in sides}
-        sources = {**given, "model": [model, revision]}
+        folder: dict[str, list[str | None]] = {"subfolder": [config.delta_subfolder]} if config.delta_subfolder else {}
+        sources = {**given, **folder, "model": [model, revision]}
     parts = {
         "sources": sources,
         "alpha": config.alpha_text,

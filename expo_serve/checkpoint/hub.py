@@ -459,7 +459,8 @@ def _missing(wanted: Repository, snapshot: Path, known: Sequence[str] | None) ->
     if INDEX_FILE in there and not (wanted.operand == "delta" and ADAPTER_CONFIG in there):
         needed += sorted(set(read_weight_map(folder / INDEX_FILE).values()))
     elif wanted.operand == "delta" and ADAPTER_CONFIG in there:
-        needed.append(ADAPTER_WEIGHTS)
+        has_pickle = wanted.access.allow_pickles and "adapter_model.bin" in there
+        needed += [] if has_pickle else [ADAPTER_WEIGHTS]
     elif not _weights(wanted, folder, there):
         needed.append("model.safetensors (or its shards and their index)")
     return [name for name in needed if name not in there]

@@ -43,7 +43,7 @@ def find_source(
 
     Args:
         operand: ``base``, ``aligned`` or ``delta``, for messages.
-        given: a folder or a hub id; or the name of a source that was found on the hub with the same ``subfolder``.
+        given: a folder or a hub id.
         revision: branch, tag or commit; for hub ids only.
         hub: token and cache folder.
         subfolder: folder in ``given`` that holds the files; None for ``given`` itself.
@@ -63,8 +63,6 @@ def find_source(
             raise SourceError(f"{operand}: {given!r} is a file; give the folder that holds the checkpoint")
     except (OSError, RuntimeError, ValueError) as error:  # too long, NUL, permission denied, ~user unknown
         raise SourceError(f"{operand}: folder {given!r:.200} cannot be found: {error}") from None
-    if subfolder and given.endswith(f"/{subfolder}") and _HUB_ID.fullmatch(given.removesuffix(f"/{subfolder}")):
-        given = given.removesuffix(f"/{subfolder}")
     _refuse_other_spellings(operand, given)
     return hub_source(Repository(operand, given, revision, hub, subfolder))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.source import HubAccess
@@ -124,7 +123,7 @@ def _create(given: argparse.Namespace) -> None:
         from expo_serve.write.packed import write_packed_delta
         from expo_serve.write.provenance import write_card
 
-        copy_companion_files(Path(aligned.source.path), folder)
+        copy_companion_files(aligned.source, folder)
         write_card(folder, plan, None)
         write_packed_delta(plan, folder, progress)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -5,7 +5,6 @@ The result is ``base + (1 + alpha) * delta``. A tensor that the delta does not h
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ from expo_serve.checkpoint.quantisation import refuse_quantised
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
-from expo_serve.errors import CheckpointError, PairError, count_of
+from expo_serve.errors import PairError, count_of
 from expo_serve.plan.matching import base_names
-from expo_serve.plan.names import is_leftover, is_output, may_tie_output, ties_embeddings
+from expo_serve.plan.names import is_embedding, is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
 from expo_serve.plan.refusals import refuse_architectures
+from expo_serve.plan.samples import are_zero, mean_size
 from expo_serve.plan.tensor_deltas import FullTensorDelta
 
 _SAMPLED_VECTORS = 8
 """Vectors whose values are sampled to distinguish a delta from a whole checkpoint."""
-_SAMPLED_VALUES = 256
-"""Values that are sampled of each vector."""
 _WHOLE_RATIO = 2
 """A real delta is far smaller than the tensor that it changes: less than half of its size."""
 
@@ -116,9 +114,17 @@ class FullDelta:
     def _refuse_shapes(self, deltas: Mapping[str, FullTensorDelta]) -> None:
         wrong = [delta for delta in deltas.values() if not delta.fits]
         if wrong:
+            advice = "; give the base that the delta was made from"
+            if all(_has_new_rows(delta) for delta in wrong):
+                rows = f"{wrong[0].base.name}: {wrong[0].record.shape[0]} rows, base {wrong[0].base.shape[0]}"
+                advice = (
+                    f": it has more tokens ({rows}), so base was resized before the delta was made, and what its new "
+                    "rows held is not known; apply the delta with the tool that made it, and give the result as "
+                    "--aligned"
+                )
             raise PairError(
                 f"the delta ({self.source.name}) does not fit base: shape or kind differs in {len(wrong)} of "
-                f"{count_of(len(self.tensors), 'tensor')}; give the base that the delta was made from",
+                f"{count_of(len(self.tensors), 'tensor')}{advice}",
                 [
                     f"{delta.base.name}: base {delta.base.dtype_and_shape}, delta {delta.record.dtype_and_shape}"
                     for delta in wrong
@@ -145,16 +151,27 @@ class FullDelta:
                 f"the delta ({self.source.name}) lacks {len(missing)} of base's {count_of(len(base.tensors), 'tensor')}"
                 f", the first {missing[0]}: {stay} base's; is the delta complete?"
             )
+        if deltas and are_zero(delta.record for delta in deltas.values() if delta.record.is_float):
+            yield (
+                f"the first values of every tensor of the delta ({self.source.name}) are 0, so every alpha gives base; "
+                "was it made from two different models?"
+            )
 
     def _doubts(self, deltas: Mapping[str, FullTensorDelta]) -> Iterator[Doubt]:
         vectors = [delta for delta in deltas.values() if _is_vector(delta.record)][:_SAMPLED_VECTORS]
-        sizes = [(_mean_size(delta.record), _mean_size(delta.base)) for delta in vectors]
+        sizes = [(mean_size(delta.record), mean_size(delta.base)) for delta in vectors]
         if sizes and all(0 < base_size < _WHOLE_RATIO * size for size, base_size in sizes):
             yield Doubt(
                 "whole-checkpoint",
                 f"the delta ({self.source.name}) looks like a whole checkpoint: its vectors are as large as base's "
                 f"({vectors[0].record.name}); give it as --aligned",
             )
+
+
+def _has_new_rows(delta: FullTensorDelta) -> bool:
+    """Return whether a delta has more rows of a vocabulary than base has."""
+    ends = is_embedding(delta.base) or is_output(delta.base)
+    return ends and delta.record.is_float and delta.base.is_float and delta.base.grows_into(delta.record)
 
 
 def _is_tied_output(record: TensorRecord, base: Checkpoint) -> bool:
@@ -164,24 +181,3 @@ def _is_tied_output(record: TensorRecord, base: Checkpoint) -> bool:
 
 def _is_vector(record: TensorRecord) -> bool:
     return record.is_float and len(record.shape) == 1 and record.numel > 0
-
-
-def _mean_size(record: TensorRecord) -> float:
-    """Return the mean absolute value of a floating-point tensor's first values, without importing torch.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    count, width = min(record.numel, _SAMPLED_VALUES), record.itemsize
-    try:
-        with record.file.open("rb") as file:
-            file.seek(record.offset)
-            raw = file.read(count * width)
-    except OSError as error:
-        raise CheckpointError(f"{record.file}: cannot be read: {error.strerror}") from None
-    if record.dtype == "BF16":  # the upper half of an fp32
-        raw = b"".join(bytes(2) + raw[at : at + 2] for at in range(0, len(raw), 2))
-        width = 4
-    letter = {2: "e", 4: "f", 8: "d"}[width]
-    values = struct.unpack(f"<{len(raw) // width}{letter}", raw)
-    return float(sum(abs(value) for value in values)) / max(1, len(values))

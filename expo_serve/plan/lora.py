@@ -32,6 +32,7 @@ from expo_serve.plan.matching import Tensors, base_candidates, base_names
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
+from expo_serve.plan.samples import are_zero
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
 
 _QUANTISED_COPY = re.compile(r"(-unsloth)?(-bnb)?-[48]bit$")
@@ -116,7 +117,7 @@ class LoraDelta:
         self._refuse_shapes(deltas)
         partners = {name: base.tensors[target] for name in whole if (target := _target(name, base)) in base.tensors}
         self._refuse_whole(adapted, whole, partners)
-        copies = _untied_output(whole, base)
+        copies = {} if self.adapter_config.is_tied else _untied_output(whole, base)
         self._refuse_lone_embedding(whole, copies)
         changes = BaseChanges(
             deltas,
@@ -124,7 +125,7 @@ class LoraDelta:
             partners={name: partner for name, partner in partners.items() if name not in base.tensors},
             copies=copies,
             overrides={**_overrides(whole, base), **({"tie_word_embeddings": False} if copies else {})},
-            warnings=_tied_warnings(deltas, base),
+            warnings=(*_tied_warnings(deltas, base), *self._warnings(base, deltas)),
             doubts=tuple(self._doubts(base)),
         )
         return plan_over_base(self, base, config, changes, self.tokenizer)
@@ -141,6 +142,27 @@ class LoraDelta:
             f"the adapter {self.source.name} was trained on {trained_on!r}, base is {found.name!r}; give the base that "
             "it was trained on",
         )
+
+    def _warnings(self, base: Checkpoint, deltas: Mapping[str, LowRankTensorDelta]) -> Iterator[str]:
+        twice = [name for name, delta in deltas.items() if len(delta.modules) > 1]
+        if self.adapter_config.is_tied and twice:
+            yield (
+                f"the adapter ({self.source.name}) changes both ends of a tied model alike (ensure_weight_tying), and "
+                f"merging with PEFT adds this change to {twice[0]} twice, as is done here: the trained model has it "
+                "once; check the answers"
+            )
+        if self.modules and not self.whole_tensors and are_zero(module.b for module in self.modules):
+            yield (
+                f"the first values of every B of the adapter ({self.source.name}) are 0, as before its training, so "
+                "every alpha gives base; were the trained values saved?"
+            )
+        trained = self.adapter_config.bias
+        has_biases = any(_is_bias(record) for record in base.tensors.values())
+        if trained != "none" and has_biases and not any(name.endswith(".bias") for name in self.whole_tensors):
+            yield (
+                f"the adapter ({self.source.name}) was trained with biases (bias: {trained!r:.40} in {CONFIG_FILE}), "
+                "but holds none, as PEFT saves them: base's biases stay as they are"
+            )
 
     def _refuse_unknown(self, targets: Mapping[str, str], base: Checkpoint, config: ExpoConfig) -> None:
         unknown = [name for name, target in targets.items() if target not in base.tensors]
@@ -177,6 +199,14 @@ class LoraDelta:
             if module.orientation(delta.base.shape) is None or not delta.base.is_float
         ]
         if wrong:
+            grouped = [name for name, delta in deltas.items() if len(delta.base.shape) > 2 and delta.base.shape[1] == 1]
+            if first := next((name for name in grouped if any(line.startswith(f"{name}:") for line in wrong)), None):
+                raise PairError(
+                    f"the adapter ({self.source.name}) adapts a grouped convolution ({first} "
+                    f"{list(deltas[first].base.shape)}), whose weight is no product of its factors: PEFT cannot merge "
+                    "it either; train the adapter without this module",
+                    wrong,
+                )
             total = sum(len(delta.modules) for delta in deltas.values())
             raise PairError(
                 f"the adapter ({self.source.name}) does not fit base: shape or kind differs in {len(wrong)} of "
@@ -198,9 +228,21 @@ class LoraDelta:
             if not _can_replace(whole[name], partner)
         ]
         if wrong:
+            cut = [
+                f"{name}: {whole[name].shape[0]} rows, base {partner.shape[0]}"
+                for name, partner in partners.items()
+                if (is_embedding(partner) or is_output(partner)) and partner.is_float and whole[name].is_float
+                if whole[name].shape != partner.shape and whole[name].grows_into(partner)
+            ]
+            advice = "; give the base that the adapter was trained on"
+            if len(cut) == len(wrong):
+                advice = (
+                    f": base's vocabulary was cut for the training ({cut[0]}); resize base to as many tokens, merge "
+                    "the adapter with PEFT, and give the result as --aligned"
+                )
             raise PairError(
                 f"the adapter ({self.source.name}) does not fit base: shape or kind differs in "
-                f"{count_of(len(wrong), 'tensor')} that it stores whole; give the base that the adapter was trained on",
+                f"{count_of(len(wrong), 'tensor')} that it stores whole{advice}",
                 wrong,
             )
 
@@ -210,6 +252,10 @@ class LoraDelta:
                 f"the adapter ({self.source.name}) has an embedding with more rows but no output with as many, and "
                 f"base ties the two, so the output that it was trained with is not known; {_MERGE}"
             )
+
+
+def _is_bias(record: TensorRecord) -> bool:
+    return record.name.endswith(".bias") and len(record.shape) == 1
 
 
 def _advice(unknown: list[str], names: Collection[str], base: Checkpoint) -> str:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo_serve.checkpoint.records import TensorRecord
-from expo_serve.errors import CheckpointError
-from expo_serve.plan.names import is_adapter_part
+from expo_serve.errors import CheckpointError, count_of
+from expo_serve.plan.names import NOT_GATHERED, is_adapter_part
 from expo_serve.plan.tensor_deltas import LoraModule
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,9 +28,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?:(?P<kind>embedding_)(?P<row>[AB])(?:\.(?P<of>[^.]+))?|(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight)"
+    r"(?P<module>.+)\.lora_(?:(?P<kind>embedding_)(?P<row>[AB])(?:\.(?P<of>[^.]+)(?:\.(?P=of))*)?"
+    r"|(?P<side>[AB])(?:\.(?P<name>[^.]+)(?:\.(?P=name))*)?\.weight)"
 )
-"""A factor's name. PEFT leaves the adapter's name out; what trainers save themselves has it (``lora_A.default``)."""
+"""A factor's name. PEFT leaves the adapter's name out; what trainers save themselves has it (``lora_A.default``), twice
+if they saved what they had loaded under such names."""
 _WHOLE = re.compile(r"\.modules_to_save(?:\.(?P<name>[^.]+)(?=\.(?:weight|bias)$))?")
 
 # Keys under which the result is not the sum of base's weight and B A, or under which more than weights change.
@@ -46,6 +48,7 @@ _REFUSED = {
     "use_bdlora": "block-diagonal LoRA stores its factors in blocks",
     "kasa_config": "KaSA also changes base's own singular values",
     "monteclora_config": "MonteCLoRA samples its factors",
+    "enable_lora": "adapters of some parts of a fused layer, of PEFT before 0.3, store their factors in groups",
 }
 _REFUSED_STARTS = {
     "pissa": "PiSSA takes the adapter's first values out of base's weights",
@@ -60,10 +63,12 @@ _HARMLESS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"}
     | {"exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"}
     | {"layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"}
-    | {"megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"}
-    | {"alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config"}
+    | {"megatron_core", "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r"}
+    | {"rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"}
+    | {"velora_config"}
 )
 
+_MAX_PATTERN = 1000
 _MAX_ALPHA = 1e9
 """A larger lora_alpha is a mistake, or not a number."""
 
@@ -79,6 +84,10 @@ class LoraConfig:
     use_rslora: bool
     base: str | None
     """Name of the model that the adapter was trained on, as its trainer wrote it: a hub id or a path."""
+    bias: str = "none"
+    """Which of base's biases were trained: ``none``, ``all``, or those of the adapted modules (``lora_only``)."""
+    is_tied: bool = False
+    """True if a tied output was adapted together with the embedding, by the same values."""
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's factors."""
@@ -118,6 +127,8 @@ def read_lora_config(values: Mapping[str, object], where: str) -> LoraConfig:
         alpha_pattern={key: _alpha(value, key, where) for key, value in _patterns(values, "alpha_pattern", where)},
         use_rslora=bool(values.get("use_rslora")),
         base=base if isinstance(base, str) and base else None,
+        bias=str(values.get("bias") or "none"),
+        is_tied=bool(values.get("ensure_weight_tying")),
     )
 
 
@@ -138,6 +149,10 @@ def _patterns(values: Mapping[str, object], key: str, where: str) -> Iterator[tu
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{where}: {key} must be an object, found {patterns!r:.100}")
     for pattern, value in patterns.items():
+        if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern):  # could take forever to match
+            raise CheckpointError(
+                f"{where}: pattern {pattern!r:.100} is long, or repeats a group; expected the end of a module's name"
+            )
         try:
             re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
@@ -201,6 +216,7 @@ def sort_tensors(
     factors: defaultdict[str, dict[str, TensorRecord]] = defaultdict(dict)
     whole: dict[str, TensorRecord] = {}
     adapters: set[str] = set()
+    _refuse_empty(tensors)
     for name, record in tensors.items():
         plain = name.removeprefix(_PREFIX)
         if match := _FACTOR.fullmatch(plain):
@@ -222,7 +238,22 @@ def sort_tensors(
             f"{next(iter(tensors.values())).file}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); "
             "save each in a folder of its own"
         )
-    return tuple(_module(name, parts, config) for name, parts in factors.items()), whole
+    modules = tuple(_module(name, parts, config) for name, parts in factors.items())
+    if modules and not whole and not any(module.scale for module in modules):
+        raise CheckpointError(
+            f"{modules[0].a.file}: {CONFIG_FILE} gives every module the alpha 0, so the adapter changes nothing; give "
+            "lora_alpha the value of its training"
+        )
+    return modules, whole
+
+
+def _refuse_empty(tensors: Mapping[str, TensorRecord]) -> None:
+    empty = [record for record in tensors.values() if not record.numel]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0].file}: {count_of(len(empty), 'tensor has', 'tensors have')} no values, the first "
+            f"{empty[0].name!r} {list(empty[0].shape)}: {NOT_GATHERED}"
+        )
 
 
 def _refuse_second(first: TensorRecord, record: TensorRecord) -> None:

@@ -64,9 +64,11 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
     }
     towers: tuple[str, ...] = ()
     if is_language_part(base.config, aligned.config):
-        towers = tuple(name for name in only_aligned if not is_in_language_part(name))
+        inside = {_branch(name) for name, partner in partners.items() if partner}
+        towers = tuple(name for name in only_aligned if _is_tower(name, inside))
     elif is_language_part(aligned.config, base.config):
-        towers = tuple(name for name, record in only_base.items() if not is_in_language_part(record.name))
+        inside = set(map(_branch, used))
+        towers = tuple(name for name, record in only_base.items() if _is_tower(record.name, inside))
     return Matching(
         partners=partners,
         same_name={name: record for name, record in renamed.items() if name in aligned.tensors},
@@ -76,6 +78,21 @@ def match(base: Checkpoint, aligned: Checkpoint) -> Matching:
         mtp_only_in_aligned=tuple(name for name in unpaired if name in mtp_only),
         left_out=left_out,
     )
+
+
+def _is_tower(name: str, inside: Collection[str]) -> bool:
+    """Return whether a tensor of a multimodal model is outside of its language part.
+
+    Args:
+        name: of a tensor that the language part alone does not have.
+        inside: the branches of the tensors that it has.
+    """
+    return _branch(name) not in inside and not is_in_language_part(name)
+
+
+def _branch(name: str) -> str:
+    """Return the first module of a tensor's name that is not just the model."""
+    return next(part for part in name.split(".") if part != "model")
 
 
 def _partner(record: TensorRecord, renamed: Tensors, base: Checkpoint, aligned: Checkpoint) -> TensorRecord | None:
@@ -190,8 +207,8 @@ def base_names(names: Collection[str], base: Tensors, config: JsonObject | None 
         config: base's config, for the names that transformers gives to the tensors of this type of model.
     """
     prefixed = _prefixed_names(names, base)
-    is_paired = all(name in prefixed for name in names)
-    pairs = prefixed if is_paired else only_pairs(base_candidates(names, base, config))
+    is_same = all(name in base for name in names)
+    pairs = prefixed if is_same else only_pairs(base_candidates(names, base, config))
     return {name: pairs.get(name, name) for name in names}
 
 

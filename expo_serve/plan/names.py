@@ -24,6 +24,13 @@ _ADAPTER_PART = re.compile(
     r"(^|\.)(lora_|ia3_|vera_|hada_|lokr_|oft_|boft_|vblora_|randlora_|fourierft_|hra_|bone_|miss_|shira_|c3a_|ln_tuning_|"
     r"modules_to_save(\.|$)|prompt_embeddings|adaption_(prompt|gate)|trainable_tokens_)"
 )
+NOT_GATHERED = (
+    "DeepSpeed ZeRO-3 leaves parameters empty that are not gathered; gather them when saving "
+    "(stage3_gather_16bit_weights_on_model_save), or convert the training state with zero_to_fp32.py"
+)
+"""Why a tensor has no values, and what to do."""
+_ROPE_NAMES = {"su": "longrope", "mrope": "default"}
+"""Older names of scalings."""
 _HEAD = re.compile(r"(?<=.)(LMHeadModel|Model|For[A-Z]\w*)$")
 _BODY = re.compile(r"(?<!LMHead)Model$")
 
@@ -101,6 +108,52 @@ def may_tie_output(base: Mapping[str, object]) -> bool:
     is_body = isinstance(architectures, list) and all(_BODY.search(str(name)) for name in architectures)
     ties = ties_embeddings(base)
     return ties is True or (ties is None and not is_body)
+
+
+def config_differences(
+    one: Mapping[str, object], other: Mapping[str, object], keys: Iterable[str]
+) -> dict[str, tuple[object, object]]:
+    """Return the settings that both configs give and that differ, with both values: of the whole or its language part.
+
+    Args:
+        one: a config.
+        other: another one.
+        keys: the settings; one that a config leaves to its default is not compared.
+    """
+    values = [
+        {key: part[key] for part in _parts(config) for key in keys if part.get(key) is not None}
+        for config in (one, other)
+    ]
+    return {
+        key: (values[0][key], values[1][key])
+        for key in keys
+        if key in values[0] and key in values[1] and values[0][key] != values[1][key]
+    }
+
+
+def rope_of(config: Mapping[str, object]) -> dict[str, object]:
+    """Return how a config turns positions: the base of the angles, and the scaling unless it is the default.
+
+    Transformers 5 keeps both under one key, ``rope_parameters``.
+    """
+    found: dict[str, object] = {"rope type": "default"}
+    for part in _parts(config):
+        for nested in (part.get("rope_scaling"), part.get("rope_parameters")):
+            if not isinstance(nested, dict):
+                continue
+            if any(isinstance(value, dict) for value in nested.values()):  # one for each type of layer
+                return {}
+            kind = nested.get("rope_type") or nested.get("type") or "default"
+            found["rope type"] = _ROPE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+            found.update({key: nested[key] for key in ("factor", "rope_theta") if nested.get(key) is not None})
+        if isinstance(part.get("rope_theta"), int | float):
+            found["rope_theta"] = part["rope_theta"]
+    return found
+
+
+def is_layer(name: str) -> bool:
+    """Return whether a tensor belongs to a numbered layer of the language model."""
+    return _LAYER.search(name) is not None
 
 
 def is_language_part(part: Mapping[str, object], whole: Mapping[str, object]) -> bool:

@@ -14,6 +14,7 @@ from expo_serve.config import USUAL_ALPHA, ExpoConfig, format_alpha
 from expo_serve.errors import count_of
 from expo_serve.plan.doubts import same_sources
 from expo_serve.plan.matching import Matching, match
+from expo_serve.plan.names import config_differences, rope_of
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures, refuse_tensors, refuse_unused_rules
 
@@ -51,7 +52,7 @@ def plan_pair(base: Checkpoint, aligned: Checkpoint, config: ExpoConfig, keep_le
         ignored_base=tuple(record.name for record in matching.only_base.values()),
         left_out=() if keep_left_out else matching.left_out,
     )
-    warnings = (*alpha_warnings(config), *_warnings(plan, matching))
+    warnings = (*alpha_warnings(config), *_warnings(plan, matching, aligned))
     return replace(plan, warnings=warnings, doubts=tuple(same_sources(base, aligned)))
 
 
@@ -65,7 +66,7 @@ def _as_long(partners: Partners, aligned: Checkpoint) -> Partners:
     }
 
 
-def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
+def _warnings(plan: Plan, matching: Matching, aligned: Checkpoint) -> Iterable[str]:
     yield from vocabulary_warnings("aligned", plan.grown)
     if cut := {
         tensor.name: rows
@@ -82,11 +83,30 @@ def _warnings(plan: Plan, matching: Matching) -> Iterable[str]:
     if matching.towers:
         yield _tower_warning(plan, matching)
     yield from value_head_warnings(plan.left_out)
+    yield from _config_warnings(plan.base, aligned)
     if plan.copied_unmatched or plan.ignored_base:
         yield (
             f"--unmatched copy: copied {count_of(len(plan.copied_unmatched), 'tensor')} that only aligned has, "
             f"ignored {count_of(len(plan.ignored_base), 'tensor')} that only base has"
         )
+
+
+def _config_warnings(base: Checkpoint, aligned: Checkpoint) -> Iterable[str]:
+    """Warn of settings that give the same weights another meaning; the result has those of aligned."""
+    different = {
+        **config_differences(base.config, aligned.config, ("hidden_act", "hidden_activation")),
+        **_rope_differences(rope_of(base.config), rope_of(aligned.config)),
+    }
+    if different:
+        found = ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in different.items())
+        yield (
+            f"the configs differ in what the weights mean ({found}): the result has aligned's settings, with "
+            "which base's weights were not trained; are both configs right?"
+        )
+
+
+def _rope_differences(one: dict[str, object], two: dict[str, object]) -> dict[str, tuple[object, object]]:
+    return {key: (value, two[key]) for key, value in one.items() if key in two and value != two[key]}
 
 
 def _tower_warning(plan: Plan, matching: Matching) -> str:

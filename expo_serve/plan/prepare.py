@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from expo_serve.checkpoint.folder import open_checkpoint
 from expo_serve.checkpoint.records import Operand
@@ -14,6 +14,7 @@ from expo_serve.plan.delta import open_delta
 from expo_serve.plan.doubts import settle
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
+from expo_serve.plan.sampled import value_warnings
 from expo_serve.plan.tokenizers import vocabulary_warnings
 
 
@@ -52,7 +53,7 @@ def review(plan: Plan, config: ExpoConfig) -> Plan:
     """
     tokenizer = plan.tokenizer or plan.model
     found = vocabulary_warnings(plan.base.source, tokenizer) if tokenizer != plan.base.source else ()
-    return settle(replace(plan, warnings=(*plan.warnings, *found)), config)
+    return settle(replace(plan, warnings=(*plan.warnings, *found, *value_warnings(plan))), config)
 
 
 def pin(config: ExpoConfig, plan: Plan, started: float | None, on_terminal: bool = False) -> ExpoConfig:
@@ -95,8 +96,7 @@ def locate(operand: Operand, config: ExpoConfig, hub: HubAccess) -> Source:
     revision = getattr(config, f"{operand}_revision")
     hub = replace(hub, allow_pickles=config.allow_pickle_index)
     found = find_source(operand, getattr(config, operand), revision, hub, subfolder=subfolder)
-    links = tuple(str(Path(root).expanduser().resolve()) for root in config.allow_links)
-    return found.model_copy(update={"links": links, "pickles": config.allow_pickle_index})
+    return found.model_copy(update={"links": config.allow_links, "pickles": config.allow_pickle_index})
 
 
 def _on_this_machine(operand: Operand, source: Source, hub: HubAccess, subfolder: str | None) -> Source:
@@ -104,7 +104,8 @@ def _on_this_machine(operand: Operand, source: Source, hub: HubAccess, subfolder
     if Path(source.path).is_dir() or source.revision is None:
         return source
     hub = replace(hub, allow_pickles=source.pickles)
-    found = find_source(operand, source.name, source.revision, hub, subfolder=subfolder)
+    name = source.name.removesuffix("/" + PurePosixPath(subfolder).as_posix()) if subfolder else source.name
+    found = find_source(operand, name, source.revision, hub, subfolder=subfolder)
     return found.model_copy(
         update={"fingerprint": source.fingerprint, "links": source.links, "pickles": source.pickles}
     )

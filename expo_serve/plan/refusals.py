@@ -10,17 +10,23 @@ from expo_serve.checkpoint.folder import Checkpoint
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import PairError, UsageError, count_of
+from expo_serve.plan.conversion import is_in_language_part
 from expo_serve.plan.matching import Matching, Tensors
 from expo_serve.plan.names import (
+    NOT_GATHERED,
     architecture_stems,
+    config_differences,
     is_adapter_part,
     is_embedding,
     is_language_part,
+    is_layer,
     is_leftover,
     is_output,
     ties_embeddings,
     vocabulary_sizes,
 )
+
+_HEAD_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def refuse_unused_rules(config: ExpoConfig, names: Iterable[str]) -> None:
@@ -72,9 +78,14 @@ def refuse_tensors(base: Checkpoint, aligned: Checkpoint, matching: Matching, co
         PairError: shapes or layouts differ, or a tensor is in one checkpoint only.
     """
     _refuse_adapter_parts(aligned)
+    for side in (base, aligned):
+        _refuse_flat(side)
+    _refuse_empty(base, aligned, matching)
     _refuse_shapes(base, aligned, matching)
+    _refuse_heads(base, aligned)
     _refuse_layouts(matching)
     _refuse_no_partners(base, aligned, matching)
+    _refuse_other_layers(base, aligned, matching)
     if config.unmatched == "refuse" and (matching.only_base or matching.only_aligned):
         _refuse_untied_output(base, aligned, matching)
         _refuse_unmatched(base, aligned, matching)
@@ -88,6 +99,44 @@ def _refuse_adapter_parts(aligned: Checkpoint) -> None:
             f"aligned ({aligned.source.name}) holds {count_of(len(parts), 'tensor')} of an adapter in "
             f"{parts[0].file.name}, the first {parts[0].name}; give a folder with the adapter alone as --delta, or one "
             "with the model alone as --aligned",
+        )
+
+
+def _refuse_empty(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
+    for side, other in ((aligned, base), (base, aligned)):
+        there = matching.same_name if side is aligned else aligned.tensors
+        full = {name for name, record in there.items() if record.numel}
+        empty = [record for name, record in side.tensors.items() if not record.numel and name in full]
+        if empty:
+            raise PairError(
+                f"{side.operand} ({side.source.name}) holds {count_of(len(empty), 'tensor')} without values that "
+                f"{other.operand} has, the first {empty[0].name} {list(empty[0].shape)}: {NOT_GATHERED}",
+                [f"{record.name}: {record.dtype_and_shape} in {record.file.name}" for record in empty],
+            )
+
+
+def _refuse_heads(base: Checkpoint, aligned: Checkpoint) -> None:
+    """Applies to equal shapes too: the same rows then belong to other heads."""
+    differences = config_differences(base.config, aligned.config, _HEAD_SIZES)
+    if differences:
+        found = ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in differences.items())
+        raise PairError(
+            f"base and aligned are not a pair: their attention has other heads ({found}); give two checkpoints of the "
+            "same model, or correct the config that is wrong"
+        )
+
+
+def _refuse_other_layers(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
+    """Applies with ``--unmatched copy`` too: where layers were put in or taken out, a number is not the same layer."""
+    differences = config_differences(base.config, aligned.config, ("num_hidden_layers",))
+    unmatched = [*matching.only_aligned.values(), *matching.only_base.values()]
+    if differences and any(is_layer(record.name) for record in unmatched):
+        one, two = differences["num_hidden_layers"]
+        details, summary = _unmatched(base, aligned, matching)
+        raise PairError(
+            f"{summary}; layers of one number need not be one layer where {one} became {two}, so give a base with "
+            "aligned's layers, made from base as aligned was (for example with mergekit's passthrough)",
+            details,
         )
 
 
@@ -140,8 +189,9 @@ def _shown(sizes: set[int]) -> str:
 
 
 def _lacks_rows(record: TensorRecord, sizes: set[int]) -> bool:
-    """Return whether an embedding has fewer rows than every vocabulary that its config names."""
-    return is_embedding(record) and len(record.shape) == 2 and bool(sizes) and record.shape[0] < min(sizes)
+    """Return whether the embedding of a language model has fewer rows than every vocabulary that its config names."""
+    is_vocabulary = is_embedding(record) and is_in_language_part(record.name) and len(record.shape) == 2
+    return is_vocabulary and bool(sizes) and record.shape[0] < min(sizes)
 
 
 def _refuse_layouts(matching: Matching) -> None:
@@ -154,6 +204,16 @@ def _refuse_layouts(matching: Matching) -> None:
             "with one version of one library; --unmatched copy does not apply, because these modules would not be "
             "extrapolated",
             [str(layouts) for layouts in found],
+        )
+
+
+def _refuse_flat(side: Checkpoint) -> None:
+    """FSDP keeps the parameters of a module in one vector, which only the model itself can take apart."""
+    flat = next((name for name in side.tensors if name.endswith("_flat_param")), None)
+    if flat:
+        raise PairError(
+            f"{side.operand} ({side.source.name}) holds flattened parameters of FSDP, the first {flat}; save it as a "
+            "full state dict (FULL_STATE_DICT), or merge its parts with accelerate merge-weights"
         )
 
 
@@ -181,14 +241,18 @@ def _refuse_untied_output(base: Checkpoint, aligned: Checkpoint, matching: Match
 
 
 def _refuse_unmatched(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> None:
+    details, summary = _unmatched(base, aligned, matching)
+    raise PairError(f"{summary}; --unmatched copy copies those of aligned and ignores those of base", details)
+
+
+def _unmatched(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> tuple[list[str], str]:
+    """Return a line for each tensor that one checkpoint lacks, and their sum in one line."""
     only_aligned, only_base = matching.only_aligned.values(), matching.only_base.values()
     details = [f"only in aligned: {record.name} {list(record.shape)}" for record in only_aligned]
     details += [f"only in base: {record.name} {list(record.shape)}" for record in only_base]
-    raise PairError(
+    return details, (
         f"{count_of(len(details), 'tensor is', 'tensors are')} in one checkpoint only ({len(only_aligned)} in aligned, "
-        f"{len(only_base)} in base){_size_differences(base, aligned)}; --unmatched copy copies those of aligned and "
-        "ignores those of base",
-        details,
+        f"{len(only_base)} in base){_size_differences(base, aligned)}"
     )
 
 

@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from expo_serve.checkpoint.links import check_inside
 from expo_serve.config import Source
-from expo_serve.errors import count_of
+from expo_serve.errors import CheckpointError, count_of
 from expo_serve.plan.plan import Plan
 
 _VOCABULARIES = (
@@ -21,6 +22,7 @@ _VOCABULARIES = (
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that a tokenizer needs beside its tokens, and that are no tokenizer alone."""
 _SHOWN = 10
+_MAX_BYTES = 256 * 2**20
 
 
 def tokenizer_problem(plan: Plan) -> str | None:
@@ -31,7 +33,7 @@ def tokenizer_problem(plan: Plan) -> str | None:
     """
     source = plan.tokenizer or plan.model
     folder = Path(source.path)
-    if has_vocabulary(folder):
+    if has_vocabulary(source):
         return None
     side = next((operand for operand, there in plan.sources.items() if there == source), "the model")
     if settings := [name for name in _SETTINGS if (folder / name).is_file()]:
@@ -45,11 +47,12 @@ def tokenizer_problem(plan: Plan) -> str | None:
     return f"{side}: {source.name} has no tokenizer; copy it into that folder"
 
 
-def has_vocabulary(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer's tokens, or the code of a tokenizer of its own."""
+def has_vocabulary(source: Source) -> bool:
+    """Return whether a source holds a tokenizer's tokens, or the code of a tokenizer of its own."""
+    folder = Path(source.path)
     if any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         return True
-    settings = _read(folder / "tokenizer_config.json")
+    settings = _read("tokenizer_config.json", source)
     code = settings.get("auto_map") if isinstance(settings, dict) else None
     return isinstance(code, dict) and "AutoTokenizer" in code and any(folder.glob("*.py"))
 
@@ -61,7 +64,7 @@ def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
         base: the side before alignment.
         other: the side whose tokenizer the result is served with.
     """
-    ours, theirs = _tokens(Path(base.path)), _tokens(Path(other.path))
+    ours, theirs = _tokens(base), _tokens(other)
     different = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
     if different:
         examples = ", ".join(f"{number}: {ours[number]!r} and {theirs[number]!r}" for number in different[:_SHOWN])
@@ -71,11 +74,11 @@ def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
         )
 
 
-def _tokens(folder: Path) -> dict[int, str]:
-    """Return the tokens of a folder's tokenizer by their ids; empty where no JSON file has them."""
-    whole = _read(folder / "tokenizer.json")
+def _tokens(source: Source) -> dict[int, str]:
+    """Return the tokens of a source's tokenizer by their ids; empty where no JSON file has them."""
+    whole = _read("tokenizer.json", source)
     if not isinstance(whole, dict):
-        return _by_id(_read(folder / "vocab.json"))
+        return _by_id(_read("vocab.json", source))
     model = whole.get("model")
     found = _by_id(model.get("vocab")) if isinstance(model, dict) else {}
     added = whole.get("added_tokens")
@@ -94,10 +97,14 @@ def _by_id(vocabulary: object) -> dict[int, str]:
     return {}
 
 
-def _read(file: Path) -> object:
+def _read(name: str, source: Source) -> object:
     """Return the content of a JSON file; None where it cannot be read: whoever needs the file says so."""
+    file = Path(source.path, name)
     try:
+        check_inside(file, source)
+        if file.stat().st_size > _MAX_BYTES:
+            return None
         content: object = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, CheckpointError):
         return None
     return content

@@ -51,9 +51,9 @@ def write_checkpoint(
         ExpoError: a source cannot be read, or a value is not finite.
         OSError: the folder cannot be written to.
     """
-    copy_companion_files(Path(plan.model.path), folder)
+    copy_companion_files(plan.model, folder)
     if plan.tokenizer:
-        copy_companion_files(Path(plan.tokenizer.path), folder, leave_out=_OF_ADAPTERS)
+        copy_companion_files(plan.tokenizer, folder, leave_out=_OF_ADAPTERS)
     if plan.overrides:
         _override(folder / "config.json", plan.overrides)
     write_card(folder, plan, config)

@@ -113,7 +113,7 @@ def test_subfolder_of_a_repository_is_downloaded_alone(hub: Hub, tmp_path: Path)
         assert files_of(source) == adapter
         hub.requests.clear()
         access = HubAccess(cache_dir=str(tmp_path / "cache"))
-        assert find_source("delta", source.name, commit, access, subfolder=subfolder) == source
+        assert find_source("delta", "org/name", commit, access, subfolder=subfolder) == source
         assert hub.requests == []
 
 
