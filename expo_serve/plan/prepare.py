@@ -14,8 +14,8 @@ from expo_serve.plan.delta import open_delta
 from expo_serve.plan.doubts import settle
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
-from expo_serve.plan.sampled import value_warnings
 from expo_serve.plan.tokenizers import vocabulary_warnings
+from expo_serve.plan.value_warnings import value_warnings
 
 
 def prepare(config: ExpoConfig, hub: HubAccess | None = None) -> Plan:
