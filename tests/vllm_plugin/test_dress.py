@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.command import run_here
-from tests.compare import by_expo, differing, load
+from tests.compare import by_expo, differing, load, with_extra
 from tests.models import build_pair, read_tensors, reference_checkpoint
 from tests.models.build import write_checkpoint
 from tests.models.extras import build_multimodal_pair
@@ -228,3 +228,88 @@ def test_layer_that_one_language_part_lacks_is_refused(multimodal: tuple[Path, P
     result = run_here("merge", *arguments, "--out", str(tmp_path / "out"))
     assert result.returncode == 2
     assert "in one checkpoint only" in result.stderr
+
+
+AdapterDress = Callable[[Path], dict[str, Any]]
+"""Changes an adapter's folder in place; returns further keys of the loader's extra config."""
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(file).items()}, file)
+    return {}
+
+
+def _wrapped(folder: Path) -> dict[str, Any]:
+    """As the names are where PEFT wraps a model that is wrapped already."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("model.layers", "language_model.model.layers"): tensors[name] for name in tensors}, file)
+    return {}
+
+
+def _in_a_subfolder(folder: Path) -> dict[str, Any]:
+    (folder / "one").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).rename(folder / "one" / name)
+    return {"delta_subfolder": "one"}
+
+
+def _bin(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+    return {"allow_pickle_index": True}
+
+
+ADAPTERS: dict[str, AdapterDress] = {
+    "its name in the tensors'": _named,
+    "other wrappers": _wrapped,
+    "in a subfolder": _in_a_subfolder,
+    "a .bin file": _bin,
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(plain: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An adapter as PEFT writes it, and what base becomes with it by fp32 arithmetic of our own."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(7)
+    base, out = read_tensors(plain[0]), shutil.copytree(plain[0], folder / "expected")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    factors: dict[str, torch.Tensor] = {}
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = torch.randn(4, 64), torch.randn(64, 4) * 0.1
+        factors |= {f"base_model.model.{name}.lora_{side}.weight": one for side, one in (("A", a), ("B", b))}
+        exact = base[f"{name}.weight"].double() + (1 + ALPHA) * 2 * (b.double() @ a.double())
+        base[f"{name}.weight"] = exact.bfloat16()
+    rewrite(out, base)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+    return folder / "adapter", out
+
+
+@pytest.mark.parametrize("dress", ADAPTERS.values(), ids=ADAPTERS)
+def test_dress_of_an_adapter_changes_nothing(
+    plain: tuple[Path, Path, Path], adapter: tuple[Path, Path], dress: AdapterDress, tmp_path: Path
+) -> None:
+    delta = shutil.copytree(adapter[0], tmp_path / "adapter")
+    more = dress(delta)
+    flags = ["--base", str(plain[0]), "--delta", str(delta), "--alpha", str(ALPHA), "--rounding", "nearest"]
+    flags += [f"--delta-subfolder={more['delta_subfolder']}"] if "delta_subfolder" in more else []
+    flags += ["--allow-pickle-index"] if "allow_pickle_index" in more else []
+    result = run_here("merge", *flags, "--out", str(tmp_path / "merged"))
+    assert result.returncode == 0, result.stderr
+    found, expected = read_tensors(tmp_path / "merged"), read_tensors(adapter[1])
+    changed = [name for name, tensor in expected.items() if not same_bits(tensor, read_tensors(plain[0])[name])]
+    assert_same({name: found[name] for name in expected if name not in changed}, {
+        name: tensor for name, tensor in expected.items() if name not in changed
+    })  # fmt: skip
+    for name in changed:
+        assert (found[name] == expected[name]).double().mean() > 0.999
+    extra = {"delta": str(delta), "alpha": ALPHA, "rounding": "nearest", **more}
+    state, report = load(plain[0], **with_extra(extra))
+    assert report is not None
+    assert differing(state, load(tmp_path / "merged")[0]) == []
