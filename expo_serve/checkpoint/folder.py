@@ -11,17 +11,17 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
+from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, INDEX_FILE, PICKLE_INDEX
 from expo_serve.checkpoint.header import Header, read_header
 from expo_serve.checkpoint.links import check_inside
 from expo_serve.checkpoint.pickle_index import read_pickle_header
 from expo_serve.checkpoint.quantisation import refuse_quantised, refuse_quantised_tensors
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
-from expo_serve.checkpoint.source import INDEX_FILE, read_config, read_weight_map
+from expo_serve.checkpoint.source import read_config, read_weight_map
 from expo_serve.checkpoint.wrappers import bare_names
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
 
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.(?P<suffix>safetensors|bin)")
 
@@ -62,7 +62,7 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
 
 def _refuse_adapter(operand: Operand, folder: Path) -> None:
     """Refuse the folder of an adapter alone, which has no config of a model."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         advice = "give it as --delta" if operand == "aligned" else "give the model that it was trained on"
         raise CheckpointError(f"{operand}: {folder} holds an adapter, not a checkpoint; {advice}")
 

@@ -133,7 +133,8 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     return result
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
+    """Return whether a value is an integer that can be a size or an offset in a file."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
@@ -150,9 +151,9 @@ def _record(path: Path, name: str, entry: object, start: int) -> TensorRecord:
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported; expected one of {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(is_size(size) for size in shape):
         raise CheckpointError(f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(value) for value in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(value) for value in offsets):
         raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {offsets!r:.200}")
     begin, end = offsets
     record = TensorRecord(name, path, start + begin, dtype, tuple(shape))

@@ -17,14 +17,13 @@ from time import sleep
 from typing import Any, TypeVar
 
 from expo_serve.checkpoint.companions import is_companion
+from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, INDEX_FILE
 from expo_serve.checkpoint.hub_errors import UNREACHABLE, HubFailure, bounded_requests, explain, one_line, within
-from expo_serve.checkpoint.json_files import INDEX_FILE, read_weight_map
+from expo_serve.checkpoint.json_files import read_weight_map
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError, count_of, warn
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ANSWER_SECONDS = 60.0
 """The longest time that the hub may take to say which files a repository has."""
 _PULLS_SECONDS = 20.0
@@ -86,6 +85,10 @@ class Repository:
         """Return the folder of a commit's files, whether or not there is one."""
         return self.storage / "snapshots" / commit
 
+    def folder(self, commit: str) -> Path:
+        """Return the folder of the wanted files of a commit: the subfolder, or all of the snapshot."""
+        return self.snapshot(commit) / (self.subfolder or "")
+
     def refusal(self, what: str) -> SourceError:
         """Return an error that names the repository."""
         return SourceError(f"{self.where}: {what}")
@@ -117,9 +120,9 @@ def hub_source(wanted: Repository) -> Source:
         return _from_cache(wanted, HubFailure("offline (HF_HUB_OFFLINE)"))
     commit = _cached_commit(wanted)
     if _COMMIT.fullmatch(wanted.revision or "") and commit and (files := _known_files(wanted, commit)):
-        folder = wanted.snapshot(commit)
+        folder = wanted.folder(commit)
         needed = _needed(wanted, folder, _of_subfolder(wanted, files))
-        if all((folder / (wanted.subfolder or "") / name).exists() for name in needed):
+        if all((folder / name).exists() for name in needed):
             return _found(wanted, commit)
     try:
         commit, files = _call(wanted, lambda: _ask(wanted), tries=_TRIES)
@@ -201,7 +204,7 @@ def _download(wanted: Repository, commit: str, files: Sequence[str]) -> Source:
         commit: its commit.
         files: all files of the subfolder, relative to it.
     """
-    folder = wanted.snapshot(commit) / (wanted.subfolder or "")
+    folder = wanted.folder(commit)
     if not _holds_weights(wanted, files):
         _refuse_without_weights(wanted, files)
     for choose in (_companions, _weights):
@@ -217,9 +220,9 @@ def _download(wanted: Repository, commit: str, files: Sequence[str]) -> Source:
 
 def _fetch(wanted: Repository, commit: str, names: Iterable[str]) -> None:
     """Download files of the subfolder that are not in the cache yet."""
-    folder = wanted.snapshot(commit)
+    folder = wanted.folder(commit)
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
-    absent = [prefix + name for name in names if not (folder / prefix / name).exists()]
+    absent = [prefix + name for name in names if not (folder / name).exists()]
     if not absent:
         return
     from huggingface_hub import snapshot_download
@@ -373,9 +376,8 @@ def _from_cache(wanted: Repository, failure: HubFailure) -> Source:
     if commit is None:
         absent = "no such folder, not in the hub cache, and " if failure.reason.startswith(UNREACHABLE) else ""
         raise wanted.refusal(_not_cached(wanted) if constants.HF_HUB_OFFLINE else absent + failure.reason)
-    known = _known_files(wanted, commit)
-    folder = wanted.snapshot(commit) / (wanted.subfolder or "")
-    missing = _missing(wanted, wanted.snapshot(commit), known)
+    folder = wanted.folder(commit)
+    missing = _missing(wanted, folder, _known_files(wanted, commit))
     if missing:
         raise wanted.refusal(
             f"{failure.reason}; the hub cache holds only a part of it: {_listed(missing)} "
@@ -440,17 +442,16 @@ def _known_files(wanted: Repository, commit: str) -> tuple[str, ...] | None:
         return None
 
 
-def _missing(wanted: Repository, snapshot: Path, known: Sequence[str] | None) -> list[str]:
+def _missing(wanted: Repository, folder: Path, known: Sequence[str] | None) -> list[str]:
     """Return what a load needs and the cache does not hold.
 
     Args:
         wanted: the repository.
-        snapshot: folder of its commit in the cache.
+        folder: of the wanted files of its commit in the cache.
         known: all files of the commit; None if they are not known.
     """
-    folder = snapshot / (wanted.subfolder or "")
     if known is not None:
-        needed = _needed(wanted, snapshot, _of_subfolder(wanted, known))
+        needed = _needed(wanted, folder, _of_subfolder(wanted, known))
         # Of a subfolder what is not a module's may have been left out by who filled the cache, and is seldom read.
         needed = [name for name in needed if "/" not in name or _MODULE_FILE.fullmatch(name)]
         return [name for name in needed if not (folder / name).exists()]
@@ -459,23 +460,21 @@ def _missing(wanted: Repository, snapshot: Path, known: Sequence[str] | None) ->
     if INDEX_FILE in there and not (wanted.operand == "delta" and ADAPTER_CONFIG in there):
         needed += sorted(set(read_weight_map(folder / INDEX_FILE).values()))
     elif wanted.operand == "delta" and ADAPTER_CONFIG in there:
-        has_pickle = wanted.access.allow_pickles and "adapter_model.bin" in there
+        has_pickle = wanted.access.allow_pickles and ADAPTER_PICKLE in there
         needed += [] if has_pickle else [ADAPTER_WEIGHTS]
     elif not _weights(wanted, folder, there):
         needed.append("model.safetensors (or its shards and their index)")
     return [name for name in needed if name not in there]
 
 
-def _needed(wanted: Repository, snapshot: Path, files: Sequence[str]) -> list[str]:
+def _needed(wanted: Repository, folder: Path, files: Sequence[str]) -> list[str]:
     """Return the files that are downloaded, if the index of shards is there already."""
-    folder = snapshot / (wanted.subfolder or "")
     return sorted({*_companions(wanted, folder, files), *_weights(wanted, folder, files)})
 
 
 def _found(wanted: Repository, commit: str) -> Source:
-    path = (wanted.snapshot(commit) / (wanted.subfolder or "")).resolve()
     name = f"{wanted.hub_id}/{wanted.subfolder}" if wanted.subfolder else wanted.hub_id
-    return Source(name=name, path=str(path), revision=commit)
+    return Source(name=name, path=str(wanted.folder(commit).resolve()), revision=commit)
 
 
 def _listed(names: Sequence[str]) -> str:

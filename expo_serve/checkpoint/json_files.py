@@ -7,7 +7,6 @@ from pathlib import Path
 
 from expo_serve.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
 _MAX_FILE_NAME_BYTES = 255
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_TENSORS, OTHER_FILES, Header
+from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_TENSORS, OTHER_FILES, Header, is_size
 from expo_serve.checkpoint.pickle_values import (
     STORAGE_DTYPES,
     TORCH_DTYPES,
@@ -25,7 +25,6 @@ from expo_serve.checkpoint.pickle_values import (
     Refused,
     Table,
     Tensor,
-    is_size,
     kind_of,
 )
 from expo_serve.checkpoint.pickle_walk import walk

@@ -146,11 +146,6 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def is_size(value: object) -> bool:
-    """Return whether a value is an integer that can be a size or an offset in a file."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
 def _tensor(arguments: tuple[object, ...]) -> Tensor:
     """Note ``(storage, offset, size, stride, requires_grad, hooks, metadata)``, of which the last three may lack."""
     storage, offset, size, stride = arguments[:4]

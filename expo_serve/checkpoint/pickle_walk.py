@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable
 from pickletools import opcodes
 
+from expo_serve.checkpoint.header import is_size
 from expo_serve.checkpoint.pickle_values import (
     CALLS,
     DAMAGED,
@@ -23,7 +24,6 @@ from expo_serve.checkpoint.pickle_values import (
     Storage,
     Table,
     is_allowed,
-    is_size,
     kind_of,
 )
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from expo_serve.checkpoint.hub import ADAPTER_CONFIG, HubAccess, Repository, hub_endpoint, hub_source, no_subfolder
-from expo_serve.checkpoint.json_files import INDEX_FILE, read_json, read_weight_map
+from expo_serve.checkpoint.file_names import ADAPTER_CONFIG
+from expo_serve.checkpoint.hub import HubAccess, Repository, hub_endpoint, hub_source, no_subfolder
+from expo_serve.checkpoint.json_files import read_json, read_weight_map
 from expo_serve.checkpoint.records import JsonObject, Operand
 from expo_serve.checkpoint.spellings import right_spelling
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError
 
 __all__ = [
-    "INDEX_FILE",
     "TOKENIZER_FILES",
     "HubAccess",
     "adapter_subfolders",

@@ -25,7 +25,7 @@ from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import locate, review
-from expo_serve.plan.tokenizers import tokenizer_problem
+from expo_serve.plan.tokenizers import all_warnings
 
 _EPILOG = """\
 A packed delta holds only what differs, without loss, in a few percent of the checkpoint's size. Serve it with
@@ -178,8 +178,7 @@ def _open(given: argparse.Namespace, hub: HubAccess) -> tuple[Delta, Plan, ExpoC
 def _reviewed(plan: Plan, config: ExpoConfig) -> Plan:
     """Return the plan with its doubts allowed, and say all warnings."""
     reviewed = review(plan, config)
-    problem = tokenizer_problem(reviewed)
-    for warning in (*reviewed.warnings, *([problem] if problem else [])):
+    for warning in all_warnings(reviewed):
         warn(warning)
     return reviewed
 
@@ -200,4 +199,4 @@ def _config(given: argparse.Namespace, **values: str | list[str] | bool | None) 
 
 
 def _hub(given: argparse.Namespace) -> HubAccess:
-    return HubAccess(given.hf_token, given.download_dir, bool(given.allow_pickle_index))
+    return HubAccess(given.hf_token, given.download_dir)

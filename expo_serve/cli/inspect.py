@@ -22,7 +22,7 @@ from expo_serve.plan.doubts import unsettled
 from expo_serve.plan.pair import plan_pair
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import locate, review
-from expo_serve.plan.tokenizers import tokenizer_problem
+from expo_serve.plan.tokenizers import all_warnings
 
 
 def main(arguments: list[str]) -> int:
@@ -183,7 +183,7 @@ def _planned(plan: Plan, options: Options, ranks: int) -> dict[str, Any]:
             available_host_bytes=available,
             fits_host=weights * ranks <= available,
         ),
-        "warnings": [*plan.warnings, *([problem] if (problem := tokenizer_problem(plan)) else [])],
+        "warnings": all_warnings(plan),
         "tensors": [_tensor(tensor) for tensor in plan.tensors.values()],
     }
 

@@ -11,7 +11,7 @@ from expo_serve.cli.parser import Parser
 from expo_serve.config import parse_alpha
 from expo_serve.errors import UsageError, warn
 from expo_serve.plan.prepare import prepare
-from expo_serve.plan.tokenizers import tokenizer_problem
+from expo_serve.plan.tokenizers import all_warnings
 from expo_serve.report import EffectiveAlpha, alpha_warnings
 
 
@@ -19,8 +19,7 @@ def main(arguments: list[str]) -> int:
     """Merge; returns 0."""
     options, out, shard_bytes = _read(arguments)
     plan = prepare(options.config, options.hub)
-    problem = tokenizer_problem(plan)
-    for warning in (*plan.warnings, *([problem] if problem else [])):
+    for warning in all_warnings(plan):
         warn(warning)
     with new_folder(out, "merge") as folder, command_progress("merge", plan.weight_bytes) as progress:
         check_room(out, "merge", plan.weight_bytes)

@@ -158,6 +158,9 @@ def _of_piece(
     found = Tally(step_squares=float(torch.dot(step, step)))
     methods: dict[Method, torch.Tensor | None] = {"nearest": None, "dithered": noise}
     for method in (only,) if only else methods:
+        if method == "dithered" and noise is None and not only:
+            found.moved[method] = found.moved["nearest"]
+            continue
         result = combine_unchecked(torch.empty(base.shape, dtype=dtype), operands, dtype, alpha, methods[method])
         found.moved[method] = float(torch.dot(result.double() - aligned, step))
     if not only:

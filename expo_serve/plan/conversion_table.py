@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from expo_serve.checkpoint.records import JsonObject
+from expo_serve.plan.names import LANGUAGE_PARTS
 
 _FILE = "conversion_mapping.py"
 _ALIASES = "_MODEL_TO_CONVERSION_PATTERN"
 _BUILDER = "_build_checkpoint_conversion_mapping"
-_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 _LOOK_AROUND = re.compile(r"\(\?.+?\)?\)")
 
 
@@ -96,7 +96,7 @@ def read_conversion(config: JsonObject) -> Conversion:
         Its conversion; :data:`NO_CONVERSION` if the table does not have the model, or cannot be read.
     """
     table = read_table()
-    part = next((part for key in _LANGUAGE_PARTS if isinstance(part := config.get(key), dict)), {})
+    part = next((part for key in LANGUAGE_PARTS if isinstance(part := config.get(key), dict)), {})
     whole, language = (_look_up(table, values) for values in (config, part))
     try:
         conversion = Conversion(

@@ -5,7 +5,6 @@ The result is ``base + (1 + alpha) * delta``. A tensor that the delta does not h
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, tot
 from expo_serve.checkpoint.source import read_config
 from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import PairError, count_of
-from expo_serve.plan.matching import base_names
+from expo_serve.plan.matching import base_names, shared_targets
 from expo_serve.plan.names import is_embedding, is_leftover, is_output, may_tie_output, ties_embeddings
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
@@ -104,11 +103,10 @@ class FullDelta:
             )
 
     def _refuse_twice(self, names: Mapping[str, str], base: Checkpoint) -> None:
-        counts = Counter(other for other in names.values() if other in base.tensors)
-        if twice := next((other for other, count in counts.items() if count > 1), None):
-            both = " and ".join(name for name, other in names.items() if other == twice)
+        for target, group in shared_targets(names, base.tensors).items():
             raise PairError(
-                f"the delta ({self.source.name}) changes {twice} of base twice, as {both}; save each change once"
+                f"the delta ({self.source.name}) changes {target} of base twice, as {' and '.join(group)}; save each "
+                "change once"
             )
 
     def _refuse_shapes(self, deltas: Mapping[str, FullTensorDelta]) -> None:

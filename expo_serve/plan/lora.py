@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from expo_serve.checkpoint.folder import Checkpoint, open_files
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
@@ -20,15 +21,12 @@ from expo_serve.config import ExpoConfig, Source
 from expo_serve.errors import CheckpointError, PairError, count_of
 from expo_serve.plan.conversion import same_ending, stored_instead
 from expo_serve.plan.lora_format import (
-    CONFIG_FILE,
-    PICKLE_FILE,
-    WEIGHTS_FILE,
     LoraConfig,
     nothing_to_read,
     read_lora_config,
     sort_tensors,
 )
-from expo_serve.plan.matching import Tensors, base_candidates, base_names
+from expo_serve.plan.matching import Tensors, base_candidates, base_names, shared_targets
 from expo_serve.plan.names import is_embedding, is_output, may_tie_output, vocabulary_sizes
 from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
@@ -68,7 +66,7 @@ class LoraDelta:
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         """Return whether the folder has an adapter_config.json."""
-        return (folder / CONFIG_FILE).is_file()
+        return (folder / ADAPTER_CONFIG).is_file()
 
     @classmethod
     def open(cls, source: Source) -> LoraDelta:
@@ -78,10 +76,10 @@ class LoraDelta:
             CheckpointError: the adapter is not a plain sum on base's weights, or a file breaks the format.
         """
         folder = Path(source.path)
-        config = read_lora_config(read_config("delta", source, CONFIG_FILE), str(folder / CONFIG_FILE))
-        weights = folder / WEIGHTS_FILE
+        config = read_lora_config(read_config("delta", source, ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+        weights = folder / ADAPTER_WEIGHTS
         if not weights.exists() and source.pickles:
-            weights = folder / PICKLE_FILE
+            weights = folder / ADAPTER_PICKLE
         if not weights.exists():
             raise CheckpointError(f"delta: {nothing_to_read(folder)}")
         opened = open_files("delta", source, (weights,))
@@ -101,7 +99,7 @@ class LoraDelta:
         names = base_names(changed, base.tensors, base.config)
         targets = {name: _target(renamed, base) for name, renamed in names.items()}
         self._refuse_unknown(targets, base, config)
-        self._refuse_shared(names)
+        self._refuse_shared(names, base)
         adapted = {names[f"{module.name}.weight"]: targets[f"{module.name}.weight"] for module in modules}
         stored = {names[name]: record for name, record in self.whole_tensors.items()}
         beside_factors = _beside_factors(adapted, stored, base)
@@ -160,8 +158,8 @@ class LoraDelta:
         has_biases = any(_is_bias(record) for record in base.tensors.values())
         if trained != "none" and has_biases and not any(name.endswith(".bias") for name in self.whole_tensors):
             yield (
-                f"the adapter ({self.source.name}) was trained with biases (bias: {trained!r:.40} in {CONFIG_FILE}), "
-                "but holds none, as PEFT saves them: base's biases stay as they are"
+                f"the adapter ({self.source.name}) was trained with biases (bias: {trained!r:.40} in "
+                f"{ADAPTER_CONFIG}), but holds none, as PEFT saves them: base's biases stay as they are"
             )
 
     def _refuse_unknown(self, targets: Mapping[str, str], base: Checkpoint, config: ExpoConfig) -> None:
@@ -177,13 +175,9 @@ class LoraDelta:
                 [f"only in the adapter: {name}" for name in unknown],
             )
 
-    def _refuse_shared(self, names: Mapping[str, str]) -> None:
+    def _refuse_shared(self, names: Mapping[str, str], base: Checkpoint) -> None:
         """Refuse two names of the adapter for one tensor of base. A tied output is base's embedding by other rules."""
-        by_target: defaultdict[str, list[str]] = defaultdict(list)
-        for name, target in names.items():
-            by_target[target].append(name)
-        shared = {target: group for target, group in by_target.items() if len(group) > 1}
-        if shared:
+        if shared := shared_targets(names, base.tensors):
             target, group = next(iter(shared.items()))
             raise PairError(
                 f"the adapter ({self.source.name}) changes {count_of(len(shared), 'tensor')} of base twice, under "

@@ -18,14 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError, count_of
 from expo_serve.plan.names import NOT_GATHERED, is_adapter_part
 from expo_serve.plan.tensor_deltas import LoraModule
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<kind>embedding_)(?P<row>[AB])(?:\.(?P<of>[^.]+)(?:\.(?P=of))*)?"
@@ -190,12 +188,13 @@ def _start_problem(start: str) -> str | None:
 
 def nothing_to_read(folder: Path) -> str:
     """Return why a folder without adapter_model.safetensors cannot be read, for an error."""
-    if (folder / PICKLE_FILE).exists():
+    if (folder / ADAPTER_PICKLE).exists():
         return (
-            f"{folder} holds its adapter as a pickle file only ({PICKLE_FILE}), which can run code and is not opened; "
-            "convert it to safetensors, or give --allow-pickle-index: it finds the tensors without running anything"
+            f"{folder} holds its adapter as a pickle file only ({ADAPTER_PICKLE}), which can run code and is not "
+            "opened; convert it to safetensors, or give --allow-pickle-index: it finds the tensors without running "
+            "anything"
         )
-    return f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}"
+    return f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}"
 
 
 def sort_tensors(
@@ -241,8 +240,8 @@ def sort_tensors(
     modules = tuple(_module(name, parts, config) for name, parts in factors.items())
     if modules and not whole and not any(module.scale for module in modules):
         raise CheckpointError(
-            f"{modules[0].a.file}: {CONFIG_FILE} gives every module the alpha 0, so the adapter changes nothing; give "
-            "lora_alpha the value of its training"
+            f"{modules[0].a.file}: {ADAPTER_CONFIG} gives every module the alpha 0, so the adapter changes nothing; "
+            "give lora_alpha the value of its training"
         )
     return modules, whole
 
@@ -276,7 +275,7 @@ def _module(name: str, parts: Mapping[str, TensorRecord], config: LoraConfig) ->
     rank = config.rank_of(name)
     if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
-            f"{found.file}: module {name!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {CONFIG_FILE} "
+            f"{found.file}: module {name!r} has factors A {list(a.shape)} and B {list(b.shape)}, but {ADAPTER_CONFIG} "
             f"gives it the rank {rank}"
         )
     if not (a.is_float and b.is_float):

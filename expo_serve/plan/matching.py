@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -210,6 +210,19 @@ def base_names(names: Collection[str], base: Tensors, config: JsonObject | None 
     is_same = all(name in base for name in names)
     pairs = prefixed if is_same else only_pairs(base_candidates(names, base, config))
     return {name: pairs.get(name, name) for name in names}
+
+
+def shared_targets(names: Mapping[str, str], base: Tensors) -> dict[str, list[str]]:
+    """Return the tensors of base that more than one name means, with these names.
+
+    Args:
+        names: base's name for each name in a delta, see :func:`base_names`.
+        base: base's tensors.
+    """
+    by_target: defaultdict[str, list[str]] = defaultdict(list)
+    for name, target in names.items():
+        by_target[target].append(name)
+    return {target: group for target, group in by_target.items() if len(group) > 1 and target in base}
 
 
 def base_candidates(names: Collection[str], base: Tensors, config: JsonObject | None = None) -> Candidates:

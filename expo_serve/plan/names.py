@@ -18,7 +18,7 @@ _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 # Layers of the language model, whatever wraps it; the layers of a tower are numbered separately.
 _LAYER = re.compile(r"^((model|language_model|text_model|llm|transformer|decoder)\.)*layers\.(?P<index>\d+)\.")
 _MTP_SIZES = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
+LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 # Parameters of PEFT's adapters: the prefixes of its tuners.
 _ADAPTER_PART = re.compile(
     r"(^|\.)(lora_|ia3_|vera_|hada_|lokr_|oft_|boft_|vblora_|randlora_|fourierft_|hra_|bone_|miss_|shira_|c3a_|ln_tuning_|"
@@ -131,6 +131,11 @@ def config_differences(
     }
 
 
+def described(differences: Mapping[str, tuple[object, object]]) -> str:
+    """Return differences of two configs for a message: ``a is 1 in base and 2 in aligned``."""
+    return ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in differences.items())
+
+
 def rope_of(config: Mapping[str, object]) -> dict[str, object]:
     """Return how a config turns positions: the base of the angles, and the scaling unless it is the default.
 
@@ -159,8 +164,8 @@ def is_layer(name: str) -> bool:
 def is_language_part(part: Mapping[str, object], whole: Mapping[str, object]) -> bool:
     """Return whether one config is that of the language part alone of a multimodal model with the other config."""
     kind = part.get("model_type")
-    has_parts = any(isinstance(part.get(key), dict) for key in _LANGUAGE_PARTS)
-    parts = (whole.get(key) for key in _LANGUAGE_PARTS)
+    has_parts = any(isinstance(part.get(key), dict) for key in LANGUAGE_PARTS)
+    parts = (whole.get(key) for key in LANGUAGE_PARTS)
     return (
         kind is not None
         and not has_parts
@@ -178,7 +183,7 @@ def architecture_stems(config: Mapping[str, object]) -> object:
 
 def _parts(config: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
     """Yield a config and, for a multimodal model, its language part."""
-    candidates = (config, *(config.get(key) for key in _LANGUAGE_PARTS))
+    candidates = (config, *(config.get(key) for key in LANGUAGE_PARTS))
     return (part for part in candidates if isinstance(part, dict))
 
 

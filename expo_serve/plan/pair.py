@@ -14,7 +14,7 @@ from expo_serve.config import USUAL_ALPHA, ExpoConfig, format_alpha
 from expo_serve.errors import count_of
 from expo_serve.plan.doubts import same_sources
 from expo_serve.plan.matching import Matching, match
-from expo_serve.plan.names import config_differences, rope_of
+from expo_serve.plan.names import config_differences, described, rope_of
 from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.refusals import refuse_architectures, refuse_tensors, refuse_unused_rules
 
@@ -98,10 +98,9 @@ def _config_warnings(base: Checkpoint, aligned: Checkpoint) -> Iterable[str]:
         **_rope_differences(rope_of(base.config), rope_of(aligned.config)),
     }
     if different:
-        found = ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in different.items())
         yield (
-            f"the configs differ in what the weights mean ({found}): the result has aligned's settings, with "
-            "which base's weights were not trained; are both configs right?"
+            f"the configs differ in what the weights mean ({described(different)}): the result has aligned's "
+            "settings, with which base's weights were not trained; are both configs right?"
         )
 
 

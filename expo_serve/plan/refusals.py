@@ -16,6 +16,7 @@ from expo_serve.plan.names import (
     NOT_GATHERED,
     architecture_stems,
     config_differences,
+    described,
     is_adapter_part,
     is_embedding,
     is_language_part,
@@ -119,10 +120,9 @@ def _refuse_heads(base: Checkpoint, aligned: Checkpoint) -> None:
     """Applies to equal shapes too: the same rows then belong to other heads."""
     differences = config_differences(base.config, aligned.config, _HEAD_SIZES)
     if differences:
-        found = ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in differences.items())
         raise PairError(
-            f"base and aligned are not a pair: their attention has other heads ({found}); give two checkpoints of the "
-            "same model, or correct the config that is wrong"
+            f"base and aligned are not a pair: their attention has other heads ({described(differences)}); give two "
+            "checkpoints of the same model, or correct the config that is wrong"
         )
 
 
@@ -258,9 +258,9 @@ def _unmatched(base: Checkpoint, aligned: Checkpoint, matching: Matching) -> tup
 
 def _size_differences(base: Checkpoint, aligned: Checkpoint) -> str:
     keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    sizes = ((key, base.config.get(key), aligned.config.get(key)) for key in keys)
-    differences = [f"{key} is {one} in base and {other} in aligned" for key, one, other in sizes if one != other]
-    return f" ({', '.join(differences)})" if differences else ""
+    sizes = {key: (base.config.get(key), aligned.config.get(key)) for key in keys}
+    differences = {key: (one, other) for key, (one, other) in sizes.items() if one != other}
+    return f" ({described(differences)})" if differences else ""
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,22 @@ def tokenizer_problem(plan: Plan) -> str | None:
         plan: names the folder that it is served from.
     """
     source = plan.tokenizer or plan.model
-    folder = Path(source.path)
     if has_vocabulary(source):
         return None
     side = next((operand for operand, there in plan.sources.items() if there == source), "the model")
-    if settings := [name for name in _SETTINGS if (folder / name).is_file()]:
-        return (
-            f"{side}: {source.name} holds half a tokenizer ({', '.join(settings)} without the tokens); copy the whole "
-            "tokenizer into that folder, or remove the rest of it to use that of base"
-            if plan.tokenizer
-            else f"{side}: {source.name} holds half a tokenizer ({', '.join(settings)} without the tokens); copy the "
-            "whole tokenizer into that folder"
-        )
-    return f"{side}: {source.name} has no tokenizer; copy it into that folder"
+    settings = [name for name in _SETTINGS if Path(source.path, name).is_file()]
+    if not settings:
+        return f"{side}: {source.name} has no tokenizer; copy it into that folder"
+    return (
+        f"{side}: {source.name} holds half a tokenizer ({', '.join(settings)} without the tokens); copy the whole "
+        "tokenizer into that folder" + (", or remove the rest of it to use that of base" if plan.tokenizer else "")
+    )
+
+
+def all_warnings(plan: Plan) -> list[str]:
+    """Return the warnings of a plan, and what is wrong with its tokenizer; a server refuses that."""
+    problem = tokenizer_problem(plan)
+    return [*plan.warnings, *([problem] if problem else [])]
 
 
 def has_vocabulary(source: Source) -> bool:
@@ -64,6 +67,8 @@ def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
         base: the side before alignment.
         other: the side whose tokenizer the result is served with.
     """
+    if (whole := _bytes("tokenizer.json", base)) and whole == _bytes("tokenizer.json", other):
+        return  # as most often; reading the tokens of a large vocabulary takes a while
     ours, theirs = _tokens(base), _tokens(other)
     different = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
     if different:
@@ -99,12 +104,18 @@ def _by_id(vocabulary: object) -> dict[int, str]:
 
 def _read(name: str, source: Source) -> object:
     """Return the content of a JSON file; None where it cannot be read: whoever needs the file says so."""
+    try:
+        content: object = json.loads(_bytes(name, source) or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return content
+
+
+def _bytes(name: str, source: Source) -> bytes | None:
+    """Return the bytes of a file of the source; None where it has none that can be read."""
     file = Path(source.path, name)
     try:
         check_inside(file, source)
-        if file.stat().st_size > _MAX_BYTES:
-            return None
-        content: object = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError, CheckpointError):
+        return file.read_bytes() if file.stat().st_size <= _MAX_BYTES else None
+    except (OSError, CheckpointError):
         return None
-    return content

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expo_serve.checkpoint.source import HubAccess, find_source
+from expo_serve.checkpoint.source import HubAccess
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ConfigError
 from expo_serve.plan.delta import format_of
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.plan import Plan
+from expo_serve.plan.prepare import locate
 
 _EXTRA = "--model-loader-extra-config"
 # Keys that tell where a config comes from, or that vLLM gets by its own flags.
@@ -32,12 +32,12 @@ def with_model(config: ExpoConfig, model_config: Any, hub: HubAccess) -> ExpoCon
         return config.model_copy(update={"base": model, "base_revision": config.base_revision or revision})
     _check_same("aligned", config.aligned, model)
     revision = config.aligned_revision or revision
-    hub = replace(hub, allow_pickles=config.allow_pickle_index)
-    if format_of(Path(find_source("aligned", model, revision, hub).path)) is PackedDelta:
+    aligned = config.model_copy(update={"aligned": model, "aligned_revision": revision})
+    if format_of(Path(locate("aligned", aligned, hub).path)) is PackedDelta:
         return config.model_copy(
             update={"delta": model, "delta_revision": revision, "aligned": None, "aligned_revision": None}
         )
-    return config.model_copy(update={"aligned": model, "aligned_revision": revision})
+    return aligned
 
 
 def _check_same(side: str, given: str | None, model: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from expo_serve.checkpoint.source import INDEX_FILE
+from expo_serve.checkpoint.file_names import INDEX_FILE
 from expo_serve.checkpoint.writer import SafetensorsWriter, header_bytes, sizes_of
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import warn
@@ -25,7 +25,7 @@ from expo_serve.write.provenance import metadata, write_card
 _THREADS = 2
 """Two threads saturate a disk; more would hold more whole tensors in memory."""
 _METADATA = {"format": "pt"}  # required by transformers
-_OF_ADAPTERS = ("adapter_config.json", "config.json", "README.md")
+_OF_ADAPTERS = ("config.json", "README.md")
 """Files of an adapter's folder that describe the adapter, not the merged model."""
 
 
