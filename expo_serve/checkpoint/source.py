@@ -6,7 +6,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 from expo_serve.checkpoint.file_names import ADAPTER_CONFIG
-from expo_serve.checkpoint.hub import HubAccess, Repository, hub_endpoint, hub_source, no_subfolder
+from expo_serve.checkpoint.hub import hub_endpoint, hub_source
+from expo_serve.checkpoint.hub_files import HubAccess, Repository, no_subfolder
 from expo_serve.checkpoint.json_files import read_json, read_weight_map
 from expo_serve.checkpoint.records import JsonObject, Operand
 from expo_serve.checkpoint.spellings import right_spelling
