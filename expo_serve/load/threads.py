@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -31,6 +31,8 @@ NETWORK_THREADS = 8
 """More reads have to be under way where each is a round trip; each thread holds two pieces of memory."""
 _RESULTS_AHEAD = 2
 """Results of :func:`in_order` that wait for their turn, for each thread."""
+_LOOK_SECONDS = 1.0
+"""How often a wait looks for signals."""
 _JOIN_SECONDS = 5.0
 
 Task = Callable[[], object]
@@ -193,12 +195,18 @@ class Background:
         if self._failure:
             raise self._failure
         self._hand_over_joined()
-        done = self._done.get()
+        done = self._next_done()
         self._pending.remove((done.start, done.end))
         self._pending_bytes -= done.end - done.start
         self._failure = self._failure or done.failure
         if self._failure:
             raise self._failure
+
+    def _next_done(self) -> _Submitted:
+        """Wait for a task, but not without end: a signal that comes just before a wait is looked at after it only."""
+        while True:
+            with suppress(Empty):
+                return self._done.get(timeout=_LOOK_SECONDS)
 
     @contextmanager
     def _keeping_failure(self) -> Iterator[None]:

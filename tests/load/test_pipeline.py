@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -267,7 +267,19 @@ def test_threads_that_are_refused_are_done_without(
     assert next(started) > allowed, "no thread was refused"
 
 
-def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def _to_the_process() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _to_this_thread() -> None:
+    """As where it comes just before the main thread begins to wait: no system call of that thread is interrupted."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("send", [_to_the_process, _to_this_thread])
+def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(
+    many: Plan, monkeypatch: pytest.MonkeyPatch, send: Callable[[], None]
+) -> None:
     hangs, go_on = threading.Event(), threading.Event()
 
     def hang(_: Read) -> None:
@@ -276,7 +288,7 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(many: Plan, monkeypatc
 
     def interrupt() -> None:
         hangs.wait(10)
-        os.kill(os.getpid(), signal.SIGINT)
+        send()
 
     before_reads(monkeypatch, hang)
     monkeypatch.setattr(kernels, "available", lambda *_: False)
