@@ -24,6 +24,7 @@ def test_adapter_with_a_tokenizer(tiny_pair: tuple[Path, Path], tmp_path: Path) 
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/else"}))
     flags = ["--base", str(base), "--delta", str(adapter), "--alpha", "0.5", "--enforce-eager", "--max-model-len", "64"]
+    flags += ["--allow", "other-base"]
     server = Server(flags, tmp_path / "log")
     try:
         server.wait_ready()
@@ -40,7 +41,9 @@ def test_adapter_with_a_tokenizer(tiny_pair: tuple[Path, Path], tmp_path: Path) 
         assert 'expo_load_read_bytes{engine="0",rank="0",source="delta"}' in metrics
         assert 'delta="adapter"' in metrics
         assert 'aligned=""' in metrics
-        assert "trained on 'someone/else', base is 'base': are they the same model?" in server.text()
+        assert report.allowed == ["other-base"]
+        assert "trained on 'someone/else', base is 'base'" in server.text()
+        assert "(allowed: other-base)" in server.text()
     finally:
         server.stop()
 
