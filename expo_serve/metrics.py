@@ -18,23 +18,33 @@ _INFO = (
 )  # fmt: skip
 
 
-def publish(report: DeploymentReport, registry: CollectorRegistry = REGISTRY) -> None:
-    """Register the gauges and set them, once per registry.
+class DeploymentGauges:
+    """The gauges of one deployment.
+
+    Args:
+        registry: where they are registered, once.
 
     Raises:
         ValueError: the gauges are already registered.
     """
-    gauge = partial(Gauge, registry=registry, multiprocess_mode="mostrecent")
-    alpha = gauge("expo_alpha", "Alpha of the server's weights.", ("model_name",))
-    info = gauge("expo_deployment_info", "The deployed sources; the value is always 1.", _INFO)
-    startup = gauge("expo_startup_duration_seconds", "Time from the start of the command until the engine is ready.")
-    for name in report.served_model_names:
-        alpha.labels(name).set(report.alpha)
-        info.labels(**_info_labels(report, name)).set(1)
-    startup.set(report.startup_seconds)
-    loads = _LoadGauges(gauge)
-    for rank in report.ranks:
-        loads.set(rank)
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        gauge = partial(Gauge, registry=registry, multiprocess_mode="mostrecent")
+        self._alpha = gauge("expo_alpha", "Alpha of the server's weights.", ("model_name",))
+        self._info = gauge("expo_deployment_info", "The deployed sources; the value is always 1.", _INFO)
+        self._startup = gauge(
+            "expo_startup_duration_seconds", "Time from the start of the command until the engine is ready."
+        )
+        self._loads = _LoadGauges(gauge)
+
+    def set(self, report: DeploymentReport) -> None:
+        """Set the gauges to a report."""
+        for name in report.served_model_names:
+            self._alpha.labels(name).set(report.alpha)
+            self._info.labels(**_info_labels(report, name)).set(1)
+        self._startup.set(report.startup_seconds)
+        for rank in report.ranks:
+            self._loads.set(rank)
 
 
 def _info_labels(report: DeploymentReport, model_name: str) -> dict[str, str]:

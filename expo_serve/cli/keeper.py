@@ -73,7 +73,7 @@ class Keeper:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(write_end,),
+            pass_fds=(write_end, *([self._request["sweep_fd"]] if "sweep_fd" in self._request else [])),
         )
         os.close(write_end)
         os.set_blocking(read_end, False)

@@ -7,6 +7,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -16,17 +17,26 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expo_serve import metrics
 from expo_serve.config import ExpoConfig, deployment_id, parse_alpha, parse_config
 from expo_serve.errors import CompatError, LoadError
+from expo_serve.metrics import DeploymentGauges
 from expo_serve.report import DeploymentReport, LoadReport, PublicSource, combined_effective_alpha
-from expo_serve.vllm_plugin import compat
-from expo_serve.vllm_plugin.worker import REPORT_METHOD
+from expo_serve.vllm_plugin import compat, sweeping
+from expo_serve.vllm_plugin.worker import LOAD_METHOD, REPORT_METHOD
 
 HEADER = "X-Expo-Alpha"
 OPEN_ROUTES = frozenset({"/health", "/ping", "/version", "/metrics", "/metrics/"})
 """Routes that need no API key, for probes and scraping."""
 POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+
+
+@dataclass
+class Served:
+    """What the server serves; only a sweep, which has a server of its own, changes it."""
+
+    config: ExpoConfig
+    is_loading: bool = False
+    """Whether another alpha is being loaded, so that nothing can be answered."""
 
 
 class ExpoEndpointPlugin:
@@ -44,8 +54,9 @@ class ExpoEndpointPlugin:
         config = _deployed(args)
         if config is None:
             return
+        app.state.expo_served = served = Served(config)
         app.add_api_route("/v1/expo", _show, methods=["GET"], response_model=None)
-        app.add_middleware(AlphaMiddleware, config=config)
+        app.add_middleware(AlphaMiddleware, served=served)
         if tokens := [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]:
             app.add_middleware(GuardMiddleware, tokens=tokens)
 
@@ -55,25 +66,77 @@ class ExpoEndpointPlugin:
         if config is None or engine_client is None:
             return
         names = args.served_model_name or [args.model]
-        ranks = await _collect(engine_client)
-        _refuse_different_sources(ranks, config)
-        model = engine_client.vllm_config.model_config
-        report = DeploymentReport(
-            alpha=config.alpha,
-            alpha_rules=[rule.text for rule in config.alpha_rules],
-            allowed=list(config.allow),
-            rounding=config.rounding,
-            rounding_seed=config.rounding_seed,
-            effective_alpha=combined_effective_alpha(config.alpha, ranks),
-            deployment_id=deployment_id(config, model.model, model.revision),
-            served_model_names=list(names),
-            sources=ranks[0].sources,
-            dtype=str(model.dtype).removeprefix("torch."),
-            ranks=ranks,
-            startup_seconds=_since_start(config),
-        )
-        metrics.publish(report)
+        report = await _report(engine_client, config, list(names))
+        gauges = DeploymentGauges()
+        gauges.set(report)
         state.expo_report = report
+        if sweeping.channel is not None:
+            sweeping.listen(sweeping.channel, _AlphaSwitch(engine_client, state, gauges))
+
+
+class _AlphaSwitch:
+    """Loads another alpha into the engines of a sweep's server, in place."""
+
+    def __init__(self, engine_client: Any, state: Any, gauges: DeploymentGauges) -> None:
+        self._engines, self._state, self._gauges = engine_client, state, gauges
+
+    async def __call__(self, alpha: float) -> DeploymentReport:
+        """Load an alpha and return the report; until then every request is answered with 503.
+
+        Raises:
+            Exception: the weights could not be loaded; the server answers nothing any more.
+        """
+        served: Served = self._state.expo_served
+        before: DeploymentReport = self._state.expo_report
+        served.is_loading = True
+        await _call_all(self._engines, LOAD_METHOD, alpha)
+        await _empty_caches(self._engines)
+        served.config = served.config.model_copy(update={"alpha": alpha})
+        report = await _report(self._engines, served.config, before.served_model_names)
+        report = report.model_copy(update={"startup_seconds": before.startup_seconds})
+        self._gauges.set(report)
+        self._state.expo_report = report
+        served.is_loading = False
+        return report
+
+
+async def _empty_caches(engine_client: Any) -> None:
+    """Empty the caches of what the former weights computed.
+
+    Raises:
+        LoadError: the prefix cache could not be emptied, since requests are still running.
+    """
+    await engine_client.reset_mm_cache()
+    await engine_client.reset_encoder_cache()
+    if not await engine_client.reset_prefix_cache():
+        raise LoadError("the prefix cache could not be emptied after another alpha was loaded: requests are running")
+
+
+async def _report(engine_client: Any, config: ExpoConfig, names: list[str]) -> DeploymentReport:
+    """Ask all ranks for their reports.
+
+    Raises:
+        LoadError: they have not loaded the same sources, or not this alpha.
+    """
+    ranks = await _collect(engine_client)
+    _refuse_different_sources(ranks, config)
+    if other := next((rank for rank in ranks if rank.alpha != config.alpha), None):
+        raise LoadError(f"rank {other.rank} of engine {other.engine} has alpha {other.alpha}, not {config.alpha}")
+    model = engine_client.vllm_config.model_config
+    return DeploymentReport(
+        alpha=config.alpha,
+        alpha_rules=[rule.text for rule in config.alpha_rules],
+        allowed=list(config.allow),
+        rounding=config.rounding,
+        rounding_seed=config.rounding_seed,
+        effective_alpha=combined_effective_alpha(config.alpha, ranks),
+        deployment_id=deployment_id(config, model.model, model.revision),
+        served_model_names=names,
+        sources=ranks[0].sources,
+        dtype=str(model.dtype).removeprefix("torch."),
+        ranks=ranks,
+        startup_seconds=_since_start(config),
+    )
 
 
 async def _show(request: Request) -> Response:
@@ -98,20 +161,27 @@ def _since_start(config: ExpoConfig) -> float:
     return time.time() - psutil.Process().create_time()
 
 
-async def _collect(engine_client: Any) -> list[LoadReport]:
-    """Return the reports of all ranks. The client's ``collective_rpc`` asks one engine only, so ask each of them."""
+async def _call_all(engine_client: Any, method: str, *arguments: Any) -> dict[int, list[Any]]:
+    """Call a method of the worker extension on all ranks of all engines; returns the ranks' answers by engine.
+
+    The client's ``collective_rpc`` asks one engine only.
+    """
     core = engine_client.engine_core
-    call = (REPORT_METHOD, None, (), None)
+    call = (method, None, arguments, None)
     if hasattr(core, "call_utility_all_async"):
         answers = await core.call_utility_all_async("collective_rpc", *call)
         engines = [int.from_bytes(identity, "little") for identity in core.core_engines]
-    elif engine_client.vllm_config.parallel_config.data_parallel_size > 1:
+        return dict(zip(engines, answers, strict=True))
+    if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
         raise CompatError("this vLLM's engine client has no call_utility_all_async: not every engine can be asked")
-    else:
-        answers, engines = [await engine_client.collective_rpc(*call)], [0]
+    return {0: await engine_client.collective_rpc(*call)}
+
+
+async def _collect(engine_client: Any) -> list[LoadReport]:
+    """Return the reports of all ranks."""
     reports = [
         LoadReport.model_validate_json(answer).model_copy(update={"engine": engine})
-        for engine, ranks in zip(engines, answers, strict=True)
+        for engine, ranks in (await _call_all(engine_client, REPORT_METHOD)).items()
         for answer in ranks
         if answer is not None
     ]
@@ -148,14 +218,16 @@ class AlphaMiddleware:
     Not 409: OpenAI's client retries it, and a retry cannot help.
     """
 
-    def __init__(self, app: ASGIApp, config: ExpoConfig) -> None:
+    def __init__(self, app: ASGIApp, served: Served) -> None:
         self.app = app
-        self.alpha = config.alpha
-        self.text = config.alpha_text
+        self.served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
+            return
+        if self.served.is_loading and scope.get("path") not in OPEN_ROUTES:
+            await _refuse(scope, receive, send, 503, {"error": {"message": "another alpha is being loaded"}})
             return
         wanted = Headers(scope=scope).getlist(HEADER)
         if not all(self._is_served(value) for value in wanted):
@@ -165,20 +237,23 @@ class AlphaMiddleware:
 
     def _is_served(self, value: str) -> bool:
         try:
-            return parse_alpha(value) == self.alpha
+            return parse_alpha(value) == self.served.config.alpha
         except ValueError:
             return False
 
     def _mismatch(self, wanted: list[str]) -> dict[str, Any]:
-        message = f"{HEADER} asks for alpha {', '.join(wanted)}, but this server's alpha is {self.text}"
+        served = self.served.config.alpha_text
+        message = f"{HEADER} asks for alpha {', '.join(wanted)}, but this server's alpha is {served}"
         kind = {"type": "invalid_request_error", "param": HEADER, "code": "alpha_mismatch"}
         return {"error": {"message": message, **kind}}
 
     def _labelled(self, send: Send) -> Send:
+        text = self.served.config.alpha_text
+
         async def labelled(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
                 headers = MutableHeaders(scope=message)
-                headers[HEADER] = self.text
+                headers[HEADER] = text
                 headers.append("Access-Control-Expose-Headers", HEADER)
             await send(message)
 

@@ -7,7 +7,7 @@ the tensors, and the loader yields a lazy tensor for each name.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +34,18 @@ from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.caches import refuse_weight_cache
 from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
+from expo_serve.vllm_plugin.reloading import check_taken, pack_again
 from expo_serve.vllm_plugin.reporting import LoadAccount, load_progress
 from expo_serve.vllm_plugin.unwritten import check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
+_TAKEN_ATTRIBUTE = "expo_tensors_taken"
 _MADE_TOGETHER = 16
 """Lazy tensors made at a time: to leave the dispatch modes and to enter them again takes as long as making one."""
 logger = compat.init_logger("vllm.expo_serve.loader")
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass
@@ -135,9 +139,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         account = LoadAccount.open(model)
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
-        load, tracker = self._load_lazily(model, model_config, plan, sample)
-        account.counts, account.sample = load.session.counts, sample
+        base_load = super().load_weights
+        load, tracker = self._load_lazily(model, plan, account, lambda: base_load(model, model_config))
+        setattr(model, _TAKEN_ATTRIBUTE, frozenset(load.session.counts.kinds))
         account.unfilled = check_written(model, tracker, model_config.runner_type, load.dropped())
         if account.unfilled:
             names = ", ".join(account.unfilled)
@@ -148,22 +152,49 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         if not account.late:
             _say(report)
 
+    def reload(self, model: torch.nn.Module, model_config: Any, put: Callable[[NamedTensors], object]) -> LoadReport:
+        """Load the extrapolated weights into a model that holds those of another alpha.
+
+        Args:
+            model: has been loaded by this load format, from the same sources.
+            model_config: vLLM's ModelConfig of it.
+            put: vLLM's ``reload_weights`` of the model's runner, which is given the tensors.
+
+        Raises:
+            ExpoError: the pair is refused, a weight is not finite, or other tensors were taken than by the first load.
+        """
+        account = LoadAccount.open(model)
+        plan = self._prepare(model_config)
+        account.resolved = time.perf_counter()
+        weights = self.get_all_weights(model_config, model)
+        load, _ = self._load_lazily(model, plan, account, lambda: put(weights))
+        check_taken(getattr(model, _TAKEN_ATTRIBUTE), load.session.counts.kinds.keys())
+        pack_again(model)
+        account.sort(model)
+        return self._report(model, account)
+
     def _load_lazily(
-        self, model: torch.nn.Module, model_config: Any, plan: Plan, sample: Sample
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        account: LoadAccount,
+        load_weights: Callable[[], object],
     ) -> tuple[ModelLoad, WriteTracker]:
         """Let vLLM load the model while lazy tensors are copied by threads or onto devices, and watch the writes."""
         activity = ReadActivity()
-        into_model = load_into(model, _threads(plan), activity, sample)
+        account.sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
+        into_model = load_into(model, _threads(plan), activity, account.sample)
         with self._progress(plan, activity) as progress, into_model as session:
             load = ModelLoad(plan, session, progress)
             tracker = WriteTracker(model, session.settle)
             self._load = load
             try:
                 with tracker:
-                    super().load_weights(model, model_config)
+                    load_weights()
                     session.settle()
             finally:
                 self._load = None
+        account.counts = session.counts
         return load, tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,8 @@
 ``expo_serve.cli.keeper`` starts it and writes one JSON object on its standard input::
 
     {"config": ExpoConfig, "arguments": [flag, ...], "file_options": {key: value},
-     "served_model_name": str, or null if a flag gives it, "status_fd": int}
+     "served_model_name": str, or null if a flag gives it, "status_fd": int,
+     "sweep_fd": int, of a sweep's server only}
 
 or ``{"help": topic}`` for a page of vLLM's own help. Once vLLM has accepted the flags and before the engine starts,
 this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``.
@@ -26,7 +27,7 @@ from typing import Any
 from expo_serve import errors
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, UsageError
-from expo_serve.vllm_plugin import compat
+from expo_serve.vllm_plugin import compat, sweeping
 from expo_serve.vllm_plugin.caches import refuse_shared_stores
 from expo_serve.vllm_plugin.worker import EXTENSION
 
@@ -79,6 +80,9 @@ def serve(request: dict[str, Any]) -> None:
     # vLLM only logs that a plugin cannot be loaded; here it raises.
     register_loader()
     command, args = parse(request)
+    if "sweep_fd" in request:
+        sweeping.begin(request["sweep_fd"])
+        sweeping.adapt(args)
     _use_eager_without_compiler(args)
     compat.configure_logging_from_args(args)
     command.validate(args)

@@ -61,7 +61,7 @@ def test_fields_of_an_inspection_are_those_of_the_page() -> None:
 def test_metrics_are_those_of_the_page() -> None:
     rank = report().ranks[0].model_copy(update={"peak_device_memory_bytes": 1})
     registry = CollectorRegistry()
-    metrics.publish(report().model_copy(update={"ranks": [rank]}), registry)
+    metrics.DeploymentGauges(registry).set(report().model_copy(update={"ranks": [rank]}))
     found = {
         metric.name: {label for sample in metric.samples for label in sample.labels} for metric in registry.collect()
     }
