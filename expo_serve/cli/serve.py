@@ -30,8 +30,10 @@ All flags of `vllm serve` are accepted too, with the same meaning.
 Other commands (see expo-serve COMMAND --help):
   expo-serve inspect           show what a load would do; reads headers only
   expo-serve merge --out DIR   write the extrapolated checkpoint
+  expo-serve sweep             which alpha? Measure one after another in one engine
   expo-serve delta create      pack the difference of two checkpoints (also: verify, apply)
   expo-serve probe --alpha X   check that a running server serves this alpha, for readiness probes
+  expo-serve pairs             published pairs and their alphas
 
 Exit codes: 0 success, also after SIGTERM while serving; 2 the command line or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.
@@ -49,8 +51,8 @@ def main(arguments: list[str], started: float) -> int:
     if topic := next((item for item in arguments if item.startswith("--help=")), None):
         return _vllm_help(topic.removeprefix("--help="))
     options = _read(arguments)
-    _refuse_variables()
-    config = _resolve(options, started)
+    refuse_variables()
+    config = resolve(options, started)
     return _serve(_request(config, options))
 
 
@@ -71,17 +73,31 @@ def _read(arguments: list[str]) -> Options:
     return read_options(parser(), arguments)
 
 
-def _refuse_variables() -> None:
+def refuse_variables() -> None:
+    """Refuse variables of vLLM's that let clients change weights.
+
+    Raises:
+        UsageError: names the variable.
+    """
     for name in _REFUSED_VARIABLES:
         if os.environ.get(name, "").strip().lower() not in ("", "0", "false"):
             raise UsageError(f"{name} opens routes that change weights, but alpha is pinned for a server; unset it")
 
 
-def _resolve(options: Options, started: float) -> ExpoConfig:
+def resolve(options: Options, started: float) -> ExpoConfig:
+    """Find, check and pin the sources, and say what is to be known about them.
+
+    Args:
+        options: the command line.
+        started: CLOCK_MONOTONIC at the start of the command, in seconds.
+
+    Raises:
+        ExpoError: the sources would not be served.
+    """
     from expo_serve.plan.prepare import pin, prepare
     from expo_serve.plan.tokenizers import tokenizer_problem
 
-    _check_vllm()
+    check_vllm()
     plan = prepare(options.config, options.hub)
     for warning in plan.warnings:
         errors.warn(warning)
@@ -99,7 +115,12 @@ def _names_tokenizer(options: Options) -> bool:
     )
 
 
-def _check_vllm() -> None:
+def check_vllm() -> None:
+    """Require vLLM to be installed.
+
+    Raises:
+        ExpoError: it is not.
+    """
     if find_spec("vllm") is None:
         raise ExpoError("vLLM is not installed: pip install '.[cuda]' (or [cpu], see the README)")
 
@@ -152,6 +173,6 @@ def _code(code: int, signals: list[int]) -> int:
 
 
 def _vllm_help(topic: str) -> int:
-    _check_vllm()
+    check_vllm()
     command = [sys.executable, "-m", "expo_serve.vllm_plugin.server"]
     return subprocess.run(command, input=json.dumps({"help": topic}), text=True, check=False).returncode

@@ -61,7 +61,7 @@ class Preference(_Observation):
     prompt: int
     reward: str
     value: float
-    """Share of the orders in which the answer at ``alpha`` won: 0, 0.5 or 1, or a probability where the judge gives it."""
+    """Share of the orders in which the answer at ``alpha`` won: 0, 0.5 or 1, or a probability."""
 
 
 class TextLogprob(_Observation):

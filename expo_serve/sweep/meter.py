@@ -1,0 +1,88 @@
+"""Progress of a sweep: a bar on a terminal, a line every ten seconds elsewhere; with the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+_LINE_SECONDS = 10.0
+
+
+class Meter:
+    """Shows what is being done, how far it is, and about how long the sweep will take.
+
+    Args:
+        alphas: how many alphas there will be; None while that is open.
+        on_terminal: whether standard error is a terminal.
+    """
+
+    def __init__(self, alphas: int | None, *, on_terminal: bool) -> None:
+        self._alphas = alphas
+        self._done_alphas = 0
+        self._what, self._done, self._total = "", 0, 0
+        self._started = self._next_line = time.monotonic()
+        self._bar = _bar() if on_terminal else None
+        self._task: Any = None
+
+    def __enter__(self) -> Meter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, what: str, total: int) -> None:
+        """Begin a piece of work.
+
+        Args:
+            what: names it.
+            total: its steps; 0 where they cannot be counted.
+        """
+        self._what, self._done, self._total = what, 0, total
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total or None, left=self._left())
+        elif total or what.endswith("lm-eval"):
+            self._say()
+
+    def advance(self) -> None:
+        """Count one step as done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, left=self._left())
+        elif time.monotonic() >= self._next_line:
+            self._say()
+
+    def alpha_done(self) -> None:
+        """Count one alpha as done."""
+        self._done_alphas += 1
+
+    def line(self) -> str:
+        """Return the progress as one line."""
+        count = f" {self._done} of {self._total}" if self._total else ""
+        left = self._left()
+        return f"expo-serve: sweep: {self._what}{count}{', ' + left if left else ''}"
+
+    def _say(self) -> None:
+        self._next_line = time.monotonic() + _LINE_SECONDS
+        print(self.line(), file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """Return about how long the alphas that are left will take, from those that are done."""
+        if not self._alphas or not self._done_alphas:
+            return ""
+        each = (time.monotonic() - self._started) / (self._done_alphas + self._done / max(1, self._total))
+        seconds = each * (self._alphas - self._done_alphas) - each * self._done / max(1, self._total)
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(1.0, seconds):.0f} s left"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True), transient=True)
