@@ -53,9 +53,10 @@ class Engine:
     arguments: Sequence[str]
     file_options: dict[str, Any]
     log: Path
-    starts: int = 0
-    """How often it has been started."""
     start_seconds: float = 0.0
+    """How long it took to start."""
+    loads: int = 0
+    """How many alphas it has loaded in place."""
 
     def __enter__(self) -> Engine:
         started = time.monotonic()
@@ -83,7 +84,6 @@ class Engine:
         except BaseException:
             self._end()
             raise
-        self.starts += 1
         self.start_seconds = time.monotonic() - started
         return self
 
@@ -137,6 +137,7 @@ class Engine:
         if "error" in answer:
             raise LoadError(f"alpha {format_alpha(alpha)} could not be loaded in place: {answer['error']}")
         self.config = self.config.model_copy(update={"alpha": alpha})
+        self.loads += 1
         return time.monotonic() - started
 
     def report(self) -> DeploymentReport:
@@ -146,18 +147,18 @@ class Engine:
             ServeError: it does not answer.
         """
         try:
-            response = httpx.get(
-                f"{self.endpoint.url}/expo", headers=self.endpoint.headers, timeout=60, trust_env=False
-            )
-            response.raise_for_status()
+            return DeploymentReport.model_validate_json(self._get("expo").text)
         except httpx.HTTPError as error:
             raise self.failure(str(error)) from None
-        return DeploymentReport.model_validate_json(response.text)
 
     def max_length(self) -> int:
         """Return the most tokens that a prompt and its answer may have together."""
-        response = httpx.get(f"{self.endpoint.url}/models", headers=self.endpoint.headers, timeout=60, trust_env=False)
-        return int(response.raise_for_status().json()["data"][0]["max_model_len"])
+        return int(self._get("models").json()["data"][0]["max_model_len"])
+
+    def _get(self, route: str) -> httpx.Response:
+        endpoint = self.endpoint
+        answer = httpx.get(f"{endpoint.url}/{route}", headers=endpoint.headers, timeout=60, trust_env=False)
+        return answer.raise_for_status()
 
     def failure(self, otherwise: str = "it ended") -> ServeError:
         """Return why the engine is gone: the last error in its log, which the keeper writes."""
@@ -169,8 +170,7 @@ class Engine:
     def _last_error(self) -> str | None:
         lines = self.log.read_text(errors="replace").splitlines()
         errors = [line.removeprefix(ERROR_PREFIX) for line in lines if line.startswith(ERROR_PREFIX)]
-        refused = [line for line in lines if line.startswith("expo-serve: error")]  # argparse's own, of vLLM's flags
-        return (errors or refused or [None])[-1]
+        return errors[-1] if errors else None
 
     def _wait_ready(self) -> None:
         """Wait until the server answers; it ends by itself, with a reason, when it cannot."""

@@ -112,9 +112,10 @@ class Observer:
             self._store.add(self._reference(answer, found))
 
     def _load(self, alpha: float) -> float:
-        if alpha == self._engine.config.alpha:
-            return self._engine.first_load_seconds if self._engine.loads == 0 else 0.0
-        return self._engine.load(alpha)
+        """Load an alpha, unless the engine has it; returns the seconds of the load."""
+        if alpha != self._engine.config.alpha:
+            return self._engine.load(alpha)
+        return max(rank.total_seconds for rank in self._engine.report().ranks)
 
     def _answers(self, use: Use = "prompt") -> list[Answer]:
         return [one for one in self._store.observations if isinstance(one, Answer) and one.use == use]

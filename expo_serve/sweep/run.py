@@ -73,7 +73,8 @@ class _Sweep:
             rewards=settings.rewards,
         )
         self._warnings: list[str] = []
-        self._engine_starts, self._start_seconds = 0, 0.0
+        self._starts: list[float] = []
+        """Seconds that each start of the engine took."""
         self._store = Store(settings.out, settings.fixed(), resume=settings.resume)
 
     def run(self) -> SweepResult:
@@ -98,7 +99,7 @@ class _Sweep:
             meter = stack.enter_context(Meter(count, on_terminal=sys.stderr.isatty()))
             meter.begin("starting the engine", 0)
             engine = stack.enter_context(self._engine(alpha or 0.0))
-            self._engine_starts, self._start_seconds = engine.starts, engine.start_seconds
+            self._starts.append(engine.start_seconds)
             observer = Observer(engine, self._store, settings, self._prompts, self._refusals, meter, self._say)
             while alpha is not None:
                 observer.observe(alpha)
@@ -133,11 +134,11 @@ class _Sweep:
     def _is_over_budget(self) -> bool:
         """Return whether another alpha, and comparing all with alpha 0, would take longer than the budget."""
         budget = self._settings.budget_seconds
-        spent = time.monotonic() - self._started - self._start_seconds
+        spent = time.monotonic() - self._started
         done = len(self._done())
         if budget is None or done < 2:
             return False
-        return self._start_seconds + spent + 2 * spent / done > budget
+        return spent + 2 * (spent - sum(self._starts)) / done > budget
 
     def _done(self) -> set[float]:
         return {one.alpha for one in self._store.observations if isinstance(one, Loaded)}
@@ -208,8 +209,8 @@ class _Sweep:
             deploy=self._deploy(recommendation),
             versions=_versions(),
             timing=Timing(
-                engine_starts=self._engine_starts,
-                start_seconds=self._start_seconds,
+                engine_starts=len(self._starts),
+                start_seconds=sum(self._starts),
                 total_seconds=time.monotonic() - self._started,
             ),
             warnings=self._warnings,
