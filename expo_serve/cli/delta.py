@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from expo_serve.checkpoint.folder import open_checkpoint
@@ -17,6 +18,7 @@ from expo_serve.cli.options import (
     normalise,
 )
 from expo_serve.cli.output import check_room, command_progress, new_folder, new_path, parse_size
+from expo_serve.cli.pair_flag import add_pair_flag, put_pair
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import UsageError, warn
@@ -46,7 +48,10 @@ def main(arguments: list[str]) -> int:
         found = f"found {action!r}" if action else "found nothing"
         raise UsageError(f"delta: expected create, verify or apply, {found}; see expo-serve delta --help")
     given, unknown = parser.parse_known_args([action, *normalise(arguments[1:], actions[action].known_flags())])
+    said = _put_pair(given)
     _check(given, unknown)
+    if said:
+        print(said, file=sys.stderr, flush=True)
     given.run(given)
     return 0
 
@@ -72,6 +77,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     create = add("create", _create, "pack the difference of two checkpoints", "base", "aligned", "out")
     _add_source(create, "aligned", "the model after alignment")
+    add_pair_flag(create, with_alpha=False)
     create.add_argument(
         "--unmatched", choices=("refuse", "copy"), default="refuse",
         help="tensors that only one checkpoint has: refuse the pair (default), or store aligned's and leave out base's",
@@ -95,6 +101,15 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 def _add_source(parser: Parser, name: str, text: str) -> None:
     parser.add_argument(f"--{name}", metavar=name[0].upper(), help=f"{text}: folder or hub id")
     parser.add_argument(f"--{name}-revision", metavar="R", help=REVISION_HELP)
+
+
+def _put_pair(given: argparse.Namespace) -> str | None:
+    """Put the sources of ``--pair`` into their places; returns the line that says so, None without a pair."""
+    values = {name.replace("_", "-"): value for name, value in vars(given).items()}
+    said = put_pair(values, with_alpha=False)
+    if said:
+        given.base, given.aligned = values["base"], values["aligned"]
+    return said
 
 
 def _check(given: argparse.Namespace, unknown: list[str]) -> None:

@@ -6,6 +6,7 @@ Precedence: command line, then ``--config`` file, then default.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import yaml
 
 from expo_serve.checkpoint.source import HubAccess
+from expo_serve.cli.pair_flag import add_pair_flag, put_pair
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, DoubtName, ExpoConfig, Method, parse_config
 from expo_serve.errors import ConfigError, UsageError
@@ -45,17 +47,24 @@ class Options:
     """Keys of the ``--config`` file that are passed on to vLLM."""
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the sources and alpha."""
+def add_source_flags(parser: argparse.ArgumentParser, *, with_alpha: bool = True) -> None:
+    """Add the flags that name the sources and alpha.
+
+    Args:
+        parser: the parser of a command.
+        with_alpha: False for a command that chooses alpha itself.
+    """
     group = parser.add_argument_group("extrapolation")
+    add_pair_flag(group, with_alpha=with_alpha)
     group.add_argument("--base", metavar="B", help="the model before alignment: folder or hub id")
     group.add_argument("--aligned", metavar="A", help="the model after alignment: folder or hub id")
     group.add_argument(
         "--delta", metavar="D",
         help="instead of --aligned, its difference from base: a packed delta, a LoRA adapter or a full delta",
     )  # fmt: skip
-    group.add_argument("--alpha", metavar="X", help="how far to extrapolate from base through aligned: 0 gives "
-                       f"aligned itself, -1 gives base; {ALPHA_RANGE}")  # fmt: skip
+    if with_alpha:
+        group.add_argument("--alpha", metavar="X", help="how far to extrapolate from base through aligned: 0 gives "
+                           f"aligned itself, -1 gives base; {ALPHA_RANGE}")  # fmt: skip
     group.add_argument("--base-revision", metavar="R", help=REVISION_HELP)
     group.add_argument(
         "--aligned-revision", "--revision", metavar="R", dest="aligned_revision", help=REVISION_HELP,
@@ -113,8 +122,16 @@ def add_hub_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--download-dir", metavar="DIR", help="download folder, instead of the hub's cache")
 
 
-def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
+def read_options(parser: Parser, arguments: Sequence[str], *, needs_alpha: bool = True) -> Options:
     """Parse and validate the flags of expo-serve; all other arguments are kept unchanged, for vLLM.
+
+    What ``--pair`` stands for is said in one line on standard error; nothing but base, aligned and alpha is left of it.
+
+    Args:
+        parser: the command's, with the flags of :func:`add_source_flags`.
+        arguments: the command line.
+        needs_alpha: False for a command that chooses alpha itself: the configuration has alpha 0 then, whatever a
+            ``--config`` file says.
 
     Raises:
         UsageError: a flag is wrong or missing, or is a flag of vLLM that expo-serve sets itself.
@@ -128,9 +145,16 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Options:
     from_file = {} if namespace.config is None else _read_file(namespace.config)
     for key in from_file:
         _refuse_set_by_us(f"--{key}")
-    values = {key: _pick(namespace, from_file, key) for key in (*_SOURCE_FLAGS, *_SHARED_FLAGS)}
+    values = {key: _pick(namespace, from_file, key) for key in ("pair", *_SOURCE_FLAGS, *_SHARED_FLAGS)}
     hub = _hub_access(values.pop("hf-token"), values.pop("download-dir"))
-    return Options(_validate(values), hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
+    if not needs_alpha:
+        _refuse_alpha(rest)
+        values["alpha"] = 0
+    said = put_pair(values, with_alpha=needs_alpha)
+    config = _validate(values)
+    if said:
+        print(said, file=sys.stderr, flush=True)
+    return Options(config, hub, namespace, rest, [*rest, *_forward(namespace)], from_file)
 
 
 def normalise(arguments: Sequence[str], known: Collection[str]) -> list[str]:
@@ -163,6 +187,12 @@ def _refuse_set_by_us(flag: str) -> None:
         )
 
 
+def _refuse_alpha(rest: Sequence[str]) -> None:
+    """Refuse ``--alpha``, which vLLM would be given otherwise."""
+    if any(argument.split("=")[0] == "--alpha" for argument in rest):
+        raise UsageError("--alpha: this command chooses alpha itself; leave it out, or give several with --alphas")
+
+
 def _read_file(path: str) -> dict[str, Any]:
     if Path(path).suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config: expected a .yaml or .yml file, found {path!r}")
@@ -189,7 +219,7 @@ def _pick(namespace: argparse.Namespace, from_file: dict[str, Any], key: str) ->
     if key not in _SHARED_FLAGS:
         name = "revision" if key == "aligned-revision" and "revision" in from_file else key
         in_file = from_file.pop(name, None)
-    given = getattr(namespace, key.replace("-", "_"))
+    given = getattr(namespace, key.replace("-", "_"), None)  # not every command has --alpha
     return in_file if given in (None, []) else given
 
 
