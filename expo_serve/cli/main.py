@@ -62,12 +62,26 @@ def _probe(arguments: list[str]) -> int:
     return probe.main(arguments)
 
 
+def _sweep(arguments: list[str]) -> int:
+    from expo_serve.cli import sweep
+
+    return sweep.main(arguments, time.monotonic())
+
+
+def _pairs(arguments: list[str]) -> int:
+    from expo_serve.cli import pairs
+
+    return pairs.main(arguments)
+
+
 # Each imports its command only when it is called: `probe` runs every few seconds and needs next to nothing.
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": _inspect,
     "merge": _merge,
     "delta": _delta,
     "probe": _probe,
+    "pairs": _pairs,
+    "sweep": _sweep,
 }
 
 
