@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from expo_serve.errors import LoadError, count_of
+from expo_serve.vllm_plugin import compat
 
 
 def check_taken(first: Set[str], taken: Set[str]) -> None:
@@ -26,6 +27,20 @@ def check_taken(first: Set[str], taken: Set[str]) -> None:
             "in place, so the weights are not those of this alpha; please report this",
             differing,
         )
+
+
+def forget_kernels(model: torch.nn.Module) -> None:
+    """Let vLLM set up the kernels of experts on the CPU anew: it packs their weights only when it sets them up.
+
+    Elsewhere a kernel stays, since captured graphs refer to what it holds.
+    """
+    if not compat.current_platform.is_cpu():
+        return
+    layer: Any
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def pack_again(model: torch.nn.Module) -> None:
