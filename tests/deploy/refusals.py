@@ -170,6 +170,7 @@ RUNNING: dict[str, Case] = {
     "key-in-arguments": (_a(extraArgs=["--api-key=x"]), ("variants.a.extraArgs", "--api-key", "apiKey.existingSecret")),
     "token-in-arguments": (_a(extraArgs=["--hf_token", "x"]), ("variants.a.extraArgs", "--hf-token", "tokenSecret")),
     "alpha-in-arguments": (_a(extraArgs=["--alpha", "1"]), ("variants.a.extraArgs", "--alpha", "chart")),
+    "pair-in-arguments": (_a(extraArgs=["--pair", "x"]), ("variants.a.extraArgs", "--pair", "chart")),
     "rounding-in-arguments": (_a(extraArgs=["--rounding=nearest"]), ("variants.a.extraArgs", "--rounding", "chart")),
     "seed-in-arguments": (_a(extraArgs=["--rounding_seed", "1"]), ("variants.a.extraArgs", "--rounding-seed", "chart")),
     "port-in-arguments": (_a(extraArgs=["--port=1"]), ("variants.a.extraArgs", "--port", "chart")),

@@ -10,6 +10,7 @@ import shlex
 import pytest
 import yaml
 
+from expo_serve.checkpoint.published import find_pair
 from expo_serve.cli.options import add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import parse_config
@@ -112,7 +113,14 @@ def test_sources_of_the_shown_servers_are_accepted() -> None:
             if words[0] == "expo-serve" and len(words) > 1 and words[1].startswith("-") and "--config" not in words:
                 parser = Parser(prog="expo-serve")
                 add_source_flags(parser)
-                assert read_options(parser, words[1:]).config.base == words[words.index("--base") + 1]
+                assert read_options(parser, words[1:]).config.base == base_of(words)
+
+
+def base_of(words: list[str]) -> str:
+    """What a command line of the server says base is."""
+    if "--pair" in words:
+        return find_pair(words[words.index("--pair") + 1], "page").base
+    return words[words.index("--base") + 1]
 
 
 def test_extra_configs_are_accepted() -> None:

@@ -176,7 +176,7 @@
 {{/* What the chart sets itself must not come in by a side door. */}}
 {{- define "expo.validateExtras" -}}
 {{- $v := .variant -}}
-{{- $ours := list "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "allow" "allow-links" "allow-pickle-index" "delta-subfolder" "rounding" "rounding-seed" "served-model-name" "port" "shutdown-timeout" "host" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "n" "node-rank" "r" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
+{{- $ours := list "pair" "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "allow" "allow-links" "allow-pickle-index" "delta-subfolder" "rounding" "rounding-seed" "served-model-name" "port" "shutdown-timeout" "host" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "n" "node-rank" "r" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
 {{- range $v.extraArgs -}}
 {{- $flag := regexFind "^--?[A-Za-z][A-Za-z_-]*" . | trimAll "-" | replace "_" "-" -}}
 {{- if has $flag (list "api-key" "hf-token") -}}
