@@ -26,7 +26,7 @@ _SIZES = {
     "pp": "pipelineParallelSize",
 }
 """Flags that are keys of the chart."""
-_OTHERWISE = {
+_OTHERWISE: dict[str, str | None] = {
     "api-key": "apiKey.existingSecret",
     "hf-token": "weights.download.tokenSecret",
     "download-dir": "weights.volume",
@@ -39,9 +39,9 @@ _OTHERWISE = {
     "pcp": "resources.limits for the GPUs, then extraArgs",
     **dict.fromkeys(("nnodes", "n", "node-rank", "r", "master-addr", "headless"), "multiNode.nodes"),
     "distributed-executor-backend": "multiNode.executor",
-    **dict.fromkeys(("host", "uds", "config"), "nothing: the chart sets what is needed"),
+    **dict.fromkeys(("host", "uds", "config"), None),
 }
-"""Flags that the chart refuses among ``extraArgs``, and the keys that are there for them."""
+"""Flags that the chart refuses among ``extraArgs``, and the keys that it has for them; None where it has none."""
 _NOT_DOWNLOADED = ("*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*")
 """The chart's own ``weights.download.exclude`` without ``*.bin``."""
 _BREAKS = {code: f"\\u{code:04x}" for code in (0x7F, 0x85, 0x2028, 0x2029)}
@@ -245,7 +245,10 @@ def _volume_note(canary: Canary) -> str:
 
 
 def _instead(name: str) -> str:
-    return f"the chart has {_OTHERWISE.get(name, 'no TLS of its own, the gateway ends it')}"
+    if name.startswith("ssl-"):
+        return "TLS ends at the gateway"
+    key = _OTHERWISE[name]
+    return "the chart sets what is needed" if key is None else f"the chart has {key}"
 
 
 def _one_line(text: str | None) -> str:
