@@ -27,13 +27,15 @@ def run_engines(
 
     Args:
         runs: for each ``llm``, the arguments of ``vllm.LLM``, and ``lora``, the folder of an adapter that the prompts
-            are asked with a second time.
+            are asked with a second time, or ``then``, alphas that are loaded one after another before anything else,
+            with answers in between.
         prompts: token ids.
         max_tokens: of each greedy answer.
         environment: more variables.
 
     Returns:
-        For each run ``hashes`` and ``reports`` of its ranks, and ``tokens`` of the prompts; with data parallelism the
+        For each run ``hashes``, ``computed`` (:func:`tests.in_place.computed`) and ``reports`` of its ranks, and
+        ``tokens`` of the prompts; with data parallelism the
         tokens only, one engine after the other.
 
     Raises:
@@ -55,23 +57,35 @@ def read_report(model: torch.nn.Module) -> dict[str, Any] | None:
     return report.model_dump(mode="json") if report else None
 
 
-def _run(llm: dict[str, Any], lora: str | None, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    llm: dict[str, Any],
+    lora: str | None,
+    prompts: list[list[int]],
+    sampling: dict[str, Any],
+    then: Sequence[float] = (),
+) -> dict[str, Any]:
     import vllm
     from vllm.lora.request import LoRARequest
 
     # The workers find the functions by their modules' names, which __main__ is not for them.
     from tests.engines import read_report
+    from tests.in_place import computed
     from tests.inprocess import hash_state, loaded_state_kept
 
     with loaded_state_kept():
         engine = vllm.LLM(**{"max_model_len": 64, "skip_tokenizer_init": True, **llm})
     requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for alpha in then:
+        engine.generate(requests, vllm.SamplingParams(**sampling), use_tqdm=False)
+        engine.collective_rpc("expo_load_alpha", args=(alpha,))
+        assert engine.reset_prefix_cache()
     tokens = []
     for adapter in [None, LoRARequest("adapter", 1, lora)] if lora else [None]:
         outputs = engine.generate(requests, vllm.SamplingParams(**sampling), use_tqdm=False, lora_request=adapter)
         tokens += [list(output.outputs[0].token_ids) for output in outputs]
     answer = {
         "hashes": engine.apply_model(hash_state),
+        "computed": engine.apply_model(computed),
         "reports": engine.apply_model(read_report),
         "tokens": tokens,
     }
@@ -118,7 +132,7 @@ def _main(runs: list[dict[str, Any]], prompts: list[list[int]], max_tokens: int)
         if "data_parallel_size" in run["llm"]:
             answers.append(asyncio.run(_run_data_parallel(run["llm"], prompts, sampling)))
         else:
-            answers.append(_run(run["llm"], run.get("lora"), prompts, sampling))
+            answers.append(_run(run["llm"], run.get("lora"), prompts, sampling, run.get("then", ())))
         _clean_up()
         print(f"took {time.monotonic() - started:.1f} s", file=sys.stderr)
     reply(answers)

@@ -1,41 +1,11 @@
-"""Another alpha loaded into a model in this process, as a sweep's worker does, and all that the model computes with."""
+"""All that a model computes with, also where vLLM has packed it."""
 
 from __future__ import annotations
 
 import hashlib
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-from expo_serve.report import LoadReport
-
-
-def load_alpha(config: Any, model: torch.nn.Module, alpha: float) -> LoadReport:
-    """Load another alpha by the worker extension, over vLLM's own ``update_config`` and ``reload_weights``.
-
-    Args:
-        config: vLLM's, current.
-        model: was loaded with it by our load format.
-        alpha: the extrapolation factor.
-    """
-    from vllm.model_executor.model_loader.reload import inplace
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from expo_serve.vllm_plugin.worker import ExpoWorkerExtension
-
-    def reload_weights(weights_iterator: Any) -> None:
-        inplace.reload_weights(config, model, weights_iterator, None, True)
-
-    class OneModel(ExpoWorkerExtension):
-        vllm_config = config
-        model_runner = SimpleNamespace(reload_weights=reload_weights)
-        update_config = Worker.update_config
-
-        def get_model(self) -> torch.nn.Module:
-            return model
-
-    return LoadReport.model_validate_json(OneModel().expo_load_alpha(alpha))
 
 
 def computed(model: torch.nn.Module) -> dict[str, str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.children import Child, asked, reply
-from tests.in_place import computed, load_alpha
 from tests.inprocess import hash_state, vllm_model
 
 
@@ -14,15 +13,13 @@ def run_ranks(loads: list[dict[str, Any]], store: Path, ranks: int = 2) -> list[
     """Run every rank at once.
 
     Args:
-        loads: arguments of :func:`tests.inprocess.vllm_model`; tensor-parallel unless they say otherwise. With
-            ``then``, alphas that are loaded in place afterwards, one after the other.
+        loads: arguments of :func:`tests.inprocess.vllm_model`; tensor-parallel unless they say otherwise.
         store: a file by which the ranks find each other.
         ranks: how many.
 
     Returns:
         For each rank, and in it for each load: ``hashes`` of every parameter's bits, also as they were loaded, and of
-        our report ``read_bytes`` by side, ``tensors`` by kind, and ``rank``; ``computed``, of
-        :func:`tests.in_place.computed`, after the last load.
+        our report ``read_bytes`` by side, ``tensors`` by kind, and ``rank``.
 
     Raises:
         AssertionError: a rank failed.
@@ -37,17 +34,12 @@ def run_ranks(loads: list[dict[str, Any]], store: Path, ranks: int = 2) -> list[
 
 
 def _main(rank: int, store: str, loads: list[dict[str, Any]]) -> None:
-    from vllm.config import get_current_vllm_config
-
     answers = []
     for load in loads:
-        then = load.pop("then", [])
         with vllm_model(rank=rank, store=Path(store), **load) as model:
-            for alpha in then:
-                load_alpha(get_current_vllm_config(), model, alpha)
             report = getattr(model, "expo_load_report", None)
             said = report.model_dump(include={"read_bytes", "tensors", "rank"}) if report else {}
-            answers.append({"hashes": hash_state(model), "computed": computed(model), **said})
+            answers.append({"hashes": hash_state(model), **said})
     reply(answers)
 
 

@@ -34,9 +34,8 @@ from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.caches import refuse_weight_cache
 from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
-from expo_serve.vllm_plugin.reloading import check_taken, forget_kernels, pack_again
 from expo_serve.vllm_plugin.reporting import LoadAccount, load_progress
-from expo_serve.vllm_plugin.unwritten import check_written
+from expo_serve.vllm_plugin.unwritten import check_taken, check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
@@ -166,11 +165,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         account = LoadAccount.open(model)
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        forget_kernels(model)
         weights = self.get_all_weights(model_config, model)
         load, _ = self._load_lazily(model, plan, account, lambda: put(weights))
         check_taken(getattr(model, _TAKEN_ATTRIBUTE), load.session.counts.kinds.keys())
-        pack_again(model)
         account.sort(model)
         return self._report(model, account)
 

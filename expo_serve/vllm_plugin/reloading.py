@@ -1,56 +1,92 @@
-"""What has to be added to vLLM's ``reload_weights``, so that it leaves the weights of a fresh load, or fails."""
+"""Another alpha in a running worker: loaded so that the weights are those of a fresh load, or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+import gc
 from typing import Any
 
-import torch
-
 from expo_serve.errors import LoadError, count_of
+from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 
+_CACHES = frozenset({"kv_cache", "_k_scale_cache", "_v_scale_cache"})
+"""Attributes of a layer, or of its ``impl``, that vLLM sets anew when it binds the KV cache."""
+_OF_MODULES = frozenset({"_modules", "_parameters", "_buffers"})
 
-def check_taken(first: Set[str], taken: Set[str]) -> None:
-    """Require a load in place to have taken the tensors that the first load took: vLLM itself only warns.
+Attributes = dict[str, Any]
+
+
+def load_alpha(worker: Any, alpha: float) -> LoadReport:
+    """Load the weights of another alpha into a worker, and return the report.
+
+    On the CPU vLLM computes with packed copies of matrices, and its ``reload_weights`` leaves some of them as they were
+    (tied embeddings, experts, heads of reward models), so the model is made anew there. On a GPU captured graphs refer
+    to the parameters; there ``reload_weights`` writes into them.
 
     Args:
-        first: names of the tensors of which the model took something in its first load.
-        taken: the same of the load in place.
+        worker: vLLM's, with a model that this load format has loaded.
+        alpha: the extrapolation factor.
 
     Raises:
-        LoadError: they differ.
+        ExpoError: the weights could not be loaded; what the worker holds now is undefined.
     """
-    if differing := sorted(first ^ taken):
-        raise LoadError(
-            f"{count_of(len(differing), 'tensor was', 'tensors were')} taken by only one of the first load and the one "
-            "in place, so the weights are not those of this alpha; please report this",
-            differing,
-        )
+    from expo_serve.vllm_plugin.loader import REPORT_ATTRIBUTE, ExpoModelLoader
+
+    extra = {**worker.vllm_config.load_config.model_loader_extra_config, "alpha": alpha}
+    worker.update_config({"load_config": {"model_loader_extra_config": extra}})
+    if compat.current_platform.is_cpu():
+        make_anew(worker)
+        report: LoadReport = getattr(worker.get_model(), REPORT_ATTRIBUTE)
+        return report
+    config = worker.vllm_config
+    with compat.set_current_vllm_config(config):
+        loader = ExpoModelLoader(config.load_config)
+        return loader.reload(worker.get_model(), config.model_config, worker.model_runner.reload_weights)
 
 
-def forget_kernels(model: torch.nn.Module) -> None:
-    """Let vLLM set up the kernels of experts on the CPU anew: it packs their weights only when it sets them up.
+def make_anew(worker: Any) -> None:
+    """Let a worker load its model as when it started, and hand the KV cache over to the new layers.
 
-    Elsewhere a kernel stays, since captured graphs refer to what it holds.
+    Nothing may be captured or compiled: that would go on with the old model.
+
+    Args:
+        worker: vLLM's.
+
+    Raises:
+        ExpoError: the model could not be loaded; the worker has none then.
     """
-    if not compat.current_platform.is_cpu():
-        return
-    layer: Any
-    for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
+    compilation = worker.vllm_config.compilation_config
+    layers: dict[str, Any] = compilation.static_forward_context
+    before = {name: _bound(layer) for name, layer in layers.items()}
+    layers.clear()
+    compilation.static_all_moe_layers.clear()
+    worker.model_runner.model = None  # or there would be two of them in memory
+    gc.collect()
+    worker.load_model()
+    if differing := sorted(before.keys() ^ layers.keys()):
+        raise LoadError(f"{count_of(len(differing), 'layer')} of the model differ from one load to the next", differing)
+    for name, layer in layers.items():
+        _bind(layer, before[name])
 
 
-def pack_again(model: torch.nn.Module) -> None:
-    """Pack the matrices that vLLM's ``reload_weights`` leaves packed as they were.
+def _bound(layer: Any) -> tuple[Attributes, ...]:
+    """Return the attributes of a layer with a KV cache, and of its ``impl``; nothing of other layers.
 
-    On the CPU vLLM computes with a packed copy of a matrix. Where two layers share a parameter, such as the embedding
-    and the output projection, ``reload_weights`` packs it for the layer that the tensor is loaded for, only.
+    Experts are among those; what they refer to must not be kept while the model is loaded again.
     """
-    layer: Any
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel():
-            layer.quant_method.process_weights_after_loading(layer)
+    if not hasattr(layer, "kv_cache"):
+        return ()
+    return tuple({key: value for key, value in vars(one).items() if key not in _OF_MODULES} for one in _owners(layer))
+
+
+def _bind(layer: Any, before: tuple[Attributes, ...]) -> None:
+    """Give a new layer the former one's cache, and what backends have added to the former one after it was loaded."""
+    for one, attributes in zip(_owners(layer), before, strict=False):
+        for key, value in attributes.items():
+            if key in _CACHES or key not in vars(one):
+                setattr(one, key, value)
+
+
+def _owners(layer: Any) -> list[Any]:
+    impl = getattr(layer, "impl", None)
+    return [layer] if impl is None else [layer, impl]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from fractions import Fraction
 from typing import Any
 
@@ -45,6 +45,24 @@ def check_written(model: torch.nn.Module, tracker: WriteTracker, runner: str, dr
             [f"{name}: {written} of {there} elements" for name, (written, there) in missing.items()],
         )
     return unfilled
+
+
+def check_taken(first: Set[str], taken: Set[str]) -> None:
+    """Require ``reload_weights`` to have taken the tensors that the first load took: vLLM itself only warns.
+
+    Args:
+        first: names of the tensors of which the model took something in its first load.
+        taken: the same of the load in place.
+
+    Raises:
+        LoadError: they differ.
+    """
+    if differing := sorted(first ^ taken):
+        raise LoadError(
+            f"{count_of(len(differing), 'tensor was', 'tensors were')} taken by only one of the first load and the one "
+            "in place, so the weights are not those of this alpha; please report this",
+            differing,
+        )
 
 
 def _may_lack(model: torch.nn.Module, name: str, hole: Hole, runner: str) -> bool:

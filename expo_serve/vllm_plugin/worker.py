@@ -12,10 +12,7 @@ EXTENSION = "expo_serve.vllm_plugin.worker.ExpoWorkerExtension"
 class ExpoWorkerExtension:
     """Mixin for vLLM's worker class, named by ``--worker-extension-cls``."""
 
-    get_model: Any  # a method of vLLM's worker, as is update_config
-    update_config: Any
-    vllm_config: Any
-    model_runner: Any
+    get_model: Any  # a method of vLLM's worker
 
     def expo_load_report(self) -> str | None:
         """Return the :class:`LoadReport` of this rank as JSON; None if another loader loaded the model."""
@@ -25,7 +22,7 @@ class ExpoWorkerExtension:
         return report.model_dump_json() if report else None
 
     def expo_load_alpha(self, alpha: float) -> str:
-        """Load the weights of another alpha in place, and return the :class:`LoadReport` of this rank as JSON.
+        """Load the weights of another alpha and return the :class:`LoadReport` of this rank as JSON.
 
         No route of the server calls it: only a sweep does, whose server is its own.
 
@@ -33,16 +30,8 @@ class ExpoWorkerExtension:
             alpha: the extrapolation factor.
 
         Raises:
-            ExpoError: the weights could not be loaded; what the model holds now is undefined.
+            ExpoError: the weights could not be loaded; what the worker holds now is undefined.
         """
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader import get_model_loader
+        from expo_serve.vllm_plugin.reloading import load_alpha
 
-        extra = {**self.vllm_config.load_config.model_loader_extra_config, "alpha": alpha}
-        self.update_config({"load_config": {"model_loader_extra_config": extra}})
-        config = self.vllm_config
-        with set_current_vllm_config(config):
-            report = get_model_loader(config.load_config).reload(
-                self.get_model(), config.model_config, self.model_runner.reload_weights
-            )
-        return str(report.model_dump_json())
+        return load_alpha(self, alpha).model_dump_json()

@@ -1,7 +1,8 @@
-"""One alpha after another in one model: after each, all that the model computes with is that of a fresh load."""
+"""One alpha after another in one engine: after each, all that it computes with is that of a fresh engine."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,89 +11,112 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_serve.errors import LoadError, ValuesError
+from expo_serve.report import LoadReport
+from expo_serve.vllm_plugin.worker import EXTENSION
 from tests.compare import by_expo, with_extra
-from tests.in_place import computed, load_alpha
+from tests.conformance.checkpoints import write_pair
+from tests.conformance.families import FAMILIES
+from tests.engines import run_engines
 from tests.inprocess import vllm_model
 from tests.models import build_pair
 from tests.models.deltas import write_lora
-from tests.rank_state import run_ranks
+from tests.models.extras import build_served_pair
 
 pytestmark = pytest.mark.engine
-ALPHAS = (0.3, 0.0, -1.0, 1.5)
+FIRST, LAST = 0.5, 1.5
+CHOSEN = ("LlamaForCausalLM-tied", "MixtralForCausalLM", "Qwen3NextForCausalLM")
+Answer = dict[str, Any]
 
 
-def fresh(aligned: Path, alpha: float, loads: dict[str, Any], **arguments: Any) -> dict[str, str]:
-    """What a model computes with that is loaded at this alpha."""
-    extra = {**loads["model_loader_extra_config"], "alpha": alpha}
-    with vllm_model(aligned, **with_extra(extra), **arguments) as model:
-        return computed(model)
+def engine(model: Path, loads: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """Arguments of an engine."""
+    return {"model": str(model), "enforce_eager": True, "worker_extension_cls": EXTENSION, **loads, **arguments}
 
 
-def assert_same(model: Path, loads: dict[str, Any], **arguments: Any) -> None:
-    """Load alphas one after another, and compare each with a fresh load."""
-    from vllm.config import get_current_vllm_config
-
-    expected = {alpha: fresh(model, alpha, loads, **arguments) for alpha in ALPHAS}
-    assert len({tuple(found.items()) for found in expected.values()}) == len(ALPHAS)
-    with vllm_model(model, **loads, **arguments) as loaded:
-        for alpha in (*ALPHAS, ALPHAS[0]):
-            report = load_alpha(get_current_vllm_config(), loaded, alpha)
-            assert report.alpha == alpha
-            found = computed(loaded)
-            assert [name for name in expected[alpha] if found[name] != expected[alpha][name]] == []
+def three_runs(model: Path, loads: dict[str, Any], **arguments: Any) -> list[dict[str, Any]]:
+    """A fresh engine at the first alpha, one at the last, and one that goes from the first to the last."""
+    last = {**loads, "model_loader_extra_config": {**loads["model_loader_extra_config"], "alpha": LAST}}
+    return [
+        {"llm": engine(model, loads, **arguments)},
+        {"llm": engine(model, last, **arguments)},
+        {"llm": engine(model, loads, **arguments), "then": [-1.0, LAST, 0.0, LAST]},
+    ]
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "mixtral"])
-def test_bits_of_a_fresh_load(family: str, tmp_path: Path) -> None:
-    """Tied embeddings too: vLLM's own reload keeps the output projection packed as it was."""
-    base, aligned = build_pair(tmp_path, family)
-    assert_same(aligned, by_expo(base, 0.5))
+def assert_switched(first: Answer, last: Answer, switched: Answer) -> None:
+    """The engine that went on has nothing of the first alpha."""
+    for before, expected, found in zip(first["computed"], last["computed"], switched["computed"], strict=True):
+        assert [name for name in expected if found[name] != expected[name]] == []
+        assert sum(before[name] != expected[name] for name in expected) > len(expected) / 2
+    assert switched["tokens"] == last["tokens"]
+    assert [report["alpha"] for report in switched["reports"]] == [LAST] * len(last["reports"])
 
 
-def test_online_quantisation(tmp_path: Path) -> None:
-    base, aligned = build_pair(tmp_path, "llama-tied")
-    assert_same(aligned, by_expo(base, 0.5), quantization="fp8_per_channel")
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+    """Engines of one process each, by what is special about them; they share one process here."""
+    folder = tmp_path_factory.mktemp("singles")
+    pairs = {family.name: write_pair(folder / family.name, family) for family in FAMILIES if family.name in CHOSEN}
+    base, aligned = pairs[CHOSEN[0]]
+    adapter = write_lora(base, folder / "adapter")
+    runs = {
+        **{family: three_runs(aligned, by_expo(base, FIRST)) for family, (base, aligned) in pairs.items()},
+        "online quantisation": three_runs(aligned, by_expo(base, FIRST), quantization="fp8_per_channel"),
+        "delta": three_runs(base, with_extra({"delta": str(adapter), "alpha": FIRST})),
+    }
+    answers = run_engines([run for three in runs.values() for run in three])
+    return {name: answers[3 * index : 3 * index + 3] for index, name in enumerate(runs)}
 
 
-def test_delta(tmp_path: Path) -> None:
-    base, _ = build_pair(tmp_path)
-    adapter = write_lora(base, tmp_path / "adapter")
-    assert_same(base, with_extra({"delta": str(adapter), "alpha": 0.5}))
+@pytest.mark.parametrize("name", [*CHOSEN, "online quantisation", "delta"])
+def test_one_process(singles: dict[str, list[Answer]], name: str) -> None:
+    """Tied embeddings, experts and state spaces too: each keeps more than plain parameters."""
+    assert_switched(*singles[name])
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    base, aligned = build_pair(tmp_path, "llama-tied")
-    first = {"path": str(aligned), **by_expo(base, 0.5)}
-    last = {"path": str(aligned), **by_expo(base, 1.5)}
-    for switched, loaded in run_ranks([{**first, "then": [0.3, 1.5]}, last], tmp_path / "store"):
-        assert switched["computed"] == loaded["computed"]
-        assert len(loaded["computed"]) > 10
+    base, aligned = build_served_pair(tmp_path, "llama")
+    runs = three_runs(aligned, by_expo(base, FIRST), tensor_parallel_size=2)
+    first, last, switched = run_engines(runs, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert len(last["computed"]) == 2
+    assert_switched(first, last, switched)
 
 
-def test_a_value_that_is_not_finite(tmp_path: Path) -> None:
-    """A file that is damaged after the first load fails the next one, by name."""
+def reload(model: torch.nn.Module, alpha: float) -> LoadReport:
+    """Load an alpha as on a GPU, into the parameters that are there, by vLLM's ``reload_weights``."""
     from vllm.config import get_current_vllm_config
+    from vllm.model_executor.model_loader.reload import inplace
 
+    from expo_serve.vllm_plugin.loader import ExpoModelLoader
+
+    config = get_current_vllm_config()
+    extra = {**config.load_config.model_loader_extra_config, "alpha": alpha}
+    config.load_config.model_loader_extra_config = extra
+    put = partial(inplace.reload_weights, config, model, weights_path=None, is_checkpoint_format=True)
+    return ExpoModelLoader(config.load_config).reload(model, config.model_config, put)
+
+
+def test_reload_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    """A file that is damaged after the first load fails the next one, by name."""
     base, aligned = build_pair(tmp_path)
-    with vllm_model(aligned, **by_expo(base, 0.5)) as model:
+    with vllm_model(aligned, **by_expo(base, FIRST)) as model:
+        assert reload(model, LAST).alpha == LAST
         (file,) = base.glob("*.safetensors")
         tensors = load_file(file)
         name = next(name for name in tensors if "mlp" in name)
         tensors[name][0, 0] = torch.nan
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(ValuesError, match=name):
-            load_alpha(get_current_vllm_config(), model, 0.3)
+            reload(model, 0.3)
 
 
-def test_other_tensors_than_the_first_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_of_other_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM itself only logs a layer that got nothing."""
-    from vllm.config import get_current_vllm_config
-
     from expo_serve.vllm_plugin.loader import ExpoModelLoader
 
     base, aligned = build_pair(tmp_path)
     names = ExpoModelLoader._names_to_read
-    with vllm_model(aligned, **by_expo(base, 0.5)) as model:
+    with vllm_model(aligned, **by_expo(base, FIRST)) as model:
         monkeypatch.setattr(ExpoModelLoader, "_names_to_read", lambda *given: names(*given)[:-1])
         with pytest.raises(LoadError, match="1 tensor was taken by only one of the first load and the one in place"):
-            load_alpha(get_current_vllm_config(), model, 0.3)
+            reload(model, 0.3)
