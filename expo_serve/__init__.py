@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from expo_serve.plan.plan import Plan, PlannedTensor
     from expo_serve.plan.prepare import prepare
     from expo_serve.report import DeploymentReport, LoadReport
+    from expo_serve.sweep.api import sweep_alphas
+    from expo_serve.sweep.results import SweepResult
 
 __all__ = [
     "AlphaRule",
@@ -43,10 +45,12 @@ __all__ = [
     "ServeError",
     "Source",
     "SourceError",
+    "SweepResult",
     "UsageError",
     "ValuesError",
     "__version__",
     "prepare",
+    "sweep_alphas",
 ]
 
 
@@ -60,6 +64,10 @@ if not TYPE_CHECKING:  # or a misspelt name would pass as an object
         from expo_serve.plan import plan
         from expo_serve.plan import prepare as preparation
 
+        if name in ("SweepResult", "sweep_alphas"):
+            from expo_serve.sweep import api
+
+            return getattr(api, name)
         module = next(module for module in (errors, config, report, source, plan, preparation) if hasattr(module, name))
         return getattr(module, name)
 

