@@ -14,7 +14,7 @@ TORCH := $(shell sed '/^\#/d' requirements/torch.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo models serve test test-all test-fast test-pythons test-kube tools image bench lint docs chart-docs lock clean
+.PHONY: help setup demo models serve sweep test test-all test-fast test-pythons test-kube tools image bench lint docs chart-docs lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -45,6 +45,11 @@ models: setup ## the demo's two models, made once in .demo
 
 demo: models ## serve a real pair, ask it, show answers and metrics (ALPHA=0.5; DELTA=lora or packed: base plus a delta)
 	$(BIN)/python deploy/demo/demo.py --models .demo --alpha $(ALPHA) --delta "$(DELTA)"
+
+sweep: models ## which alpha? The demo's pair, its list reward, eight alphas (some ten minutes; into .demo/sweep)
+	cd deploy/demo && exec ../../$(BIN)/expo-serve sweep --base ../../.demo/base --aligned ../../.demo/aligned \
+	  --prompts questions.jsonl --reward python:list_reward:reward --alphas 0,0.1,0.3,0.5,0.75,1,1.5,2 \
+	  --max-model-len 1024 --out ../../.demo/sweep
 
 serve: models ## the demo's server, left running (ALPHA=0.5 PORT=8000)
 	exec $(BIN)/expo-serve --base .demo/base --aligned .demo/aligned --alpha $(ALPHA) --port $(PORT) --max-model-len 2048

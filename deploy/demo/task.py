@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from list_reward import list_share as reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["reward"]
 
 MAX_NEW_TOKENS = 72
 BATCH = 80
-LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+\S")
 ASK_FOR_LIST = "Answer with a bulleted list."
 
 FORMS = (
@@ -77,12 +79,6 @@ class Answer:
 def questions(topics: Sequence[str]) -> list[str]:
     """Return every topic in every form."""
     return [form.format(topic) for topic in topics for form in FORMS]
-
-
-def reward(text: str) -> float:
-    """Return the share of the non-empty lines that are list items with something in them."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return sum(bool(LIST_ITEM.match(line)) for line in lines) / max(len(lines), 1)
 
 
 def variety(text: str) -> float:
