@@ -105,6 +105,8 @@ class Failure(_Observation):
     prompt: int
     reason: str
     """One line."""
+    reward: str | None = None
+    """The ``--reward`` that failed; None where it was none."""
 
 
 Observation = Annotated[
