@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -25,7 +26,7 @@ from typing import Any
 import httpx
 
 from expo_serve.config import ExpoConfig, format_alpha
-from expo_serve.errors import ERROR_PREFIX, LoadError, ServeError
+from expo_serve.errors import LoadError, ServeError
 from expo_serve.report import DeploymentReport
 from expo_serve.sweep.endpoint import Endpoint
 
@@ -36,6 +37,7 @@ _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 30.0
 _CODE_USAGE = 2
+_ERROR = re.compile(r"expo-serve(?: serve)?: error: (.*)")
 
 
 @dataclass
@@ -168,8 +170,9 @@ class Engine:
         return ServeError(f"the engine failed: {cause} (its log: {self.log})")
 
     def _last_error(self) -> str | None:
+        """Return the last error line in the log: the keeper's, or vLLM's own parser's about a flag."""
         lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line.removeprefix(ERROR_PREFIX) for line in lines if line.startswith(ERROR_PREFIX)]
+        errors = [found[1] for line in lines if (found := _ERROR.match(line))]
         return errors[-1] if errors else None
 
     def _wait_ready(self) -> None:

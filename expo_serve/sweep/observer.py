@@ -210,13 +210,13 @@ class Observer:
                 self._store.add(TextLogprob(alpha=alpha, line=line, logprob=sum(found), tokens=len(found)))
 
     def _ask_questions(self, alpha: float) -> None:
-        done = {one.task for one in self._store.observations if isinstance(one, Question) and one.alpha == alpha}
-        left = [task for task in self._settings.lm_eval if task not in done]
-        if not left or done:
+        done = any(isinstance(one, Question) and one.alpha == alpha for one in self._store.observations)
+        if done or not self._settings.lm_eval:
             return
         self._meter.begin(f"alpha {format_alpha(alpha)}: lm-eval", 0)
         folder = self._store.folder / "lm-eval" / format_alpha(alpha)
-        for question in list(run_lm_eval(left, self._engine.endpoint, folder)):  # all or none of an alpha's
+        tasks = self._settings.lm_eval
+        for question in list(run_lm_eval(tasks, self._engine.endpoint, folder)):  # all or none of an alpha's
             self._store.add(question)
 
     def _reference(self, answer: Answer, found: list[float] | Rejected) -> Observation:

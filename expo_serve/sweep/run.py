@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from expo_serve import errors
 from expo_serve.config import Source
+from expo_serve.errors import ExpoError, UsageError
 from expo_serve.report import PublicSource, public_source
 from expo_serve.sweep import deploy
 from expo_serve.sweep.engine import Engine
@@ -79,12 +81,13 @@ class _Sweep:
         self._store = Store(settings.out, settings.fixed(), resume=settings.resume)
 
     def run(self) -> SweepResult:
+        """Observe, score, judge; leave what there is when that is cut short."""
         try:
             self._observe()
+            self._score(late=False)
             self._score(late=True)
-        except BaseException:
-            if self._done():
-                self._leave("interrupted")
+        except BaseException as error:
+            self._leave_early(error)
             raise
         return self._leave("complete")
 
@@ -182,6 +185,14 @@ class _Sweep:
             for one in self._answers()
             if (one.alpha, one.prompt) not in done
         ]
+
+    def _leave_early(self, error: BaseException) -> None:
+        """Keep what was observed; a folder without anything, of a call that was wrong, is removed."""
+        if isinstance(error, ExpoError) and error.exit_code == UsageError.exit_code and not self._store.observations:
+            shutil.rmtree(self._settings.out, ignore_errors=True)
+        elif self._done():
+            with suppress(ExpoError):  # the first error is the one to show
+                self._leave("interrupted")
 
     def _leave(self, status: str) -> SweepResult:
         """Judge what was observed, and write everything."""

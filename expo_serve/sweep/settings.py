@@ -63,6 +63,7 @@ class SweepSettings:
             "system-prompt": self.system_prompt,
             "text": digest(self.text),
             "refusals": digest(self.refusals),
+            "lm-eval": list(self.lm_eval),
             "flags of vLLM": [*self.arguments, *(f"{key}={value}" for key, value in sorted(self.file_options.items()))],
         }
 
@@ -75,7 +76,6 @@ class SweepSettings:
             "rounding": self.config.rounding,
             "rounding-seed": self.config.rounding_seed,
             "reward": list(self.rewards),
-            "lm-eval": list(self.lm_eval),
             "measure": "all" if self.measures is None else list(self.measures),
             "kl-budget": self.kl_budget,
             "margin": self.margin,

@@ -40,6 +40,7 @@ def begin(descriptor: int) -> None:
     global channel
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)  # or its end would not be noticed while one of vLLM's processes is alive
+    channel.set_inheritable(False)  # or its end would not be noticed while one of vLLM's processes is alive
     channel.setblocking(False)
 
 
