@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 from expo_serve.config import ExpoConfig, format_alpha
-from expo_serve.errors import LoadError, ServeError
+from expo_serve.errors import ExpoError, LoadError, ServeError, UsageError
 from expo_serve.report import DeploymentReport
 from expo_serve.sweep.endpoint import Endpoint
 
@@ -36,7 +36,6 @@ SET_BY_US = ("host", "port", "uds", "api-key", "api-server-count", "headless", "
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 30.0
-_CODE_USAGE = 2
 _ERROR = re.compile(r"expo-serve(?: serve)?: error: (.*)")
 
 
@@ -186,12 +185,11 @@ class Engine:
                     return
             time.sleep(_POLL_SECONDS)
 
-    def _not_started(self) -> ServeError:
+    def _not_started(self) -> ExpoError:
         cause = self._last_error() or f"code {self._keeper.returncode}"
-        error = ServeError(f"the engine did not start: {cause} (its log: {self.log})")
-        if self._keeper.returncode == _CODE_USAGE:
-            error.exit_code = _CODE_USAGE
-        return error
+        if self._keeper.returncode == UsageError.exit_code:
+            return UsageError(cause)
+        return ServeError(f"the engine did not start: {cause} (its log: {self.log})")
 
     def _end(self) -> None:
         """End the server as SIGTERM would, and wait; the end of the keeper's input kills what is left."""
