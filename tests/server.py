@@ -34,14 +34,17 @@ def free_port() -> int:
         return port
 
 
-def run_command(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``expo-serve`` to its end; standard output and error are captured."""
+def run_command(
+    *arguments: str, timeout: float = 60, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``expo-serve`` to its end, in a folder; standard output and error are captured."""
     return subprocess.run(
         [*EXPO_SERVE, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
+        cwd=cwd,
         env={**ENGINE_ENV, **environment},
     )
 
