@@ -19,7 +19,7 @@ from expo_serve.checkpoint.source import HubAccess, is_on_network
 from expo_serve.checkpoint.wrappers import bare_names, possible_names
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
-from expo_serve.load.counts import ReadActivity
+from expo_serve.load.counts import Counts, ReadActivity
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.fill import compile_kernels
 from expo_serve.load.lazy import lazy_tensor
@@ -39,7 +39,7 @@ from expo_serve.vllm_plugin.unwritten import check_taken, check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
-_TAKEN_ATTRIBUTE = "expo_tensors_taken"
+_COUNTS_ATTRIBUTE = "expo_load_counts"
 _MADE_TOGETHER = 16
 """Lazy tensors made at a time: to leave the dispatch modes and to enter them again takes as long as making one."""
 logger = compat.init_logger("vllm.expo_serve.loader")
@@ -138,9 +138,10 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         account = LoadAccount.open(model)
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        base_load = super().load_weights
-        load, tracker = self._load_lazily(model, plan, account, lambda: base_load(model, model_config))
-        setattr(model, _TAKEN_ATTRIBUTE, frozenset(load.session.counts.kinds))
+        account.sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
+        load, tracker = self._load_lazily(model, model_config, plan, account.sample)
+        account.counts = load.session.counts
+        setattr(model, _COUNTS_ATTRIBUTE, account.counts)
         account.unfilled = check_written(model, tracker, model_config.runner_type, load.dropped())
         if account.unfilled:
             names = ", ".join(account.unfilled)
@@ -154,6 +155,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def reload(self, model: torch.nn.Module, model_config: Any, put: Callable[[NamedTensors], object]) -> LoadReport:
         """Load the extrapolated weights into a model that holds those of another alpha.
 
+        In this thread and by way of the host: vLLM processes each layer as soon as its tensors are there, by operations
+        of its own that no dispatch mode sees, so nothing may be under way then.
+
         Args:
             model: has been loaded by this load format, from the same sources.
             model_config: vLLM's ModelConfig of it.
@@ -165,34 +169,33 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         account = LoadAccount.open(model)
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
-        weights = self.get_all_weights(model_config, model)
-        load, _ = self._load_lazily(model, plan, account, lambda: put(weights))
-        check_taken(getattr(model, _TAKEN_ATTRIBUTE), load.session.counts.kinds.keys())
+        account.sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
+        self._load = ModelLoad(plan, LoadSession(counts=account.counts, observe=account.sample))
+        try:
+            put(self.get_all_weights(model_config, model))
+        finally:
+            self._load = None
+        first: Counts = getattr(model, _COUNTS_ATTRIBUTE)
+        check_taken(first.kinds.keys(), account.counts.kinds.keys())
         account.sort(model)
         return self._report(model, account)
 
     def _load_lazily(
-        self,
-        model: torch.nn.Module,
-        plan: Plan,
-        account: LoadAccount,
-        load_weights: Callable[[], object],
+        self, model: torch.nn.Module, model_config: Any, plan: Plan, sample: Sample
     ) -> tuple[ModelLoad, WriteTracker]:
         """Let vLLM load the model while lazy tensors are copied by threads or onto devices, and watch the writes."""
         activity = ReadActivity()
-        account.sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
-        into_model = load_into(model, _threads(plan), activity, account.sample)
+        into_model = load_into(model, _threads(plan), activity, sample)
         with self._progress(plan, activity) as progress, into_model as session:
             load = ModelLoad(plan, session, progress)
             tracker = WriteTracker(model, session.settle)
             self._load = load
             try:
                 with tracker:
-                    load_weights()
+                    super().load_weights(model, model_config)
                     session.settle()
             finally:
                 self._load = None
-        account.counts = session.counts
         return load, tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
