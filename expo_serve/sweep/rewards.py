@@ -1,71 +1,58 @@
-"""What every reward is: it takes answers and yields what it found, one by one, so that nothing is asked twice.
-
-``expo_serve.sweep.reward_spec`` opens the one that a ``--reward`` names.
-"""
+"""The rewards that ``--reward`` can name: a reward model, a judge, a function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from pathlib import Path
 
-from expo_serve.sweep.observations import Failure, Preference, Score
+from expo_serve.errors import UsageError
+from expo_serve.sweep.scored import Reward, Scored
 
-Found = Score | Preference | Failure
+__all__ = ["Reward", "Scored", "open_reward"]
 
-
-@dataclass(frozen=True)
-class Scored:
-    """One answer to score."""
-
-    alpha: float
-    prompt: int
-    """Index of the prompt, the same at every alpha."""
-    messages: Sequence[dict[str, Any]]
-    """The chat that was answered, as OpenAI's API has it."""
-    answer: str
-    reference: str | None = None
-    """The answer to the same prompt at alpha 0; None where there is none."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Other keys of the prompt's line, such as a gold answer."""
-
-    @property
-    def question(self) -> str:
-        """The last message of the user, without its images and other parts."""
-        asked = [message for message in self.messages if message["role"] == "user"]
-        return text_of((asked or self.messages)[-1])
-
-    def failure(self, reward: str, reason: str) -> Failure:
-        """Return the failure of a reward for this answer.
-
-        Args:
-            reward: as on the command line.
-            reason: why; cut to one line.
-        """
-        line = " ".join(reason.split())[:300]
-        return Failure(alpha=self.alpha, use="reward", prompt=self.prompt, reason=line, reward=reward)
+_EXPECTED = (
+    "vllm:MODEL (a reward model), openai:URL,MODEL (a judge at an OpenAI-compatible address) or "
+    "python:module:function (a function of prompt and answer)"
+)
 
 
-class Reward(Protocol):
-    """One ``--reward``. It is checked where it is opened, before any engine starts."""
+def open_reward(spec: str, folder: Path) -> Reward:
+    """Open the reward that a ``--reward`` names, and check what can be checked before an engine starts.
 
-    spec: str
-    """As on the command line; it is in every result."""
-    is_late: bool
-    """Whether it needs the place of the engine under test, and so scores once that is gone."""
+    Args:
+        spec: the value of the flag.
+        folder: of the sweep, where logs and answers of judges are kept; need not exist yet.
 
-    def score(self, items: Sequence[Scored]) -> Iterator[Found]:
-        """Yield one result for each item, in any order, as they come.
+    Raises:
+        UsageError: it names no reward, or one that is not there.
+    """
+    kind, _, rest = spec.partition(":")
+    opener = _OPENERS.get(kind)
+    if opener is None or not rest:
+        raise UsageError(f"--reward: expected {_EXPECTED}, found {spec!r:.100}")
+    return opener(rest, folder)
 
-        Raises:
-            ExpoError: the reward is of no use any more; items without a result may be given again.
-        """
-        ...
+
+def _open_model(rest: str, folder: Path) -> Reward:
+    from expo_serve.sweep.reward_model import RewardModel
+
+    return RewardModel(rest, folder / "reward-model.log")
 
 
-def text_of(message: dict[str, Any]) -> str:
-    """Return the text of a chat message, without its images and other parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return str(content or "")
+def _open_judge(rest: str, folder: Path) -> Reward:
+    from expo_serve.sweep.judge import open_judge
+
+    return open_judge(rest, folder / "judge.jsonl")
+
+
+def _open_function(rest: str, folder: Path) -> Reward:
+    from expo_serve.sweep.python_reward import PythonReward
+
+    return PythonReward(rest)
+
+
+_OPENERS: dict[str, Callable[[str, Path], Reward]] = {
+    "vllm": _open_model,
+    "openai": _open_judge,
+    "python": _open_function,
+}
