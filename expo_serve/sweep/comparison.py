@@ -41,7 +41,7 @@ Which answer is better, A or B? Reply with this one letter and nothing else."""
 
 _ONLY = re.compile(r"[\W_]*([AB])[\W_]*")
 _BRACKETS = re.compile(r"\[\[([AB])\]\]")
-_NAMED = re.compile(r"\b(?:answer|assistant|response|choice|option|verdict|winner|better)\b\W*(?:is\b\W*)?([AB])\b")
+_NAMED = re.compile(r"\b(?i:answer|assistant|response|choice|option|verdict|winner|better)\b\W*(?:is\b\W*)?([AB])\b")
 _STATED = re.compile(r"^\W*([AB])\b\W+(?:is|was)\b(?! not)")
 _TIE = re.compile(r"\W*(?:(?:it|this) is a |a )?tie\W*", re.IGNORECASE)
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)

@@ -107,7 +107,7 @@ class Judge:
         finally:
             if failed := self._client.failed - failed:
                 asked = self._client.asked - asked
-                errors.warn(f"{self._name}: {failed} of {count_of(asked, 'request')} failed and were repeated")
+                errors.warn(f"{self._name}: {failed} of {count_of(asked, 'request')} failed on the way")
 
     @property
     def _name(self) -> str:

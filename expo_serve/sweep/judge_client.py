@@ -26,7 +26,7 @@ _TRIES = 5
 """Of a question, where its replies are not those of a chat endpoint."""
 _TRIES_UNDECIDED = 3
 """Of a question, where its replies are neither A nor B."""
-_TIMEOUT_SECONDS = 300.0
+_ANSWER_SECONDS = 300.0
 _CONNECT_SECONDS = 10.0
 _ROOM, _ROOM_TO_THINK = 8, 4096
 """Tokens of a reply: of a letter, and of a judge that thinks before it writes one."""
@@ -66,11 +66,13 @@ class JudgeClient:
         url: with ``/v1``.
         model: its name there.
         retries: of a request that failed on the way.
+        answer_seconds: how long a reply may take.
     """
 
     url: str
     model: str
     retries: int = RETRIES
+    answer_seconds: float = _ANSWER_SECONDS
     asked: int = 0
     """Requests sent, those included that failed."""
     failed: int = 0
@@ -87,7 +89,7 @@ class JudgeClient:
             base_url=self.url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",  # local servers mostly ask for none
             max_retries=self.retries,
-            timeout=openai.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=openai.Timeout(self.answer_seconds, connect=_CONNECT_SECONDS),
         )
 
     async def ask(self, connection: openai.AsyncOpenAI, messages: list[dict[str, str]]) -> float | NoVerdict:
