@@ -66,9 +66,11 @@ docs: setup ## the site of docs/, into .site, with every link and anchor checked
 test-pythons: setup ## ruff, mypy and the tests without torch under the other Pythons of this machine
 	$(BIN)/python -m tests.pythons
 
-# What the chart is tested with (helm, checkov, promtool, ...), apart from the environment, in .deploy.
+# What the chart is tested with (helm, checkov, promtool, ...), apart from the environment, in .deploy; and a browser for
+# the report of a sweep, in .browser.
 tools: setup
 	@$(BIN)/python -m tests.deploy.install
+	@$(BIN)/python -m tests.sweep.install
 
 # In two processes; an engine takes both cores by itself, and binds its threads to them.
 WITHOUT_ENGINES := $(BIN)/python -m pytest -m 'not engine and not slow' -n 2 --dist loadfile
@@ -106,4 +108,4 @@ lock: ## make the locks anew from requirements/*.in and pyproject.toml, for ever
 	$(PYTHON) requirements/lock.py
 
 clean: ## remove the environment, the demo's models and what benchmarks left
-	rm -rf .venv .pythons .demo .bench .deploy .site build dist deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
+	rm -rf .venv .pythons .demo .bench .deploy .browser .site build dist deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
