@@ -13,6 +13,7 @@ A function that is ``async`` is called for several answers at once, any other fo
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import pkgutil
@@ -33,6 +34,8 @@ FIRST = 10
 AT_ONCE = 8
 """Calls of an ``async`` function under way."""
 _EXPECTED = "expected python:module:function"
+_NOT_THEIRS = (__file__, pkgutil.__file__, importlib.__file__)
+"""Files in a traceback that say nothing about a module."""
 
 
 class PythonReward:
@@ -100,8 +103,9 @@ class PythonReward:
 
 def _find(name: str, spec: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
-        hint = "; give the module's name, without .py" if module.endswith(".py") or "/" in module else ""
+    is_file = module.endswith(".py") or "/" in module
+    if is_file or not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
+        hint = "; give the module's name, without folder and .py" if is_file else ""
         raise UsageError(f"--reward {spec}: {_EXPECTED}, such as python:my_reward:score{hint}")
     with _from_here():
         try:
@@ -174,5 +178,5 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{text} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    places = [frame for frame in frames if frame.filename != __file__ and Path(frame.filename).is_file()]
+    places = [frame for frame in frames if frame.filename not in _NOT_THEIRS and Path(frame.filename).is_file()]
     return f"{text} ({places[-1].filename}, line {places[-1].lineno})" if places else text
