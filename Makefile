@@ -22,9 +22,9 @@ help: ## show this list
 setup: .venv/.ready ## the locked CPU environment, in .venv
 
 # torch's CPU build comes from a wheel folder that pip knows of, else from PyTorch's own index.
-# --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt). torchvision
-# and stores lie apart: tests need parts of them, and nothing else may find them.
-.venv/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt requirements/dev.txt requirements/vision.txt requirements/stores.txt
+# --no-deps: the locks are complete, and what they leave out must stay out (requirements/overrides.txt). torchvision,
+# stores and lm-eval lie apart: tests need parts of them, and nothing else may find them.
+.venv/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt requirements/dev.txt requirements/vision.txt requirements/stores.txt requirements/lm-eval.txt
 	$(if $(filter $(PYTHONS),$(call version,$(PYTHON))),,$(error One of Python $(PYTHONS) is needed; PYTHON is "$(PYTHON)", $(or $(call version,$(PYTHON)),which does not run)))
 	@[ "$(call version,.venv/bin/python)" = "$(call version,$(PYTHON))" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,7 @@ setup: .venv/.ready ## the locked CPU environment, in .venv
 	$(PIP) --require-hashes -r requirements/dev.txt
 	$(PIP) --require-hashes --upgrade --target .venv/vision -r requirements/vision.txt
 	$(PIP) --require-hashes --upgrade --target .venv/stores -r requirements/stores.txt
+	$(PIP) --require-hashes --upgrade --no-build-isolation --target .venv/lm-eval -r requirements/lm-eval.txt
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 

@@ -49,6 +49,7 @@ LOCKS = (
     Lock("dev", before=("cpu",)),
     Lock("vision", flags=("--no-deps",)),
     Lock("stores", flags=("--no-deps",)),
+    Lock("lm-eval", flags=("--no-deps",)),
     Lock("bench", before=("cpu", "dev")),
     Lock("deploy", flags=("--override", "deploy-overrides.txt")),
     Lock("pure", sources=("../pyproject.toml", "pure.in")),
