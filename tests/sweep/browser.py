@@ -63,3 +63,12 @@ def open_page(browser: Browser, file: Path, **context: Any) -> Iterator[Opened]:
         opened.page.on("request", lambda request: opened.requests.append(request.url))
         opened.page.goto(file.as_uri())
         yield opened
+
+
+def assert_rounded(text: str, value: float, unit: str) -> None:
+    """Assert that what is shown is the number, rounded at its last digit."""
+    scale = 100 if unit == "share" else 1
+    assert text.endswith("%") == (unit == "share")
+    digits = text.rstrip("%")
+    decimals = len(digits.partition(".")[2])
+    assert float(digits) == pytest.approx(value * scale, abs=0.5001 * 10**-decimals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from expo_serve.config import format_alpha
@@ -249,3 +249,18 @@ def _deploy(recommendation: float | None) -> dict[str, str]:
         "values": f"# Alpha {alpha} as a canary beside alpha 0.\n\nimage:\n  repository: expo-serve\n"
         f'variants:\n  alpha-0:\n    alpha: "0"\n  alpha-{alpha.replace(".", "-")}:\n    alpha: "{alpha}"\n',
     }
+
+
+def _with_answers(result: SweepResult) -> tuple[SweepResult, list[Answer]]:
+    return result, answers(result)
+
+
+KINDS: dict[str, Callable[[], tuple[SweepResult, list[Answer]]]] = {
+    "usual": lambda: _with_answers(sweep_result()),
+    "nasty": nasty_result,
+    "zero": lambda: _with_answers(sweep_result((0.0, 0.5), 8, best=0.0)),
+    "without-reward": lambda: _with_answers(sweep_result((0.0, 0.5), 8, with_reward=False)),
+    "interrupted": lambda: _with_answers(sweep_result((0.0,), 8, status="interrupted")),
+    "many": lambda: _with_answers(sweep_result([step / 20 for step in range(40)], 12)),
+}
+"""Makers of results with their answers."""
