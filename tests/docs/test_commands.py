@@ -19,7 +19,7 @@ from tests.docs.cli_page import COMMANDS, flags_of
 from tests.docs.pages import ALL, README, ROOT, Page, page
 
 VLLM_FLAGS = {
-    "--api-key", "--compilation-config", "--data-parallel-size", "--distributed-executor-backend",
+    "--api-key", "--chat-template", "--compilation-config", "--default-chat-template-kwargs", "--data-parallel-size", "--distributed-executor-backend",
     "--enable-ep-weight-filter", "--enable-expert-parallel", "--enable-lora", "--enforce-eager", "--headless",
     "--hf-overrides", "--language-model-only", "--load-format", "--master-addr", "--max-lora-rank", "--max-loras",
     "--max-model-len", "--mm-encoder-only", "--model", "--model-impl", "--model-loader-extra-config", "--nnodes",
@@ -46,6 +46,8 @@ def problems(command: str) -> list[str]:
     match words:
         case ["expo-serve", "delta", action, *rest]:
             return sorted(flags_in(rest) - flags_of(f"delta {action}"))
+        case ["expo-serve", "sweep", *rest]:
+            return sorted(flags_in(rest) - flags_of("sweep") - (VLLM_FLAGS - SET_BY_EXPO))
         case ["expo-serve", name, *rest] if name in COMMANDS:
             return sorted(flags_in(rest) - flags_of(name))
         case ["expo-serve", *rest]:

@@ -44,9 +44,15 @@ def distributions(names: Iterator[str]) -> set[str]:
     return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names}
 
 
+def names(requirements: list[str]) -> set[str]:
+    """Names of the distributions that requirements ask for."""
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
 def test_declared_is_imported_and_imported_is_declared() -> None:
-    declared = {canonicalize_name(Requirement(text).name) for text in project()["dependencies"]}
-    assert distributions(imported(PACKAGE)) - FROM_VLLM == declared
+    of_sweep = names(project()["optional-dependencies"]["sweep"])
+    found = {folder: distributions(imported(folder)) - FROM_VLLM for folder in (PACKAGE, PACKAGE / "sweep")}
+    assert found[PACKAGE] - (of_sweep & found[PACKAGE / "sweep"]) == names(project()["dependencies"])
 
 
 def test_only_the_plugin_imports_what_vllm_brings() -> None:
