@@ -200,6 +200,8 @@ def _number(flag: str, given: dict[str, Any], default: float | None) -> Any:
 
 
 def _list(given: Any) -> list[str]:
+    if given is None:
+        return []
     return [str(one) for one in given] if isinstance(given, list) else [str(given)]
 
 

@@ -27,8 +27,7 @@ from expo_serve.sweep.page import write_page
 from expo_serve.sweep.plots import check_plots, write_plots
 from expo_serve.sweep.prompts import Prompt, read_prompts, read_texts
 from expo_serve.sweep.results import SweepResult, Timing
-from expo_serve.sweep.reward_spec import open_reward
-from expo_serve.sweep.rewards import Reward, Scored
+from expo_serve.sweep.rewards import Reward, Scored, open_reward
 from expo_serve.sweep.settings import SweepSettings
 from expo_serve.sweep.store import Store
 
