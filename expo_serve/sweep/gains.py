@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from expo_serve.sweep.statistics import Array, Estimate, intercept
+from expo_serve.sweep.statistics import Array, Estimate, intercept, mean
 
 LEAST_CONTROLLED = 8
 """Pairs from which length is controlled for: three coefficients, and five degrees of freedom for their errors."""
+LEAST_PAIRS = 6
+"""Pairs from which anything can be shown: five wins of five come by chance in 1 of 32 cases, more than 2.5%."""
 
 
 def length_terms(length: Array, zero: int) -> Array:
@@ -55,3 +57,17 @@ def _of_one(gains: Array, terms: Array, weights: Array | None) -> Estimate:
     found = intercept(gains, terms, weights)
     is_enough = found.freedom + 1 + terms.shape[1] >= LEAST_CONTROLLED
     return found._replace(error=np.where(is_enough, found.error, np.inf))
+
+
+def without_length_control(gains: Array, weights: Array | None = None) -> Estimate:
+    """Estimate the mean gain of each alpha.
+
+    Args:
+        gains: as for :func:`with_length_control`.
+        weights: as for :func:`with_length_control`.
+
+    Returns:
+        Estimates of the shape (resamples, alphas); the error is infinite with fewer than six pairs.
+    """
+    found = mean(gains, weights)
+    return found._replace(error=np.where(found.freedom + 1 >= LEAST_PAIRS, found.error, np.inf))

@@ -52,7 +52,7 @@ class RewardChange(Measure):
                 continue
             found = means_of(observed, _gains(observed.of_answers(cells), observed.zero))
             found[0.0] = at_zero(0.0, found[0.0].n)
-            yield Series(name, _gain_info("Reward, change from alpha 0", observed, name, reward, _CHANGE), found)
+            yield Series(name, _gain_info("Reward gain", observed, name, reward, _CHANGE), found)
 
 
 class LengthControlledReward(Measure):
@@ -76,7 +76,7 @@ class LengthControlledReward(Measure):
             counts = (np.isfinite(gains) & np.isfinite(terms).all(axis=2)).sum(axis=0)
             found = {alpha: _if_known(one) for alpha, one in from_estimate(observed, estimate, counts).items() if alpha}
             found[0.0] = at_zero(0.0, int(counts[observed.zero]))
-            info = _gain_info("Length-controlled reward, change from alpha 0", observed, name, reward, _CONTROLLED)
+            info = _gain_info("Length-controlled reward gain", observed, name, reward, _CONTROLLED)
             yield Series(name, info, dict(sorted(found.items())))
 
 
