@@ -93,30 +93,26 @@ def _why_zero(evidence: Evidence, outcome: Outcome, effect: Effect | None) -> st
         return "No alpha but 0 was tried."
     if outcome.feasible[0].sum() == 1:
         return "No alpha but 0 is feasible."
+    return f"No other alpha is shown to help: {_what_was_seen(evidence, outcome, effect)}."
+
+
+def _what_was_seen(evidence: Evidence, outcome: Outcome, effect: Effect | None) -> str:
     if effect is None:
-        return (
-            f"No other alpha is shown to help: of {count_of(len(evidence.scored), 'prompt')} with a reward at alpha 0, "
-            f"too few could be compared; each half needs {LEAST_PAIRS} pairs at least."
-        )
-    tested, best = format_alpha(effect.alpha), int(outcome.best[0])
-    on_unseen = f"on the {count_of(effect.n, 'prompt')} of the other half"
+        prompts = count_of(len(evidence.scored), "prompt")
+        return f"of {prompts} with a reward at alpha 0, too few could be compared; each half needs {LEAST_PAIRS} pairs"
+    alpha, what = format_alpha(effect.alpha), _what(evidence)
+    numbers = f"{_numbers(effect)} on the {count_of(effect.n, 'prompt')} of the other half"
     if outcome.nearest[0] == evidence.zero:
+        best = int(outcome.best[0])
         gain, error = float(outcome.gain.value[0, best]), float(outcome.gain.error[0, best])
         return (
-            f"No other alpha is shown to help: the best of the feasible on one half of the prompts, {tested}, is not more "
-            f"than a standard error above alpha 0 there ({gain:+.3g}, standard error {error:.2g}); {on_unseen} it changes "
-            f"{_what(evidence)} by {_numbers(effect)}."
+            f"on one half of the prompts the best of the feasible alphas, {alpha}, is not more than a standard error "
+            f"above alpha 0 ({gain:+.3g}, standard error {error:.2g}); it changes {what} by {numbers}"
         )
+    chosen = f"alpha {alpha}, chosen on one half of the prompts,"
     if effect.low > 0:
-        return (
-            f"No other alpha is shown to help: alpha {tested}, chosen on one half of the prompts, raises "
-            f"{_what(evidence)} by {_numbers(effect)} {on_unseen}, but not the mean reward itself "
-            f"({outcome.plain[0]:+.3g})."
-        )
-    return (
-        f"No other alpha is shown to help: alpha {tested}, chosen on one half of the prompts, changes "
-        f"{_what(evidence)} by {_numbers(effect)} {on_unseen}."
-    )
+        return f"{chosen} raises {what} by {numbers}, but not the mean reward itself ({outcome.plain[0]:+.3g})"
+    return f"{chosen} changes {what} by {numbers}"
 
 
 def _what(evidence: Evidence) -> str:
