@@ -129,11 +129,11 @@ def _write(charts: Sequence[Chart], result: SweepResult, file: Path) -> Path:
     figures: Any = import_module("matplotlib.figure")
     figure = figures.Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     palette = Palette()
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes, chart in zip(grid, charts, strict=False):
         chart.draw(axes, palette)
         axes.set_title(_title(chart), fontsize=10, pad=8 if chart.name == REWARD_KL else _TITLE_POINTS)
-    for axes in list(grid)[len(charts) :]:
+    for axes in grid[len(charts) :]:
         axes.remove()
     figure.legend(handles=_legend(result, palette), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(file, dpi=_DPI)

@@ -30,6 +30,10 @@ def test_two_answers_stand_side_by_side_with_scores_and_differences_marked(
         assert pair.locator(".asked").text_content() == usual_json["prompts"][prompt]
         assert left.text_content() == expected[0.2, prompt]
         assert right.text_content() == expected[1.5, prompt]
+        assert pair.locator("h4").evaluate_all("heads => heads.map(head => head.firstChild.textContent)") == [
+            "alpha 0.2",
+            "alpha 1.5",
+        ]
         assert left.locator("del").count() > 0
         assert right.locator("ins").count() > 0
         unmarked = [side.evaluate(_UNMARKED).split() for side in (left, right)]
@@ -103,7 +107,7 @@ def test_a_thousand_prompts_at_ten_alphas_stay_usable(browser: Browser, tmp_path
         opened.page.get_by_label("Page", exact=True).fill("200")
         opened.page.keyboard.press("Enter")
         expect(opened.page.locator("#found")).to_have_text("Prompts 996 to 1000 of 1000")
-        assert opened.page.evaluate("performance.now()") - before < 3000
+        assert opened.page.evaluate("performance.now()") - before < 5000
 
 
 def test_unmarked_words_are_a_longest_common_subsequence(usual: Opened) -> None:

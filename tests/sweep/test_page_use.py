@@ -130,6 +130,8 @@ def test_theme_is_the_systems_until_one_is_chosen_which_is_remembered(browser: B
         assert _colours(opened) == dark
         opened.page.emulate_media(color_scheme="light")
         assert _colours(opened) == light
+        opened.page.get_by_label("Dark").check(force=True)
+        assert _colours(opened) == dark
 
 
 def _colours(opened: Opened) -> list[str]:
