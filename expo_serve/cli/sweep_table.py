@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from expo_serve.config import format_alpha
 from expo_serve.sweep.results import AlphaResult, Measured, SweepResult
 
-_COLUMNS = (
-    "reward", "reward_lc", "win_rate", "kl", "length", "unfinished", "distinct_4", "perplexity", "capability",
-    "over_refusal",
-)  # fmt: skip
-"""Measures that have a column, if they were measured; the others are in the report."""
+_COLUMNS = {
+    "reward": "reward", "reward_lc": "gain", "kl": "KL", "length": "length", "unfinished": "cut", "perplexity": "ppl",
+    "capability": "capab.",
+}  # fmt: skip
+"""Measures that have a column here, if they were measured, and its short title; all of them are in the report."""
+_WIDTH = 120
+"""Of the output where it is not a terminal."""
 
 
 def show(result: SweepResult, out: Path) -> None:
@@ -25,19 +29,23 @@ def show(result: SweepResult, out: Path) -> None:
         result: what was found.
         out: the sweep's folder.
     """
-    console = Console(soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     shown = [name for name in _COLUMNS if any(name in one.measures for one in result.alphas)]
     console.print(_table(result.alphas, shown))
-    console.print(_recommendation(result), markup=False, highlight=False)
-    for remark in result.decision.remarks:
-        console.print(f"- {remark}", markup=False, highlight=False)
+    for line in _lines(result, out):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _lines(result: SweepResult, out: Path) -> Iterator[str]:
+    yield _recommendation(result)
+    yield from (f"- {remark}" for remark in result.decision.remarks)
     if "command" in result.deploy:
-        console.print(f"\n{result.deploy['command']}", markup=False, highlight=False)
-    console.print(f"\n{out / 'report.html'}, sweep.json, sweep.md, answers.jsonl", markup=False, highlight=False)
+        yield from ("", result.deploy["command"])
+    yield from ("", f"{out}: report.html, sweep.json, sweep.md, answers.jsonl, plots")
 
 
 def _table(alphas: Sequence[AlphaResult], shown: Sequence[str]) -> Table:
-    table = Table("alpha", "effective", *shown, "feasible")
+    table = Table("alpha", "effective", *(_COLUMNS[name] for name in shown), "feasible", box=SIMPLE_HEAD)
     for one in alphas:
         effective = "-" if one.effective_alpha is None else f"{one.effective_alpha:.3g}"
         cells = [_cell(one.measures.get(name)) for name in shown]

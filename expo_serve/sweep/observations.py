@@ -95,6 +95,8 @@ class Loaded(_Observation):
     load_seconds: float
     generate_seconds: float | None = None
     """Of all answers to ``--prompts``; None before they are complete."""
+    cpu_weight_bytes: int | None = None
+    """Size of the parameters of all ranks where they are in host memory; None on GPUs."""
 
 
 class Failure(_Observation):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import LoadError, UsageError, count_of
+from expo_serve.report import DeploymentReport
 from expo_serve.sweep.client import Client, Generated, Rejected, ask_all
 from expo_serve.sweep.engine import Engine
 from expo_serve.sweep.lm_eval import run_lm_eval
@@ -89,6 +90,7 @@ class Observer:
                 deployment_id=report.deployment_id,
                 load_seconds=seconds,
                 generate_seconds=generated,
+                cpu_weight_bytes=_host_bytes(report),
             )
         )
 
@@ -237,6 +239,12 @@ class Observer:
                 "alpha 0, loaded again, gives its own answers other probabilities than before, by "
                 f"{sum(away) / len(away):.2g} nats a token: what was loaded in place is wrong; please report this"
             )
+
+
+def _host_bytes(report: DeploymentReport) -> int | None:
+    if any(rank.peak_device_memory_bytes is not None for rank in report.ranks):
+        return None
+    return sum(rank.weight_bytes for rank in report.ranks)
 
 
 def _of_answer(answer: Answer, logprobs: Sequence[float]) -> Sequence[float]:

@@ -238,7 +238,9 @@ class _Sweep:
             return {}
         settings = self._settings
         given = (settings.config, alpha, settings.arguments, settings.file_options)
-        return {"command": deploy.deploy_command(*given), "values": deploy.chart_values(*given)}
+        sizes = [one.cpu_weight_bytes for one in self._store.observations if isinstance(one, Loaded)]
+        values = deploy.chart_values(*given, cpu_weight_bytes=sizes[-1])
+        return {"command": deploy.deploy_command(*given), "values": values}
 
     def _say(self, line: str) -> None:
         self._warnings.append(line)
