@@ -6,6 +6,7 @@ by Student's t covered in 94 to 97% of the cases, those by percentiles of the bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from statistics import NormalDist
 from typing import NamedTuple
@@ -19,8 +20,10 @@ TWO_SIDED = 0.975
 """Quantile of a two-sided 95% interval."""
 ONE_SIDED = 0.95
 _POWER = 0.8
-_ROUNDING = 1e-9
-"""No error is smaller than this share of the size of the values: else rounding would be taken for an effect."""
+_ROUNDING = 1e-12
+"""No error of a mean is smaller than this share of the values' size: else rounding would be taken for an effect."""
+_ROUNDING_OF_FITS = 1e-9
+"""The same for a regression, which rounds more."""
 _CELLS = 1 << 21
 """Weights that are held at once."""
 
@@ -153,9 +156,9 @@ def intercept(values: Array, terms: Array, weights: Array | None = None) -> Esti
     inverse = np.linalg.pinv(squares, rcond=1e-10, hermitian=True)
     slopes = np.einsum("bij,bj->bi", inverse, rows @ (design * seen[:, None]))
     leverage = inverse.reshape(-1, size * size) @ products.T
-    residuals = (seen - slopes @ design.T) / np.maximum(1 - leverage, _ROUNDING)
+    residuals = (seen - slopes @ design.T) / np.maximum(1 - leverage, _ROUNDING_OF_FITS)
     error = np.sqrt(np.sum(rows * (residuals * (inverse[:, 0] @ design.T)) ** 2, axis=1))
-    floor = _ROUNDING * np.sqrt(np.mean(seen**2)) if len(seen) else 0.0
+    floor = _ROUNDING_OF_FITS * np.sqrt(np.mean(seen**2)) if len(seen) else 0.0
     freedom = rows.sum(axis=1) - size
     is_known = (freedom >= 1) & (np.einsum("bi,bi->b", inverse[:, 0], squares[:, :, 0]) > 1 - 1e-6)
     return Estimate(slopes[:, 0], np.where(is_known, np.maximum(error, floor), np.inf), np.maximum(freedom, 0.0))
@@ -192,14 +195,16 @@ def ratio(numerators: Array, denominators: Array) -> Estimate:
 def share_interval(hits: int, count: int) -> tuple[float, float]:
     """Return the 95% interval of a share by Wilson (1927, Journal of the American Statistical Association 22:209-212).
 
-    It covers 95% with few observations too, and 0 hits of ``count`` are no proof of a share of 0.
+    It is of use with few observations too: 0 hits are no proof of a share of 0.
     """
-    z = normal_quantile(TWO_SIDED)
-    share = hits / count
-    centre = share + z**2 / (2 * count)
-    reach = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    scale = 1 + z**2 / count
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    reach = normal_quantile(TWO_SIDED)
+    return max(0.0, _wilson(hits / count, count, -reach)), min(1.0, _wilson(hits / count, count, reach))
+
+
+def _wilson(share: float, count: int, reach: float) -> float:
+    """Return the true share of which ``share`` is ``reach`` standard errors away; above it where that is positive."""
+    root = math.sqrt(share * (1 - share) / count + reach**2 / (4 * count**2))
+    return (share + reach**2 / (2 * count) + reach * root) / (1 + reach**2 / count)
 
 
 def pairs_needed(deviation: float, difference: float) -> float:
@@ -228,13 +233,14 @@ def questions_needed(discordant: float, margin: float) -> float:
     return (normal_quantile(ONE_SIDED) + normal_quantile(_POWER)) ** 2 * discordant / margin**2
 
 
-def excess_noticed(count: int) -> float:
-    """Return the smallest rise of a share from 0 that is noticed among ``count`` pairs in 80% of all tries.
+def rise_noticed(count: int, margin: float) -> float:
+    """Return from which rise of a share on, from 0, ``count`` pairs show that it is above 0 and over a margin.
 
-    That of :func:`pairs_needed` where every difference is 0 or 1: ``deviation ** 2 = difference * (1 - difference)``.
+    They do in 80% of all tries. A rise seen as ``s`` is shown to be above 0 where ``s`` is more than t times its
+    standard error ``sqrt(s * (1 - s) / (count - 1))``; then Wilson's bound.
     """
-    reach = (normal_quantile(TWO_SIDED) + normal_quantile(_POWER)) ** 2
-    return reach / (count + reach)
+    square = float(t_quantile(TWO_SIDED, np.array(count - 1.0))) ** 2
+    return _wilson(max(margin, square / (count - 1 + square)), count, normal_quantile(_POWER))
 
 
 def resampled(rng: np.random.Generator, count: int, resamples: int) -> Array:

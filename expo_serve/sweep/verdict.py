@@ -9,11 +9,11 @@ import numpy as np
 
 from expo_serve.config import format_alpha
 from expo_serve.errors import count_of
-from expo_serve.sweep.feasibility import PROMPTS, Constraint, rounded_up
+from expo_serve.sweep.feasibility import PROMPTS, Constraint, NoCollapse, rounded_up
 from expo_serve.sweep.gains import LEAST_CONTROLLED, LEAST_PAIRS
 from expo_serve.sweep.results import Decision, Effect
 from expo_serve.sweep.rule import Evidence, Indices, Outcome
-from expo_serve.sweep.statistics import Flags, excess_noticed, pairs_needed
+from expo_serve.sweep.statistics import Flags, pairs_needed, rise_noticed
 
 _LOW, _HIGH = 0.025, 0.975
 
@@ -170,8 +170,10 @@ def _of_constraints(evidence: Evidence, feasible: Flags) -> Iterator[str]:
 
 
 def _collapse(constraints: Sequence[Constraint]) -> Iterator[str]:
-    count = max((len(one.values) for one in constraints if one.rows == PROMPTS), default=0)
-    if count and (noticed := excess_noticed(count)) > 0.05:
+    count, margin = max(
+        ((len(one.values), one.margin) for one in constraints if isinstance(one, NoCollapse)), default=(0, 0.0)
+    )
+    if count and (noticed := rise_noticed(count, margin)) > 2 * margin:
         yield (
             f"With {count_of(count, 'prompt')}, a rise of unfinished or repetitive answers is noticed in 80% of sweeps "
             f"only from {100 * noticed:.0f} pp on."
