@@ -75,7 +75,7 @@ class Judge:
         Raises:
             UsageError: they are not.
         """
-        client = JudgeClient(self._client.url, self._client.model, retries=2)
+        client = JudgeClient(self._client.url, self._client.model, retries=2, answer_seconds=60)
         try:
             (reply,) = ask_at_once(client.connect, [_TRIAL], client.ask, 1)
         except ServeError as error:

@@ -131,7 +131,10 @@ class JudgeClient:
                 self._refused.add(refused)
             except openai.APIConnectionError as error:
                 self._count(self.retries + 1)
-                return NoVerdict("unreachable", _cause(error))
+                cause = _cause(error)
+                if cause.startswith("ReadTimeout"):  # it is there, only slow
+                    return NoVerdict("failed", f"no answer within {self.answer_seconds:g} s")
+                return NoVerdict("unreachable", cause)
             else:
                 self._count(response.retries_taken)
                 self.asked += 1
@@ -202,4 +205,4 @@ def _cause(error: openai.APIConnectionError) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return shorten(f"{type(cause).__name__} {cause}", 200)
+    return shorten(f"{type(cause).__name__} {cause}", 200).rstrip()

@@ -160,6 +160,14 @@ def test_reply_that_does_not_come_is_asked_for_again(tmp_path: Path) -> None:
     assert len(server.bodies) == 5
 
 
+def test_reply_that_never_comes_is_named(tmp_path: Path) -> None:
+    with (
+        JudgeServer(fault=lambda _: "hang") as server,
+        pytest.raises(ServeError, match=r"does not answer any more: no answer within 0\.2 s"),
+    ):
+        list(open_judge(server, tmp_path, retries=0, answer_seconds=0.2).score(some(1)))
+
+
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     items = some(12)
     with JudgeServer() as server:
@@ -181,11 +189,12 @@ def test_judge_that_goes_away_is_one_line_and_what_it_said_is_kept(tmp_path: Pat
         found: list[Found] = []
         with pytest.raises(ServeError, match=rf"judge at {server.url} does not answer any more: .*; .*--resume"):
             found.extend(open_judge(server, tmp_path, retries=0).score(items))
-        assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == len(server.answered) == 25
+        kept = len((tmp_path / "judge.jsonl").read_text().splitlines())
+        assert 25 - AT_ONCE < kept <= 25  # the end may come before a slow reply
         server.fault = lambda _: None
         server.bodies.clear()
         assert values(list(open_judge(server, tmp_path).score(items))) == pytest.approx(expected(items))
-        assert len(server.bodies) == 60 - 25
+        assert len(server.bodies) == 60 - kept
 
 
 def test_question_that_is_never_answered_is_a_failure_among_others(tmp_path: Path) -> None:
