@@ -1,7 +1,8 @@
 """A whole sweep on the demo's pair, and a greedy one beside a server of its own for every alpha.
 
 The demo's 40 held-out questions, its list reward, eight alphas. The first sweep samples as the command does by default
-and is timed; the second is greedy, and each of its answers must be the one that an independent server gives.
+and is timed; the second is greedy, and each of its answers must be the one that an independent server gives. There both
+take one request at a time and no prefix from the cache: requests that are computed together round differently.
 
     python -m loadtests.sweep [--copy DIR]
 """
@@ -12,7 +13,6 @@ import json
 import shutil
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
 MAX_TOKENS = 256
 BAR_SECONDS = 12 * 60
 _FLAGS = ["--max-model-len", "1024", "--enforce-eager"]
-_TOGETHER = 40
+_ONE_AT_A_TIME = ["--max-num-seqs", "1", "--no-enable-prefix-caching"]
+_GREEDY_TOKENS = 48
 
 
 def run(out: Path, *more: str) -> tuple[SweepResult, float]:
@@ -63,17 +64,16 @@ def answers_of_server(alpha: float, log: Path) -> dict[int, str]:
     """The greedy answers of a server that serves one alpha, by prompt."""
     questions = [json.loads(line)["prompt"] for line in (DEMO / "questions.jsonl").read_text().splitlines()]
     sources = ["--base", str(MODELS / "base"), "--aligned", str(MODELS / "aligned"), "--alpha", format_alpha(alpha)]
-    with ended(Server([*sources, *_FLAGS, "--served-model-name", "demo"], log)) as server:
+    with ended(Server([*sources, *_FLAGS, *_ONE_AT_A_TIME, "--served-model-name", "demo"], log)) as server:
         server.wait_ready()
 
         def ask(question: str) -> str:
             messages = [{"role": "user", "content": question}]
-            body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+            body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": _GREEDY_TOKENS}
             answer = server.post("/v1/chat/completions", body).json()
             return str(answer["choices"][0]["message"]["content"])
 
-        with ThreadPoolExecutor(_TOGETHER) as together:
-            return dict(enumerate(together.map(ask, questions)))
+        return dict(enumerate(map(ask, questions)))
 
 
 def main() -> None:
@@ -85,7 +85,8 @@ def main() -> None:
         result, seconds = run(work / "sampled")
         if given.copy:
             shutil.copytree(work / "sampled", given.copy)
-        greedy, greedy_seconds = run(work / "greedy", "--temperature", "0")
+        exact = ["--temperature", "0", "--max-tokens", str(_GREEDY_TOKENS), *_ONE_AT_A_TIME]
+        greedy, greedy_seconds = run(work / "greedy", *exact)
         mine = answers_of_sweep(work / "greedy")
         differing = {}
         for alpha in ALPHAS:
@@ -104,6 +105,7 @@ def main() -> None:
         "recommendation": result.recommendation,
         "greedy": {
             "seconds": greedy_seconds,
+            "max_tokens": _GREEDY_TOKENS,
             "engine_starts": greedy.timing.engine_starts,
             "answers_that_differ_from_a_server": differing,
         },
