@@ -11,12 +11,15 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 
@@ -24,10 +27,11 @@ import httpx
 
 from expo_serve.errors import ServeError, UsageError
 
-_ADDRESS = "http://reward-model"
+_HOST = "reward-model"
 """Of the URLs only; the requests go to the socket."""
 _READY_SECONDS = 1800.0
 _ANSWER_SECONDS = 600.0
+_HEALTH_SECONDS = 5.0
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 30.0
 _LOG_BYTES = 1 << 20
@@ -79,13 +83,18 @@ class PoolingServer:
     def connect(self) -> httpx.AsyncClient:
         """Return a client of the server, for paths like ``/classify``."""
         transport = httpx.AsyncHTTPTransport(uds=self._socket)
-        return httpx.AsyncClient(transport=transport, base_url=_ADDRESS, timeout=_ANSWER_SECONDS)
+        return httpx.AsyncClient(transport=transport, base_url=f"http://{_HOST}", timeout=_ANSWER_SECONDS)
 
     def is_well(self) -> bool:
         """Return whether the server and its engine live."""
-        transport = httpx.HTTPTransport(uds=self._socket)
-        with suppress(httpx.HTTPError), httpx.Client(transport=transport, base_url=_ADDRESS, timeout=5) as http:
-            return http.get("/health").status_code == 200
+        # Not by httpx, which leaves the socket of a connection that is refused open.
+        with suppress(OSError, HTTPException), socket.socket(socket.AF_UNIX) as connected:
+            connected.settimeout(_HEALTH_SECONDS)
+            connected.connect(self._socket)
+            connection = HTTPConnection(_HOST)
+            connection.sock = connected
+            connection.request("GET", "/health")
+            return connection.getresponse().status == HTTPStatus.OK
         return False
 
     def failure(self, what: str) -> ServeError:

@@ -34,6 +34,7 @@ AT_ONCE = 32
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ONE_LABEL = "ForSequenceClassification"
 _EACH_TOKEN = "ForRewardModel"
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -126,9 +127,10 @@ class RewardModel:
         if response.status_code == 200:
             value = self._reward(response.json()["data"][0])
             return Score(alpha=item.alpha, prompt=item.prompt, reward=self.spec, value=value)
+        said = f"status {response.status_code}: {_message(response)}"
         if response.status_code >= 500 and not server.is_well():
-            raise server.failure("failed")
-        return item.failure(self.spec, f"status {response.status_code}: {_message(response)}")
+            raise server.failure(f"failed ({shorten(said, 100)})")
+        return item.failure(self.spec, said)
 
     def _reward(self, found: dict[str, Any]) -> float:
         if self._model.has_each_token:
@@ -154,6 +156,7 @@ def _check(spec: str, model: str) -> _Checked:
     folder = Path(model).expanduser()
     if folder.is_dir():
         location, revision, files = str(folder.resolve()), None, folder
+        _check_weights(spec, folder)
     elif _HUB_ID.fullmatch(model) and not folder.exists():
         files, revision = _from_hub(spec, model)
         location = model
@@ -189,6 +192,16 @@ def _kind(spec: str, config: dict[str, Any]) -> bool:
     if count != 1:
         raise UsageError(f"--reward {spec}: expected a classifier with one label, its logit the reward, found {count}")
     return False
+
+
+def _check_weights(spec: str, folder: Path) -> None:
+    """Refuse a folder without weights, which vLLM would find out only after all answers.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not any(any(folder.glob(f"*{suffix}")) for suffix in _WEIGHTS):
+        raise UsageError(f"--reward {spec}: {folder} has no weights (*{', *'.join(_WEIGHTS)}); give a whole checkpoint")
 
 
 def _check_template(spec: str, folder: Path) -> None:
