@@ -125,7 +125,7 @@ class JudgeClient:
                 response = await connection.chat.completions.with_raw_response.create(**body)
             except openai.APIStatusError as error:
                 refused = _named(error, body)
-                if refused is None or error.status_code not in _OF_THIS_QUESTION:
+                if refused is None or error.status_code not in (*_OF_THIS_QUESTION, 403):
                     return self._without_answer(error)
                 self.asked += 1
                 self._refused.add(refused)

@@ -246,7 +246,8 @@ def test_parameters_that_the_endpoint_does_not_take_are_left_out(tmp_path: Path)
 
     def check(body: dict[str, Any], _: str) -> tuple[int, str] | None:
         wrong = next((name for name in refused if name in body), None)
-        return (400, f"Unsupported parameter: {wrong!r}") if wrong else None
+        status = 403 if wrong == "logprobs" else 400  # as OpenAI answers
+        return (status, f"Unsupported parameter: {wrong!r}") if wrong else None
 
     with JudgeServer(check=check, choose=lambda probability, _: with_text("AB"[probability < 0.5])) as server:
         found = list(open_judge(server, tmp_path, at_once=1).score(some(5)))
