@@ -55,6 +55,20 @@ class Constraint(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class Answered(Constraint):
+    """Answers to compare: an alpha at which every prompt failed is not feasible. ``values`` are any of answers."""
+
+    def broken(self, weights: Mapping[str, Array] = _NONE) -> Flags:
+        """Return which alphas have no answer to a prompt that alpha 0 has answered; none if it has answered none."""
+        has_pairs = np.isfinite(self.changes).any(axis=0, keepdims=True)
+        has_any = bool(np.isfinite(self.values[:, self.zero]).any())
+        return self._except_zero(~has_pairs if has_any else np.zeros_like(has_pairs))
+
+    def reason(self, alpha: int) -> str:
+        return "no prompt has an answer both at this alpha and at alpha 0"
+
+
+@dataclass(frozen=True, eq=False)
 class NoCollapse(Constraint):
     """A share that may rise by no more than a margin; a rise that noise explains does not count.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from expo_serve.config import format_alpha
 from expo_serve.errors import UsageError
 from expo_serve.sweep import verdict
-from expo_serve.sweep.feasibility import PROMPTS, Constraint, NoCollapse, NotInferior, WithinBudget
+from expo_serve.sweep.feasibility import PROMPTS, Answered, Constraint, NoCollapse, NotInferior, WithinBudget
 from expo_serve.sweep.measures.answers import lengths, repetition, unfinished
 from expo_serve.sweep.measures.measure import Series, measured
 from expo_serve.sweep.measures.models import kl_sums
@@ -107,6 +107,7 @@ def gather(observed: Observed, settings: RuleSettings) -> Evidence:
 def _constraints(observed: Observed, settings: RuleSettings) -> Iterator[Constraint]:
     zero, margin = observed.zero, settings.collapse_margin
     cut, repeated = (observed.of_answers(cells) for cells in (unfinished(observed), repetition(observed)))
+    yield Answered(PROMPTS, cut, zero)
     yield NoCollapse(PROMPTS, cut, zero, "unfinished answers", margin)
     yield NoCollapse(PROMPTS, repeated, zero, "repeated 4-grams", margin)
     for task in sorted(observed.questions):

@@ -16,6 +16,8 @@ from expo_serve.sweep.rule import Evidence, Indices, Outcome
 from expo_serve.sweep.statistics import Flags, pairs_needed, rise_noticed
 
 _LOW, _HIGH = 0.025, 0.975
+_NO_SCATTER = 1e-6
+"""Of a difference: scatter that is not more is rounding."""
 
 
 def without_reward(evidence: Evidence, feasible: Flags, *, is_given: bool) -> Decision:
@@ -33,7 +35,7 @@ def without_reward(evidence: Evidence, feasible: Flags, *, is_given: bool) -> De
         reason=f"{why}, so there is nothing to maximise; "
         f"{len(allowed)} of {count_of(len(evidence.alphas), 'alpha')} {'is' if len(allowed) == 1 else 'are'} feasible.",
         feasible=allowed,
-        remarks=list(_of_constraints(evidence, feasible)),
+        remarks=list(_of_constraints(evidence)),
     )
 
 
@@ -60,7 +62,7 @@ def decision(evidence: Evidence, outcome: Outcome, pairs: int, again: Indices) -
         chosen_share={format_alpha(alpha): count / len(picked) for alpha, count in sorted(Counter(picked).items())},
         alpha_low=None if low is None else float(low),
         alpha_high=None if high is None else float(high),
-        remarks=[*_of_rewards(evidence, outcome, effect), *_of_constraints(evidence, outcome.feasible[0])],
+        remarks=[*_of_rewards(evidence, outcome, effect), *_of_constraints(evidence)],
     )
 
 
@@ -138,7 +140,7 @@ def _of_rewards(evidence: Evidence, outcome: Outcome, effect: Effect | None) -> 
 
 def _power(outcome: Outcome, effect: Effect) -> Iterator[str]:
     deviation = float(outcome.effect.error[0]) * effect.n**0.5
-    if not deviation:
+    if deviation <= _NO_SCATTER * abs(effect.difference):
         return
     noticed = deviation * (pairs_needed(1.0, 1.0) / effect.n) ** 0.5
     line = f"With {count_of(effect.n, 'prompt')} in the unseen half, a gain of {noticed:.2g} is found in 80% of sweeps"
@@ -156,7 +158,7 @@ def _edge(evidence: Evidence, outcome: Outcome) -> Iterator[str]:
         yield f"The best alpha on the selection half, {alpha}, is the outermost one tried: a better one may be beyond."
 
 
-def _of_constraints(evidence: Evidence, feasible: Flags) -> Iterator[str]:
+def _of_constraints(evidence: Evidence) -> Iterator[str]:
     """Yield what the constraints cannot show."""
     if len(evidence.alphas) == 1:
         return

@@ -148,6 +148,13 @@ def test_small_rise_is_allowed_though_it_is_certain() -> None:
     assert not NoCollapse(PROMPTS, cut, 0, "unfinished answers", 0.05).broken().any()
 
 
+def test_alpha_without_answers_is_refused() -> None:
+    seen = list(observations(Planted(prompts=20, alphas=(0.0, 0.5)), 0))
+    found = judge([*seen, loaded(1.0)], WITHOUT_BOOTSTRAP)
+    assert found.decision.feasible == [0, 0.5]
+    assert found.alphas[2].infeasible_because == ["no prompt has an answer both at this alpha and at alpha 0"]
+
+
 def test_budget_of_kl() -> None:
     sums, tokens = np.array([[np.nan, 1.0, 4.0, np.nan]] * 3), np.array([[np.nan, 10.0, 10.0, np.nan]] * 3)
     found = WithinBudget(PROMPTS, sums, 0, tokens, 0.2)
