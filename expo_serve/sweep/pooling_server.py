@@ -105,7 +105,8 @@ class PoolingServer:
         """
         with suppress(subprocess.TimeoutExpired):
             self._keeper.wait(_STOP_SECONDS)
-        cause = self._cause() or f"code {self._keeper.poll()}"
+        code = self._keeper.poll()
+        cause = self._cause() or ("it still runs" if code is None else f"code {code}")
         return ServeError(f"the reward model {self._model} {what}: {cause} (its log: {self._log})")
 
     def _start(self) -> None:

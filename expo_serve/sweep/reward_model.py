@@ -153,11 +153,11 @@ def _check(spec: str, model: str) -> _Checked:
     Raises:
         UsageError: it cannot be found, or is no reward model; one line.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _folder(model)
+    if folder is not None:
         location, revision, files = str(folder.resolve()), None, folder
         _check_weights(spec, folder)
-    elif _HUB_ID.fullmatch(model) and not folder.exists():
+    elif _HUB_ID.fullmatch(model):
         files, revision = _from_hub(spec, model)
         location = model
     else:
@@ -166,6 +166,14 @@ def _check(spec: str, model: str) -> _Checked:
     has_each_token = _kind(spec, config)
     _check_template(spec, files)
     return _Checked(location, revision, has_each_token)
+
+
+def _folder(model: str) -> Path | None:
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, a user that does not exist, a NUL
+        return None
 
 
 def _kind(spec: str, config: dict[str, Any]) -> bool:

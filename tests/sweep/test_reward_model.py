@@ -106,7 +106,9 @@ def test_tokenizer_without_a_chat_template(folder: Path) -> None:
     assert RewardModel(str(folder), folder / "log").spec
 
 
-@pytest.mark.parametrize("model", ["no-such-folder", "/no/such/folder", "./no/such", "a/b/c", "owner/na me"])
+@pytest.mark.parametrize(
+    "model", ["no-such-folder", "/no/such/folder", "./no/such", "a/b/c", "owner/na me", "~nobody-here/x", "x" * 5000]
+)
 def test_neither_folder_nor_hub_id(model: str) -> None:
     assert refusal(model) == f"{model!r} is neither a folder nor a hub id; give a reward model's"
 
