@@ -60,9 +60,9 @@ class Answered(Constraint):
 
     def broken(self, weights: Mapping[str, Array] = _NONE) -> Flags:
         """Return which alphas have no answer to a prompt that alpha 0 has answered; none if it has answered none."""
-        has_pairs = np.isfinite(self.changes).any(axis=0, keepdims=True)
-        has_any = bool(np.isfinite(self.values[:, self.zero]).any())
-        return self._except_zero(~has_pairs if has_any else np.zeros_like(has_pairs))
+        pairs = np.isfinite(self.changes).sum(axis=0, keepdims=True)
+        is_comparable = np.isfinite(self.values[:, self.zero]).sum() > 0
+        return self._except_zero((pairs == 0) & is_comparable)
 
     def reason(self, alpha: int) -> str:
         return "no prompt has an answer both at this alpha and at alpha 0"
