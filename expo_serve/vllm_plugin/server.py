@@ -177,9 +177,12 @@ def _check_ours(args: Namespace, config: ExpoConfig) -> None:
 
 
 def _use_eager_without_compiler(args: Namespace) -> None:
-    if args.enforce_eager or not compat.current_platform.is_cpu():
+    if not compat.current_platform.is_cpu() or not (problem := compiler_problem()):
         return
-    if problem := compiler_problem():
+    # vLLM compiles a few functions in any case, such as that for log-probabilities of prompts: a request for these would
+    # end the engine. Its processes take this from the environment.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    if not args.enforce_eager:
         args.enforce_eager = True
         errors.warn(f"{problem}: vLLM cannot compile the model on CPU, running with --enforce-eager (slower)")
 
