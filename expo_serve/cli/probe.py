@@ -6,24 +6,22 @@ Uses the standard library only, so that a call takes a fraction of a second of o
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
+import math
 import os
-import urllib.error
-import urllib.request
+import sys
 from typing import Any
 
+from expo_serve.cli.asking import Server, parse_url, printable, within
 from expo_serve.cli.parser import Parser
 from expo_serve.errors import ServeError, UsageError
 
 _EPILOG = """\
-If the server has an API key, set VLLM_API_KEY to it.
+If the server has an API key, set VLLM_API_KEY to it. It is sent to that server only: no redirect is followed.
 
 Exit codes: 0 success; 1 the server does not answer, or serves something else; 2 the command line is wrong.
 """
 _PROMPT = "The capital of France is"
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Ignores proxies from the environment: the probed server is local or in the same cluster."""
+_MAX_SECONDS = 86_400.0
 
 
 def main(arguments: list[str]) -> int:
@@ -31,15 +29,11 @@ def main(arguments: list[str]) -> int:
 
     Raises:
         UsageError: the command line is wrong.
-        ServeError: the server does not answer, or serves something else.
+        ServeError: the server does not answer in time, or serves something else.
     """
     given = _read(arguments)
-    url, alpha = given.url.rstrip("/"), float(given.alpha)
-    _check(_ask(f"{url}/v1/expo", given.timeout), alpha, given.served_model_name)
-    line = f"{given.served_model_name or url} serves alpha {given.alpha}"
-    if given.completion:
-        line += f", and answers {_complete(url, given)!r}"
-    print(line)
+    server = parse_url(given.url, os.environ)
+    _say(within(given.timeout, server.url, lambda: _probe(server, given)))
     return 0
 
 
@@ -54,55 +48,78 @@ def parser() -> Parser:
     parser.add_argument("--alpha", metavar="X", required=True, help="the alpha that the server must report")
     parser.add_argument("--served-model-name", metavar="NAME", help="a name that the server must serve")
     parser.add_argument("--completion", action="store_true", help="also request one completion")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for each request (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", default="30", help="limit for all of it together (default: %(default)s)"
+    )
     return parser
 
 
 def _read(arguments: list[str]) -> argparse.Namespace:
     given = parser().parse_args(arguments)
-    try:
-        float(given.alpha)
-    except ValueError:
-        raise UsageError(f"--alpha: expected a decimal number such as 0.5, found {given.alpha!r}") from None
-    if not given.url.startswith(("http://", "https://")):
-        raise UsageError(f"--url: expected http://HOST:PORT, found {given.url!r}")
+    given.alpha = given.alpha.strip()
+    if not math.isfinite(_number(given.alpha)):
+        raise UsageError(f"--alpha: expected a decimal number such as 0.5, found {given.alpha!r:.100}")
+    seconds = _number(given.timeout)
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise UsageError(
+            f"--timeout: expected seconds, above 0 and up to {_MAX_SECONDS:g}, found {given.timeout!r:.100}"
+        )
+    given.timeout = seconds
+    if given.served_model_name == "":
+        raise UsageError("--served-model-name is empty: expected a name, or no such flag for any name")
     return given
 
 
-def _check(report: Any, alpha: float, name: str | None) -> None:
-    if not isinstance(report, dict) or not isinstance(report.get("served_model_names"), list) or "alpha" not in report:
-        raise ServeError("the server's /v1/expo is not from expo-serve: alpha and served_model_names are missing")
-    if report["alpha"] != alpha:
-        raise ServeError(f"the server serves alpha {report['alpha']}, expected {alpha:g}")
-    names = report["served_model_names"]
-    if name is not None and name not in names:
-        raise ServeError(f"the server serves {', '.join(names)}, expected {name}")
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
-def _complete(url: str, given: argparse.Namespace) -> str:
-    name = given.served_model_name or _ask(f"{url}/v1/expo", given.timeout)["served_model_names"][0]
+def _probe(server: Server, given: argparse.Namespace) -> str:
+    """Ask the server; returns what it serves, in one line."""
+    names = _check(server.ask("/v1/expo", given.timeout), given)
+    line = f"{given.served_model_name or server.url} serves alpha {given.alpha}"
+    if given.completion:
+        line += f", and answers {_complete(server, names, given)!r:.200}"
+    return line
+
+
+def _check(report: Any, given: argparse.Namespace) -> list[str]:
+    """Compare a report with what is expected; returns the served names."""
+    report = report if isinstance(report, dict) else {}
+    alpha, names = report.get("alpha"), report.get("served_model_names")
+    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not (is_number and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ServeError(
+            "the server's /v1/expo is not from expo-serve: expected alpha, a number, and served_model_names, a list of "
+            "strings"
+        )
+    if alpha != float(given.alpha):
+        raise ServeError(f"the server serves alpha {printable(alpha)}, expected {given.alpha}")
+    name = given.served_model_name
+    if name not in (None, *names):
+        raise ServeError(f"the server serves {printable(', '.join(names))}, expected {printable(name)}")
+    return names
+
+
+def _complete(server: Server, names: list[str], given: argparse.Namespace) -> str:
+    name = given.served_model_name or next(iter(names), None)
+    if name is None:
+        raise ServeError("the server names no model of which a completion could be asked")
     body = {"model": name, "prompt": _PROMPT, "max_tokens": 8, "temperature": 0}
-    answer = _ask(f"{url}/v1/completions", given.timeout, {"X-Expo-Alpha": given.alpha}, body)
+    answer = server.ask("/v1/completions", given.timeout, headers={"X-Expo-Alpha": repr(float(given.alpha))}, body=body)
     try:
-        return str(answer["choices"][0]["text"])
+        text = answer["choices"][0]["text"]
     except (KeyError, IndexError, TypeError):
-        raise ServeError(f"{url}/v1/completions answered without a completion: {answer!r:.200}") from None
+        text = None
+    if not isinstance(text, str):
+        raise ServeError(f"{server.url}/v1/completions answered without a completion")
+    return text
 
 
-def _ask(url: str, timeout: float, headers: dict[str, str] | None = None, body: dict[str, Any] | None = None) -> Any:
-    """Send a GET request, or a POST request if there is a body; returns the JSON of the answer."""
-    request = urllib.request.Request(
-        url, None if body is None else json.dumps(body).encode(),
-        {"Content-Type": "application/json", **(headers or {})},
-    )  # fmt: skip
-    if key := os.environ.get("VLLM_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with _OPENER.open(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        hint = "; the API key is taken from VLLM_API_KEY" if error.code == 401 else ""
-        raise ServeError(f"{url} answered {error.code} {error.reason}{hint}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ServeError(f"{url} does not answer: {reason}") from None
+def _say(line: str) -> None:
+    """Print a line, whatever the terminal's encoding."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))

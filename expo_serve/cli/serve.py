@@ -17,6 +17,7 @@ from typing import Any
 
 from expo_serve import errors
 from expo_serve.cli import processes
+from expo_serve.cli.key_flag import refuse_unusable_keys
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ExpoConfig
@@ -52,6 +53,7 @@ def main(arguments: list[str], started: float) -> int:
         return _vllm_help(topic.removeprefix("--help="))
     options = _read(arguments)
     refuse_variables()
+    refuse_unusable_keys(options)
     config = resolve(options, started)
     return _serve(_request(config, options))
 

@@ -116,6 +116,7 @@ MEMBERS = {
         "__init__(self, app, tokens)",
         "verify_token(self, headers)",
     ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": ("show_available_models(self)",),
 }
 """Attributes and methods (with their parameters) of vLLM's objects that we read, call or override."""
 

@@ -1,4 +1,4 @@
-"""Additions to vLLM's API server: the route ``/v1/expo``, the alpha header, the API key guard, the metrics."""
+"""Additions to vLLM's API server: the routes, the alpha header, the API key guard, the metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from expo_serve import keys
 from expo_serve.config import ExpoConfig, deployment_id, parse_alpha, parse_config
 from expo_serve.errors import CompatError, LoadError
 from expo_serve.metrics import DeploymentGauges
 from expo_serve.report import DeploymentReport, LoadReport, PublicSource, combined_effective_alpha
 from expo_serve.vllm_plugin import compat, sweeping
+from expo_serve.vllm_plugin.model_list import show_models
 from expo_serve.vllm_plugin.worker import LOAD_METHOD, REPORT_METHOD
 
 HEADER = "X-Expo-Alpha"
@@ -49,16 +51,23 @@ class ExpoEndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the route and both middlewares; vLLM's own authentication runs before them."""
+        """Add the routes and both middlewares; vLLM's own authentication runs before them.
+
+        Raises:
+            UsageError: an API key is empty, or no request can send it.
+        """
         args: Namespace = app.state.args
         config = _deployed(args)
         if config is None:
             return
         app.state.expo_served = served = Served(config)
         app.add_api_route("/v1/expo", _show, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models", show_models, methods=["GET"], response_model=None)  # in the place of vLLM's
         app.add_middleware(AlphaMiddleware, served=served)
-        if tokens := [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]:
-            app.add_middleware(GuardMiddleware, tokens=tokens)
+        if required := keys.required_keys(args.api_key, os.environ):
+            # vLLM's own guard, which reads them from here later, compares with a header that was decoded as latin-1.
+            args.api_key = [keys.as_in_header(key) for key in required]
+            app.add_middleware(GuardMiddleware, tokens=args.api_key)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Collect the reports of all ranks once and publish them."""
@@ -263,7 +272,12 @@ class AlphaMiddleware:
 class GuardMiddleware:
     """Requires the API key on every route that is not open; vLLM itself guards only a few prefixes.
 
-    The path comes from the ASGI scope, never from a URL that a Host header can change.
+    The path comes from the ASGI scope, never from a URL that a Host header can change. Keys are compared in constant
+    time (CWE-208).
+
+    Args:
+        app: what is guarded.
+        tokens: the keys, in the form of :func:`expo_serve.keys.as_in_header`.
     """
 
     def __init__(self, app: ASGIApp, tokens: Iterable[str]) -> None:
