@@ -50,6 +50,7 @@ LOCKS = (
     Lock("vision", flags=("--no-deps",)),
     Lock("stores", flags=("--no-deps",)),
     Lock("lm-eval", flags=("--no-deps",)),
+    Lock("trl", flags=("--no-deps",)),
     Lock("bench", before=("cpu", "dev")),
     Lock("deploy", flags=("--override", "deploy-overrides.txt")),
     Lock("pure", sources=("../pyproject.toml", "pure.in")),

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from expo_serve.errors import UsageError
+from expo_serve.sweep.scored import question_in
 
 LINE_EXPECTED = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 
@@ -31,11 +32,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """The last message of the user, without its images and other parts."""
-        asked = [message for message in self.messages if message["role"] == "user"]
-        content = (asked or self.messages)[-1]["content"]
-        if isinstance(content, str):
-            return content
-        return "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return question_in(self.messages)
 
 
 class _Line(BaseModel):

@@ -30,8 +30,7 @@ class Scored:
     @property
     def question(self) -> str:
         """The last message of the user, without its images and other parts."""
-        asked = [message for message in self.messages if message["role"] == "user"]
-        return text_of((asked or self.messages)[-1])
+        return question_in(self.messages)
 
     def failure(self, reward: str, reason: str) -> Failure:
         """Return the failure of a reward for this answer.
@@ -64,6 +63,12 @@ class Reward(Protocol):
 def shorten(text: str, length: int = 300) -> str:
     """Return a text as one line, cut to a length."""
     return " ".join(text.split())[:length]
+
+
+def question_in(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the last message of the user in a chat, without its images and other parts."""
+    asked = [message for message in messages if message["role"] == "user"]
+    return text_of((asked or messages)[-1])
 
 
 def text_of(message: dict[str, Any]) -> str:
