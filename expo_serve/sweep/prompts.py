@@ -121,7 +121,7 @@ def _text(line: str, where: str) -> str:
 
 def _lines(file: Path, flag: str) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").split("\n")  # splitlines() cuts at characters that JSON may hold
     except OSError as error:
         raise UsageError(f"{flag}: {file} cannot be read: {error.strerror}") from None
     except ValueError:

@@ -33,6 +33,12 @@ def test_prompts_and_messages(tmp_path: Path) -> None:
     assert (second.index, second.text) == (1, "3")
 
 
+def test_separators_of_lines_that_json_may_hold(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "one\u2028two\x85three"}\r\n{"prompt": "Hi"}', encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(file, "--prompts")] == ["one\u2028two\x85three", "Hi"]
+
+
 def test_text_of_a_message_with_parts(tmp_path: Path) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "What is it?"}]
     (prompt,) = read_prompts(
