@@ -100,7 +100,7 @@ def read_texts(file: Path, flag: str = "--text") -> list[str]:
     """
     lines = _lines(file, flag)
     if file.suffix != ".jsonl":
-        texts = ["\n".join(lines)]
+        texts = ["\n".join(lines).rstrip("\n")]
     else:
         texts = [_text(line, f"{flag}: {file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     texts = [text for text in texts if text.strip()]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -130,8 +131,8 @@ class _Sweep:
             yield from sorted(self._settings.alphas, key=lambda alpha: (alpha != 0, alpha))
             return
         yield 0.0
-        grid = AutoGrid()
-        while (alpha := grid.next(judge(self._store.observations, self._rule))) is not None:
+        grid, rule = AutoGrid(), replace(self._rule, resamples=0)
+        while (alpha := grid.next(judge(self._store.observations, rule))) is not None:
             yield alpha
 
     def _is_over_budget(self) -> bool:
