@@ -126,8 +126,9 @@ def run_lm_eval(tasks: Sequence[str], endpoint: Endpoint, out: Path, *, at_once:
     samples = {match[1]: file for file in sorted(results.rglob("*")) if (match := _SAMPLES.fullmatch(file.name))}
     if not samples:
         raise ExpoError(f"lm-evaluation-harness left no samples of {', '.join(tasks)} (its log: {log})")
+    groups = _groups(tasks, results)
     for task, file in samples.items():
-        yield from _questions(task, file, float(endpoint.alpha))
+        yield from _questions(task, groups.get(task, task), file, float(endpoint.alpha))
 
 
 def _command() -> list[str]:
@@ -256,17 +257,32 @@ def _cause(output: str) -> str:
     return shorten((exceptions or lines or ["it printed nothing"])[-1])
 
 
-def _questions(task: str, file: Path, alpha: float) -> Iterator[Question]:
-    """Yield the scores of a task's samples; those that are not finite are left out."""
+def _groups(tasks: Sequence[str], results: Path) -> dict[str, str]:
+    """Return the group that was asked for, by the tasks that it consists of: as a whole it is one capability."""
+    found: dict[str, str] = {}
+    for file in results.rglob("results_*.json"):
+        parts: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")).get("group_subtasks", {})
+        for group in tasks:
+            left = list(parts.get(group, []))
+            while left:
+                task = left.pop()
+                found[task] = group
+                left += parts.get(task, [])
+    return found
+
+
+def _questions(part: str, task: str, file: Path, alpha: float) -> Iterator[Question]:
+    """Yield the scores of a task's samples, or of a part of a group; those that are not finite are left out."""
     first_filter: Any = None
     for line in file.read_bytes().splitlines():  # of bytes: a text has further line breaks, which JSON does not escape
         sample = json.loads(line)
         first_filter = first_filter or sample["filter"]
         if sample["filter"] != first_filter:
             continue
-        score = _main_score(task, sample)
+        score = _main_score(part, sample)
         if math.isfinite(score):
-            yield Question(alpha=alpha, task=task, question=str(sample["doc_id"]), correct=score)
+            question = str(sample["doc_id"]) if part == task else f"{part}:{sample['doc_id']}"
+            yield Question(alpha=alpha, task=task, question=question, correct=score)
 
 
 def _main_score(task: str, sample: dict[str, Any]) -> float:

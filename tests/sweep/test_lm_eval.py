@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from expo_serve.errors import ExpoError, ServeError, UsageError
+from expo_serve.sweep import lm_eval
 from expo_serve.sweep.endpoint import Endpoint
 from expo_serve.sweep.lm_eval import check_lm_eval, run_lm_eval
 from expo_serve.sweep.observations import Question
@@ -270,3 +271,12 @@ def test_file_with_functions_is_a_task(path: Path, tmp_path: Path) -> None:
     install(path, "raise SystemExit(1)")  # is not asked
     (tmp_path / "task.yaml").write_text("task: x\nprocess_docs: !function utils.process\n")
     check_lm_eval([str(tmp_path / "task.yaml")])
+
+
+def test_parts_of_a_group_are_one_capability(tmp_path: Path) -> None:
+    """The keys of the harness's own results; a group of groups, and a task asked for beside it."""
+    parts = {"knowledge": ["science", "history"], "science": ["physics", "biology"], "history": [], "sums": []}
+    (tmp_path / "model").mkdir()
+    (tmp_path / f"model/results_{DATE}.json").write_text(json.dumps({"group_subtasks": parts}))
+    found = lm_eval._groups(["knowledge", "sums"], tmp_path)
+    assert found == dict.fromkeys(("science", "history", "physics", "biology"), "knowledge")
