@@ -30,7 +30,7 @@ MAX_TOKENS = 256
 BAR_SECONDS = 12 * 60
 _FLAGS = ["--max-model-len", "1024", "--enforce-eager"]
 _ONE_AT_A_TIME = ["--max-num-seqs", "1", "--no-enable-prefix-caching"]
-_GREEDY_TOKENS = 48
+_GREEDY_TOKENS = 24
 
 
 def run(out: Path, *more: str) -> tuple[SweepResult, float]:
