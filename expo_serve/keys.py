@@ -53,7 +53,7 @@ def check_key(key: str, origin: str) -> None:
         )
     if key != key.strip() or any(character < " " or character == "\x7f" for character in key):
         raise UsageError(
-            f"{origin} has a line end, a control character or outer whitespace, which no request can send; take it "
+            f"{origin} has a line end, a control character or outer whitespace, which a header does not carry; take it "
             "out of the key (a secret made with echo ends with a line end: use echo -n)"
         )
     try:

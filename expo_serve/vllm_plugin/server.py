@@ -27,6 +27,7 @@ from typing import Any
 from expo_serve import errors
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, UsageError
+from expo_serve.keys import required_keys
 from expo_serve.vllm_plugin import compat, sweeping
 from expo_serve.vllm_plugin.caches import refuse_shared_stores
 from expo_serve.vllm_plugin.worker import EXTENSION
@@ -70,7 +71,7 @@ def serve(request: dict[str, Any]) -> None:
 
     Raises:
         CompatError: the installed vLLM lacks a name that expo-serve depends on.
-        UsageError: a flag that expo-serve sets itself was given in another spelling.
+        UsageError: a flag that expo-serve sets itself was given in another spelling, or an API key is empty.
     """
     from expo_serve.vllm_plugin.loader import register_loader
 
@@ -104,6 +105,7 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
     args.model = args.model_tag
     args.hf_overrides = with_overrides(args.hf_overrides, config)
     _check_ours(args, config)
+    required_keys(args.api_key, os.environ)
     refuse_shared_stores(args.kv_transfer_config, args.ec_transfer_config)
     return command, args
 

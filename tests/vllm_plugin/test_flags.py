@@ -73,6 +73,21 @@ def test_an_abbreviated_flag_of_ours_to_set_is_refused() -> None:
         server.parse(request("--load-form", "dummy"))
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("flags", [["--api-key", ""], ["--api_ke="], ["--api-key", "good", "None"]])
+def test_empty_key_is_refused_as_vllm_has_parsed_it(flags: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^--api-key is empty"):
+        server.parse(request(*flags))
+
+
+@pytest.mark.engine
+def test_empty_variable_is_refused_unless_there_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    with pytest.raises(UsageError, match=r"^VLLM_API_KEY is empty"):
+        server.parse(request())
+    assert server.parse(request("--api-key", "good"))[1].api_key == ["good"]
+
+
 def test_plugins_that_vllm_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     server.allow_plugins()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from expo_serve.report import DeploymentReport
+from tests.conftest import API_KEY
 from tests.server import Server
 
 pytestmark = pytest.mark.engine
@@ -118,9 +121,31 @@ def test_report(server: Server) -> None:
     assert math.isclose(sum(rank.phase_seconds.values()), rank.total_seconds)
 
 
-def test_no_path_is_shown(server: Server, demo_pair: tuple[object, object]) -> None:
-    assert str(demo_pair[0]) not in server.get("/v1/expo").text
-    assert str(demo_pair[0]) not in server.get("/metrics").text
+def test_models_name_the_source_as_their_root(client: openai.OpenAI) -> None:
+    assert [model.to_dict()["root"] for model in client.models.list()] == ["aligned", "aligned"]
+
+
+def test_no_route_shows_a_path(server: Server, demo_pair: tuple[Path, Path]) -> None:
+    """Neither those that vLLM lists with the parameters left out, nor an error."""
+    routes = server.get("/openapi.json").json()["paths"]
+    gets = {path for path, methods in routes.items() if "get" in methods} | {"/metrics", "/docs", "/openapi.json"}
+    assert {"/v1/models", "/v1/expo", "/version", "/load"} <= gets
+    texts = {path: server.get(path).text for path in gets}
+    texts |= {f"POST {path}": server.post(path, {}).text for path, methods in routes.items() if "post" in methods}
+    texts["other model"] = server.post("/v1/completions", {"model": "x", "prompt": "x"}).text
+    shown = {path for path, text in texts.items() if str(demo_pair[0].parent) in text or str(server.log.parent) in text}
+    assert shown == set()
+
+
+@pytest.mark.parametrize(("path", "answer_to_the_key"), [("/v1/models", 200), ("/tokenize", 405)])
+@pytest.mark.parametrize("key", [API_KEY.encode(), API_KEY[:-1].encode(), b"", b"\xe9\xff", "cl\u00e9".encode()])
+def test_any_bytes_of_a_key_are_answered(server: Server, path: str, answer_to_the_key: int, key: bytes) -> None:
+    expected = answer_to_the_key if key == API_KEY.encode() else 401
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        start = f"GET {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n".encode()
+        connection.sendall(start + b"Authorization: Bearer " + key + b"\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.startswith(f"HTTP/1.1 {expected} ".encode()), answer
 
 
 def test_metrics_say_what_the_report_says(server: Server) -> None:
