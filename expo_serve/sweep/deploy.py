@@ -5,6 +5,7 @@ The sources are pinned to the commits that were measured, and no secret of the c
 
 from __future__ import annotations
 
+import os.path
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -86,7 +87,7 @@ def _origin(operand: str, given: str, found: Source, subfolder: str | None) -> O
     hub_id = None
     if found.revision is not None:  # A folder has none, unless it is a commit's in the hub's cache.
         hub_id = found.name.removesuffix(f"/{PurePosixPath(subfolder)}") if subfolder else found.name
-    path = None if given == hub_id else str(Path(given).expanduser().absolute())
+    path = None if given == hub_id else os.path.abspath(Path(given).expanduser())
     return Origin(operand, hub_id, found.revision, path)
 
 

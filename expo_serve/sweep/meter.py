@@ -21,7 +21,7 @@ class Meter:
         self._alphas = alphas
         self._done_alphas = 0
         self._what, self._done, self._total = "", 0, 0
-        self._started = self._next_line = time.monotonic()
+        self._started = self._begun = self._next_line = time.monotonic()
         self._bar = _bar() if on_terminal else None
         self._task: Any = None
 
@@ -41,7 +41,7 @@ class Meter:
             what: names it.
             total: its steps; 0 where they cannot be counted.
         """
-        self._what, self._done, self._total = what, 0, total
+        self._what, self._done, self._total, self._begun = what, 0, total, time.monotonic()
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -72,11 +72,15 @@ class Meter:
         print(self.line(), file=sys.stderr, flush=True)
 
     def _left(self) -> str:
-        """Return about how long the alphas that are left will take, from those that are done."""
-        if not self._alphas or not self._done_alphas:
+        """Return about how long the rest will take, from what is done."""
+        now, share = time.monotonic(), self._done / max(1, self._total)
+        if self._alphas and 0 < self._done_alphas < self._alphas:
+            done = self._done_alphas + share
+            seconds = (now - self._started) / done * (self._alphas - done)
+        elif self._alphas and self._done_alphas and share:  # all alphas are observed: this is the last piece
+            seconds = (now - self._begun) / share * (1 - share)
+        else:
             return ""
-        each = (time.monotonic() - self._started) / (self._done_alphas + self._done / max(1, self._total))
-        seconds = each * (self._alphas - self._done_alphas) - each * self._done / max(1, self._total)
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(1.0, seconds):.0f} s left"
 
 
