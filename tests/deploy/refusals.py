@@ -179,6 +179,10 @@ RUNNING: dict[str, Case] = {
         _a(extraEnv=[{"name": "VLLM_API_KEY", "value": "x"}]),
         ("variants.a.extraEnv", "VLLM_API_KEY", "apiKey.existingSecret"),
     ),
+    "empty-key-in-environment": (
+        _a(extraEnv=[{"name": "VLLM_API_KEY", "value": ""}]),
+        ("variants.a.extraEnv", "VLLM_API_KEY is empty", "apiKey.existingSecret"),
+    ),
     "environment-of-the-chart": (
         _a(extraEnv=[{"name": "HOME", "value": "/"}]),
         ("variants.a.extraEnv", "HOME", "chart"),

@@ -201,6 +201,9 @@
 {{- if and .value (has .name (list "VLLM_API_KEY" "HF_TOKEN" "HUGGING_FACE_HUB_TOKEN")) -}}
 {{- fail (printf "%s.extraEnv: %s stands in plain text; use apiKey.existingSecret or weights.download.tokenSecret" $.at .name) -}}
 {{- end -}}
+{{- if and (eq .name "VLLM_API_KEY") (not .valueFrom) -}}
+{{- fail (printf "%s.extraEnv: VLLM_API_KEY is empty, which the server refuses; use apiKey.existingSecret, or leave it out to serve without a key" $.at) -}}
+{{- end -}}
 {{- if has .name $known -}}
 {{- fail (printf "%s.extraEnv: %s is set by the chart, or stands twice; leave it out" $.at .name) -}}
 {{- end -}}
