@@ -49,7 +49,7 @@ def parser() -> Parser:
     parser.add_argument("--served-model-name", metavar="NAME", help="a name that the server must serve")
     parser.add_argument("--completion", action="store_true", help="also request one completion")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", default="30", help="limit for all of it together (default: %(default)s)"
+        "--timeout", metavar="SECONDS", default="30", help="limit of the whole probe (default: %(default)s)"
     )
     return parser
 

@@ -84,7 +84,6 @@ WRONG_CALLS: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "http://:8000",
             "http://[::1",
             "http://::1:8000",
-            "http://[host]:8000",
             "http://host:0",
             "http://host:65536",
             "http://host:-1",

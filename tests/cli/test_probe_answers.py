@@ -227,7 +227,7 @@ def test_timeout_bounds_an_answer_without_end(talk: Callable[[socket.socket, byt
     with talking(talk) as url:
         started = time.monotonic()
         one_line("--url", url, "--timeout", "0.3", words=("did not answer within 0.3 s",))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3
 
 
 def test_timeout_bounds_the_report_and_the_completion_together() -> None:
