@@ -181,8 +181,8 @@ def _check_ours(args: Namespace, config: ExpoConfig) -> None:
 def _use_eager_without_compiler(args: Namespace) -> None:
     if not compat.current_platform.is_cpu() or not (problem := compiler_problem()):
         return
-    # vLLM compiles a few functions in any case, such as that for log-probabilities of prompts: a request for these would
-    # end the engine. Its processes take this from the environment.
+    # vLLM compiles a few functions in any case, such as that for log-probabilities of prompts: a request for these
+    # would end the engine. Its processes take this from the environment.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     if not args.enforce_eager:
         args.enforce_eager = True

@@ -19,7 +19,8 @@ from tests.docs.cli_page import COMMANDS, flags_of
 from tests.docs.pages import ALL, README, ROOT, Page, page
 
 VLLM_FLAGS = {
-    "--api-key", "--chat-template", "--compilation-config", "--default-chat-template-kwargs", "--data-parallel-size", "--distributed-executor-backend",
+    "--api-key", "--chat-template", "--compilation-config", "--data-parallel-size", "--default-chat-template-kwargs",
+    "--distributed-executor-backend",
     "--enable-ep-weight-filter", "--enable-expert-parallel", "--enable-lora", "--enforce-eager", "--headless",
     "--hf-overrides", "--language-model-only", "--load-format", "--master-addr", "--max-lora-rank", "--max-loras",
     "--max-model-len", "--mm-encoder-only", "--model", "--model-impl", "--model-loader-extra-config", "--nnodes",
