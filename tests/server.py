@@ -34,17 +34,20 @@ def free_port() -> int:
         return port
 
 
-def run_command(
-    *arguments: str, timeout: float = 60, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run ``expo-serve`` to its end, in a folder; standard output and error are captured."""
+def run_command(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``expo-serve`` to its end; standard output and error are captured."""
+    return run_in(Path.cwd(), *arguments, timeout=timeout, **environment)
+
+
+def run_in(folder: Path, *arguments: str, timeout: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``expo-serve`` in a folder to its end; standard output and error are captured."""
     return subprocess.run(
         [*EXPO_SERVE, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
-        cwd=cwd,
+        cwd=folder,
         env={**ENGINE_ENV, **environment},
     )
 

@@ -12,7 +12,7 @@ import pytest
 
 from expo_serve.sweep.observations import OBSERVATION, Answer, Observation, ReferenceLogprobs, TextLogprob
 from expo_serve.sweep.results import SweepResult
-from tests.server import Server, run_command
+from tests.server import Server, run_in
 
 pytestmark = pytest.mark.engine
 PROMPTS = ("How can I get better at making soup?", "What matters most in keeping bees?", "Name three colours.")
@@ -60,7 +60,7 @@ def ran(demo_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     command += ["--prompts", str(folder / "prompts.jsonl"), "--alphas", "0.5", "--max-tokens", str(TOKENS)]
     command += ["--temperature", "0", "--text", str(folder / "story.txt"), "--refusals", str(folder / "refusals.jsonl")]
     command += ["--reward", "python:rewards:lines", "--emit-values", str(folder / "values.yaml")]
-    return Ran(command, folder / "out", run_command(*command, timeout=280, cwd=folder))
+    return Ran(command, folder / "out", run_in(folder, *command, timeout=280))
 
 
 def test_ends_well(ran: Ran) -> None:
@@ -131,7 +131,7 @@ def test_scores_under_alpha_0(ran: Ran) -> None:
 
 def test_going_on_with_a_whole_sweep_starts_no_engine(ran: Ran) -> None:
     before = (ran.out / "answers.jsonl").read_bytes()
-    done = run_command(*ran.command, "--resume", timeout=100, cwd=ran.out.parent)
+    done = run_in(ran.out.parent, *ran.command, "--resume", timeout=100)
     assert done.returncode == 3, done.stderr
     assert ran.result.timing.engine_starts == 0
     assert (ran.out / "answers.jsonl").read_bytes() == before
