@@ -76,6 +76,27 @@ def answers_of_server(alpha: float, log: Path) -> dict[int, str]:
         return dict(enumerate(map(ask, questions)))
 
 
+def figures_of(result: SweepResult) -> dict[str, Any]:
+    """What the page on choosing alpha shows of a sweep."""
+    return {
+        "prompts": len(result.prompts),
+        "max_tokens": MAX_TOKENS,
+        "engine_starts": result.timing.engine_starts,
+        "start_seconds": result.timing.start_seconds,
+        "recommendation": result.recommendation,
+        "reason": result.decision.reason,
+        "alphas": {
+            format_alpha(one.alpha): {
+                "load_seconds": one.load_seconds,
+                "generate_seconds": one.generate_seconds,
+                "effective_alpha": one.effective_alpha,
+                **{name: [found.value, found.low, found.high] for name, found in one.measures.items()},
+            }
+            for one in result.alphas
+        },
+    }
+
+
 def main() -> None:
     """Sweep twice, ask eight servers, print and keep the figures."""
     options = parser(__doc__, size="demo", rounds=1)
@@ -93,16 +114,9 @@ def main() -> None:
             theirs = answers_of_server(alpha, work / f"server-{format_alpha(alpha)}.log")
             assert theirs.keys() == mine[alpha].keys()
             differing[format_alpha(alpha)] = sum(theirs[prompt] != mine[alpha][prompt] for prompt in theirs)
-    figures: dict[str, Any] = {
-        "prompts": len(result.prompts),
-        "max_tokens": MAX_TOKENS,
+    figures = {
+        **figures_of(result),
         "seconds": seconds,
-        "engine_starts": result.timing.engine_starts,
-        "start_seconds": result.timing.start_seconds,
-        "load_seconds": {format_alpha(one.alpha): one.load_seconds for one in result.alphas},
-        "generate_seconds": {format_alpha(one.alpha): one.generate_seconds for one in result.alphas},
-        "tokens": {format_alpha(one.alpha): one.measures["length"].value for one in result.alphas},
-        "recommendation": result.recommendation,
         "greedy": {
             "seconds": greedy_seconds,
             "max_tokens": _GREEDY_TOKENS,
