@@ -106,7 +106,9 @@ class _LoadGauges:
         ):  # fmt: skip
             for key, value in values.items():
                 gauge.labels(*rank, key).set(value)
-        if report.effective_alpha is not None:
+        if report.effective_alpha is None and self.effective_alpha:
+            self.effective_alpha.remove(*rank)
+        elif report.effective_alpha is not None:
             self.effective_alpha = self.effective_alpha or self.make_effective_alpha()
             self.effective_alpha.labels(*rank).set(report.effective_alpha)
         if report.peak_device_memory_bytes is not None:

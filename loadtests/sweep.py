@@ -89,12 +89,30 @@ def figures_of(result: SweepResult) -> dict[str, Any]:
             format_alpha(one.alpha): {
                 "load_seconds": one.load_seconds,
                 "generate_seconds": one.generate_seconds,
-                "effective_alpha": one.effective_alpha,
                 **{name: [found.value, found.low, found.high] for name, found in one.measures.items()},
+                "effective_alpha": one.effective_alpha,
             }
             for one in result.alphas
         },
     }
+
+
+def page_table(figures: dict[str, Any]) -> str:
+    """The table of docs/choosing-alpha.md: measures with their 95% intervals."""
+    shown = {"reward": 2, "reward_lc": 2, "kl": 4, "length": 0, "unfinished": 2}
+    head = ["alpha", "effective alpha", "reward", "gain at equal length", "KL, nats a token", "tokens", "unfinished"]
+    rows = [
+        [alpha, f"{found['effective_alpha']:.2f}", *(_with_interval(found[name], shown[name]) for name in shown)]
+        for alpha, found in figures["alphas"].items()
+    ]
+    return table(head, rows)
+
+
+def _with_interval(found: list[float | None], digits: int) -> str:
+    value, low, high = found
+    if value is None or low is None or high is None:
+        return "-" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,9 @@ def main(arguments: list[str], started: float) -> int:
     from expo_serve.sweep.run import carry_out
 
     result = carry_out(replace(settings, config=config))
+    _show(result, settings.out)
     if given["emit-values"]:
         _emit(result.deploy, given["emit-values"])
-    _show(result, settings.out)
     return _CODE_ZERO if result.decision.kind == "zero" else 0
 
 
@@ -111,11 +110,10 @@ def _read(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
 
 
 def _settings(options: Options, given: dict[str, Any]) -> Any:
-    from expo_serve.sweep.engine import SET_BY_US
     from expo_serve.sweep.grid import parse_alphas
     from expo_serve.sweep.settings import SweepSettings, parse_duration
 
-    _refuse_flags(options, SET_BY_US)
+    _refuse_alpha(options)
     if given["prompts"] is None:
         raise UsageError('--prompts is missing: expected a file with {"prompt": "..."} or {"messages": [...]} a line')
     return SweepSettings(
@@ -125,12 +123,12 @@ def _settings(options: Options, given: dict[str, Any]) -> Any:
         alphas=parse_alphas(given["alphas"]),
         n=_count("n", given, None),
         rewards=tuple(_list(given["reward"])),
-        lm_eval=tuple(task for task in str(given["lm-eval"] or "").split(",") if task),
+        lm_eval=tuple(task.strip() for text in _list(given["lm-eval"]) for task in text.split(",") if task.strip()),
         measures=tuple(_list(given["measure"])) or None,
         max_tokens=_count("max-tokens", given, 256),
         temperature=_number("temperature", given, 0.7),
         seed=_count("seed", given, 0, least=0),
-        system_prompt=given["system-prompt"],
+        system_prompt=None if given["system-prompt"] is None else str(given["system-prompt"]),
         text=_file("text", given),
         refusals=_file("refusals", given),
         kl_budget=_number("kl-budget", given, None),
@@ -142,13 +140,9 @@ def _settings(options: Options, given: dict[str, Any]) -> Any:
     )
 
 
-def _refuse_flags(options: Options, refused: Sequence[str]) -> None:
-    flags = [argument.split("=")[0].replace("_", "-") for argument in options.arguments if argument.startswith("-")]
-    flags += [f"--{key.replace('_', '-')}" for key in options.file_options]
-    if "--alpha" in flags:
+def _refuse_alpha(options: Options) -> None:
+    if any(argument.split("=")[0] == "--alpha" for argument in options.arguments):
         raise UsageError("--alpha: a sweep has several; give --alphas, such as 0,0.1,0.3")
-    if wrong := next((flag for flag in flags if flag.removeprefix("--") in refused), None):
-        raise UsageError(f"{wrong} is set by the sweep, whose engine is its own; leave it out")
 
 
 def _out(given: dict[str, Any]) -> Path:
@@ -162,9 +156,11 @@ def _out(given: dict[str, Any]) -> Path:
             )
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UsageError(f"--out: {str(out)!r:.200} cannot be written: {error.strerror}") from None
-    values = given["emit-values"]
-    if values is not None and not Path(values).expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--emit-values: {Path(values).absolute().parent} does not exist")
+    values = None if given["emit-values"] is None else Path(given["emit-values"]).expanduser().absolute()
+    if values is not None and (values.is_dir() or not values.parent.is_dir()):
+        raise UsageError(
+            f"--emit-values: expected the name of a file in an existing folder, found {str(values)!r:.200}"
+        )
     return out
 
 

@@ -29,7 +29,7 @@ def show(result: SweepResult, out: Path) -> None:
         result: what was found.
         out: the sweep's folder.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
     shown = [name for name in _COLUMNS if any(name in one.measures for one in result.alphas)]
     console.print(_table(result.alphas, shown))
     for line in _lines(result, out):

@@ -22,7 +22,7 @@ def sweep_alphas(
     prompts: str | Path,
     out: str | Path,
     *,
-    alphas: Sequence[float] | str | None = None,
+    alphas: Sequence[float] | float | str | None = None,
     engine_arguments: Sequence[str] = (),
     hub: HubAccess | None = None,
     **settings: Any,
@@ -51,13 +51,17 @@ def sweep_alphas(
     plan = prepare(config, hub)
     for warning in plan.warnings:
         errors.warn(warning)
-    given = alphas if isinstance(alphas, str | None) else ",".join(map(str, alphas))
+    for name in ("rewards", "lm_eval", "measures"):
+        if isinstance(value := settings.get(name), str):
+            settings[name] = (value,)
+    for name in ("text", "refusals"):
+        settings[name] = Path(settings[name]) if settings.get(name) is not None else None
     return carry_out(
         SweepSettings(
             config=pin(config, plan, time.monotonic()),
             prompts=Path(prompts),
             out=Path(out),
-            alphas=parse_alphas(given),
+            alphas=parse_alphas(alphas),
             arguments=tuple(engine_arguments),
             **settings,
         )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
 
 from expo_serve.errors import ServeError
+from expo_serve.sweep.at_once import ask_at_once
 from expo_serve.sweep.endpoint import Endpoint
 
 AT_ONCE = 256
@@ -19,8 +19,15 @@ AT_ONCE = 256
 _NO_ANSWER_SECONDS = 3600.0
 """Of one request: a long answer may wait for a whole batch of others."""
 
+_OF_ONE_REQUEST = frozenset({400, 413, 415, 422, 501})
+"""Status codes that say something about a request, not about the engine."""
+
 Item = TypeVar("Item")
 Reply = TypeVar("Reply")
+
+
+class EngineError(ServeError):
+    """The engine does not answer as one that is well; its log has the cause."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,27 @@ class Client:
         """Post a request.
 
         Raises:
-            ServeError: the engine is gone, or serves another alpha.
+            EngineError: the engine is gone, or serves another alpha.
         """
         url = f"{self._endpoint.url}/{path}".replace("/v1/../", "/")
         try:
             response = await self._http.post(url, json={"model": self._endpoint.model, **body})
         except httpx.HTTPError as error:
-            raise ServeError(f"the engine does not answer: {type(error).__name__} {error}".rstrip()) from None
-        if response.status_code == 400:
+            raise EngineError(f"the engine does not answer: {type(error).__name__} {error}".rstrip()) from None
+        if response.status_code in _OF_ONE_REQUEST or (response.status_code == 500 and await self._is_well()):
             return Rejected(_message(response))
         if response.status_code != 200:
-            raise ServeError(f"the engine answers with status {response.status_code}: {_message(response)}")
+            raise EngineError(f"the engine answers with status {response.status_code}: {_message(response)}")
         answer: dict[str, Any] = response.json()
         return answer
+
+    async def _is_well(self) -> bool:
+        """Return whether the engine is alive, so that an error was that of one request."""
+        try:
+            answer = await self._http.get(f"{self._endpoint.url}/health".replace("/v1/", "/"))
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
 
 
 def _message(response: httpx.Response) -> str:
@@ -139,56 +154,20 @@ def ask_all(
         at_once: requests under way at most.
 
     Raises:
-        ServeError: the engine is gone; replies that came before are yielded first.
+        EngineError: the engine is gone; replies that came before are yielded first.
     """
-    replies: SimpleQueue[tuple[Item, Reply] | BaseException | None] = SimpleQueue()
-    loop = asyncio.new_event_loop()
+    if not items:
+        return
 
-    async def run() -> None:
-        async for pair in _replies(endpoint, items, ask, at_once):
-            replies.put(pair)
+    async def pair(client: Client, item: Item) -> tuple[Item, Reply]:
+        return item, await ask(client, item)
 
-    task = loop.create_task(run())
-
-    def work() -> None:
-        try:
-            loop.run_until_complete(task)
-            replies.put(None)
-        except BaseException as error:  # noqa: BLE001 - the caller raises it
-            replies.put(error)
-        finally:
-            loop.close()
-
-    thread = Thread(target=work, name="expo-ask", daemon=True)
-    thread.start()
-    try:
-        while (found := replies.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield found
-    finally:  # also when the caller stops early, as on Ctrl-C
-        if thread.is_alive():
-            loop.call_soon_threadsafe(task.cancel)
-            thread.join(5)
+    yield from ask_at_once(partial(_connect, endpoint, at_once), items, pair, at_once)
 
 
-async def _replies(
-    endpoint: Endpoint, items: Iterable[Item], ask: Callable[[Client, Item], Awaitable[Reply]], at_once: int
-) -> AsyncIterator[tuple[Item, Reply]]:
+@asynccontextmanager
+async def _connect(endpoint: Endpoint, at_once: int) -> AsyncIterator[Client]:
     limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
     timeout = httpx.Timeout(_NO_ANSWER_SECONDS, connect=30.0)
     async with httpx.AsyncClient(headers=endpoint.headers, limits=limits, timeout=timeout, trust_env=False) as http:
-        client = Client(endpoint, http)
-        turn = asyncio.Semaphore(at_once)
-
-        async def one(item: Item) -> tuple[Item, Reply]:
-            async with turn:
-                return item, await ask(client, item)
-
-        tasks = [asyncio.create_task(one(item)) for item in items]
-        try:
-            for done in asyncio.as_completed(tasks):
-                yield await done
-        finally:
-            for task in tasks:
-                task.cancel()
+        yield Client(endpoint, http)

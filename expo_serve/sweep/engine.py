@@ -30,9 +30,6 @@ from expo_serve.errors import ExpoError, LoadError, ServeError, UsageError
 from expo_serve.report import DeploymentReport
 from expo_serve.sweep.endpoint import Endpoint
 
-SET_BY_US = ("host", "port", "uds", "api-key", "api-server-count", "headless", "served-model-name", "ssl-keyfile",
-             "ssl-certfile", "root-path")  # fmt: skip
-"""Flags of vLLM that make no sense in a sweep: its server is its own."""
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 30.0
@@ -66,6 +63,7 @@ class Engine:
         ours, theirs = socket.socketpair()
         self._channel, self._lines = ours, ours.makefile("rb")
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._keeper = subprocess.Popen(
                 [sys.executable, "-m", "expo_serve.cli.keeper"],
                 stdin=subprocess.PIPE,
@@ -75,9 +73,9 @@ class Engine:
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONSAFEPATH": "1", "VLLM_API_KEY": self._key},
             )
-        request = self._request(theirs.fileno())
-        theirs.close()
         try:
+            request = self._request(theirs.fileno())
+            theirs.close()
             assert self._keeper.stdin is not None
             self._keeper.stdin.write(json.dumps(request).encode() + b"\n")
             self._keeper.stdin.flush()
@@ -153,8 +151,15 @@ class Engine:
             raise self.failure(str(error)) from None
 
     def max_length(self) -> int:
-        """Return the most tokens that a prompt and its answer may have together."""
-        return int(self._get("models").json()["data"][0]["max_model_len"])
+        """Return the most tokens that a prompt and its answer may have together.
+
+        Raises:
+            ServeError: the server does not answer.
+        """
+        try:
+            return int(self._get("models").json()["data"][0]["max_model_len"])
+        except httpx.HTTPError as error:
+            raise self.failure(str(error)) from None
 
     def _get(self, route: str) -> httpx.Response:
         endpoint = self.endpoint
@@ -170,7 +175,7 @@ class Engine:
 
     def _last_error(self) -> str | None:
         """Return the last error line in the log: the keeper's, or vLLM's own parser's about a flag."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
         errors = [found[1] for line in lines if (found := _ERROR.match(line))]
         return errors[-1] if errors else None
 

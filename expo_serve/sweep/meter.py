@@ -20,7 +20,7 @@ class Meter:
     def __init__(self, alphas: int | None, *, on_terminal: bool) -> None:
         self._alphas = alphas
         self._done_alphas = 0
-        self._what, self._done, self._total = "", 0, 0
+        self._what, self._done, self._total, self._is_most = "", 0, 0, False
         self._started = self._begun = self._next_line = time.monotonic()
         self._bar = _bar() if on_terminal else None
         self._task: Any = None
@@ -34,19 +34,21 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int, *, is_most: bool = False) -> None:
         """Begin a piece of work.
 
         Args:
             what: names it.
             total: its steps; 0 where they cannot be counted.
+            is_most: whether it is most of the work at an alpha, so that its share is about that of the alpha.
         """
+        self._is_most = is_most
         self._what, self._done, self._total, self._begun = what, 0, total, time.monotonic()
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total or None, left=self._left())
-        elif total or what.endswith("lm-eval"):
+        else:
             self._say()
 
     def advance(self) -> None:
@@ -74,8 +76,9 @@ class Meter:
     def _left(self) -> str:
         """Return about how long the rest will take, from what is done."""
         now, share = time.monotonic(), self._done / max(1, self._total)
+        part = share if self._is_most else 1.0
         if self._alphas and 0 < self._done_alphas < self._alphas:
-            done = self._done_alphas + share
+            done = min(self._done_alphas + part, self._alphas)
             seconds = (now - self._started) / done * (self._alphas - done)
         elif self._alphas and self._done_alphas and share:  # all alphas are observed: this is the last piece
             seconds = (now - self._begun) / share * (1 - share)

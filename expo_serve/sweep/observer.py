@@ -20,7 +20,6 @@ from expo_serve.sweep.observations import (
     Failure,
     Loaded,
     Observation,
-    Question,
     ReferenceLogprobs,
     TextLogprob,
 )
@@ -29,6 +28,7 @@ from expo_serve.sweep.settings import WINDOW_TOKENS, SweepSettings
 from expo_serve.sweep.store import Store
 
 Use = Literal["prompt", "refusal"]
+_NOT_TEXT = "the prompt has parts that are not text, which token ids do not hold"
 _CHECKED = 8
 """Answers at alpha 0 that are scored again when its weights are back."""
 _SAME_NATS = 0.1
@@ -101,9 +101,11 @@ class Observer:
             LoadError: the weights of alpha 0 are not what they were.
             ServeError: the engine is gone.
         """
-        done = {(one.alpha, one.prompt) for one in self._store.observations if isinstance(one, ReferenceLogprobs)}
-        failed = _failed(self._store.observations, "reference")
-        left = [one for one in self._answers() if one.alpha and (one.alpha, one.prompt) not in done | failed]
+        done = compared_with_zero(self._store.observations)
+        left = [one for one in self._answers() if one.alpha and (one.alpha, one.prompt) not in done]
+        for one in [one for one in left if not self._is_text(one)]:
+            left.remove(one)
+            self._store.add(Failure(alpha=one.alpha, use="reference", prompt=one.prompt, reason=_NOT_TEXT))
         if not left:
             return
         self._load(0.0)
@@ -112,6 +114,9 @@ class Observer:
         for answer, found in ask_all(self._engine.endpoint, left, _ask_logprobs):
             self._meter.advance()
             self._store.add(self._reference(answer, found))
+
+    def _is_text(self, answer: Answer) -> bool:
+        return self._asked["prompt"][answer.prompt].is_text
 
     def _load(self, alpha: float) -> float:
         """Load an alpha, unless the engine has it; returns the seconds of the load."""
@@ -127,7 +132,7 @@ class Observer:
         done |= {prompt for found, prompt in _failed(self._store.observations, use) if found == alpha}
         left = [prompt for prompt in self._asked[use] if prompt.index not in done]
         what = "answers" if use == "prompt" else "answers to --refusals"
-        self._meter.begin(f"alpha {format_alpha(alpha)}: {what}", len(left))
+        self._meter.begin(f"alpha {format_alpha(alpha)}: {what}", len(left), is_most=use == "prompt")
         for prompt in [prompt for prompt in left if self._room[use][prompt.index] < 1]:
             left.remove(prompt)
             reason = f"the prompt is as long as the model takes ({self._length} tokens with its answer)"
@@ -159,13 +164,13 @@ class Observer:
         Raises:
             UsageError: the template refuses the chat, or prompts need one that is not there.
         """
-        first = self._asked["prompt"][0]
-        ((_, found),) = ask_all(self._engine.endpoint, [first], lambda client, one: client.count(one.messages))
-        if not isinstance(found, Rejected):
+        replies = ask_all(self._engine.endpoint, self._asked["prompt"], lambda client, one: client.count(one.messages))
+        refused = [found for _, found in replies if isinstance(found, Rejected)]
+        if len(refused) < len(self._asked["prompt"]):
             return True
         everything = [prompt for prompts in self._asked.values() for prompt in prompts]
-        if "chat template" not in found.reason or any(len(prompt.messages) > 1 for prompt in everything):
-            raise UsageError(f"--prompts: the model does not take chats: {found.reason}")
+        if "chat template" not in refused[0].reason or any(len(prompt.messages) > 1 for prompt in everything):
+            raise UsageError(f"--prompts: the model takes none of the chats: {refused[0].reason}")
         self._say("the model has no chat template: it continues the prompts as text")
         return False
 
@@ -212,14 +217,13 @@ class Observer:
                 self._store.add(TextLogprob(alpha=alpha, line=line, logprob=sum(found), tokens=len(found)))
 
     def _ask_questions(self, alpha: float) -> None:
-        done = any(isinstance(one, Question) and one.alpha == alpha for one in self._store.observations)
-        if done or not self._settings.lm_eval:
+        if not self._settings.lm_eval:
             return
         self._meter.begin(f"alpha {format_alpha(alpha)}: lm-eval", 0)
         folder = self._store.folder / "lm-eval" / format_alpha(alpha)
         tasks = self._settings.lm_eval
-        for question in list(run_lm_eval(tasks, self._engine.endpoint, folder)):  # all or none of an alpha's
-            self._store.add(question)
+        for _ in self._store.add_all(run_lm_eval(tasks, self._engine.endpoint, folder)):
+            pass  # those of a run that was cut short are replaced
 
     def _reference(self, answer: Answer, found: list[float] | Rejected) -> Observation:
         if isinstance(found, Rejected):
@@ -227,8 +231,8 @@ class Observer:
         return ReferenceLogprobs(alpha=answer.alpha, prompt=answer.prompt, logprobs=tuple(_of_answer(answer, found)))
 
     def _check_zero(self) -> None:
-        """Compare a few answers at alpha 0 with themselves: only the right weights give them the same probabilities."""
-        mine = [one for one in self._answers() if one.alpha == 0 and one.tokens][:_CHECKED]
+        """Compare a few answers at alpha 0 with themselves: nothing of another alpha may be left in the weights."""
+        mine = [one for one in self._answers() if one.alpha == 0 and one.tokens and self._is_text(one)][:_CHECKED]
         away: list[float] = []
         for answer, found in ask_all(self._engine.endpoint, mine, _ask_logprobs):
             if not isinstance(found, Rejected):
@@ -239,6 +243,13 @@ class Observer:
                 "alpha 0, loaded again, gives its own answers other probabilities than before, by "
                 f"{sum(away) / len(away):.2g} nats a token: what was loaded in place is wrong; please report this"
             )
+
+
+def compared_with_zero(observations: Iterable[Observation]) -> set[tuple[float, int]]:
+    """Return the answers, by alpha and prompt, that need not be scored under alpha 0 any more."""
+    observations = list(observations)
+    done = {(one.alpha, one.prompt) for one in observations if isinstance(one, ReferenceLogprobs)}
+    return done | _failed(observations, "reference")
 
 
 def _host_bytes(report: DeploymentReport) -> int | None:

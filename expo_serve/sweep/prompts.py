@@ -30,6 +30,11 @@ class Prompt:
     """Other keys of the line, such as a gold answer, for rewards."""
 
     @property
+    def is_text(self) -> bool:
+        """Whether it has no parts but text."""
+        return all(isinstance(message["content"], str) for message in self.messages)
+
+    @property
     def text(self) -> str:
         """The last message of the user, without its images and other parts."""
         return question_in(self.messages)
@@ -84,6 +89,7 @@ def read_prompts(
 def _prompt(index: int, line: str, where: str, system: str | None) -> Prompt:
     try:
         read = _Line.model_validate(json.loads(line))
+        json.dumps([read.prompt, read.messages], ensure_ascii=False).encode()  # half of a surrogate pair cannot be sent
     except (ValueError, ValidationError, RecursionError):
         raise UsageError(f"{where}: expected {LINE_EXPECTED}, found {line.strip()!r:.80}") from None
     messages = read.messages if read.messages is not None else [{"role": "user", "content": read.prompt}]
@@ -121,7 +127,7 @@ def _text(line: str, where: str) -> str:
 
 def _lines(file: Path, flag: str) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").split("\n")  # splitlines() cuts at characters that JSON may hold
+        return file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() cuts at characters that JSON may hold
     except OSError as error:
         raise UsageError(f"{flag}: {file} cannot be read: {error.strerror}") from None
     except ValueError:

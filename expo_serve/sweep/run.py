@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from expo_serve import errors
-from expo_serve.config import Source
+from expo_serve.config import Source, format_alpha
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.report import PublicSource, public_source
 from expo_serve.sweep import deploy
+from expo_serve.sweep.client import EngineError
 from expo_serve.sweep.engine import Engine
 from expo_serve.sweep.grid import AutoGrid
 from expo_serve.sweep.judgement import Judgement, RuleSettings, judge
@@ -23,7 +24,7 @@ from expo_serve.sweep.lm_eval import check_lm_eval
 from expo_serve.sweep.markdown import write_markdown
 from expo_serve.sweep.meter import Meter
 from expo_serve.sweep.observations import Answer, Failure, Loaded, Preference, Score
-from expo_serve.sweep.observer import Observer
+from expo_serve.sweep.observer import Observer, compared_with_zero
 from expo_serve.sweep.page import write_page
 from expo_serve.sweep.plots import check_plots, write_plots
 from expo_serve.sweep.prompts import Prompt, read_prompts, read_texts
@@ -76,6 +77,8 @@ class _Sweep:
             rewards=settings.rewards,
         )
         self._warnings: list[str] = []
+        self._observed = 0
+        """Alphas that this run has observed."""
         self._starts: list[float] = []
         """Seconds that each start of the engine took."""
         self._store = Store(settings.out, settings.fixed(), resume=settings.resume)
@@ -89,28 +92,46 @@ class _Sweep:
         except BaseException as error:
             self._leave_early(error)
             raise
-        return self._leave("complete")
+        else:
+            return self._leave("complete")
+        finally:
+            self._store.close()
 
     def _observe(self) -> None:
         """Observe all alphas that are left, with one engine."""
         settings = self._settings
+        self._say_what_is_left_out()
         grid = iter(self._grid())
         alpha = next(grid, None)
         if alpha is None and not self._lacks_references():
             return
-        count = len(settings.alphas) if settings.alphas is not None else None
+        left = None if settings.alphas is None else len(set(settings.alphas) - self._done())
         with ExitStack() as stack:
-            meter = stack.enter_context(Meter(count, on_terminal=sys.stderr.isatty()))
+            meter = stack.enter_context(Meter(left, on_terminal=sys.stderr.isatty()))
             meter.begin("starting the engine", 0)
             engine = stack.enter_context(self._engine(alpha or 0.0))
             self._starts.append(engine.start_seconds)
-            observer = Observer(engine, self._store, settings, self._prompts, self._refusals, meter, self._say)
-            while alpha is not None:
-                observer.observe(alpha)
-                self._score(late=False)
-                meter.alpha_done()
-                alpha = next(grid, None)
-            observer.compare_with_zero()
+            try:
+                observer = Observer(engine, self._store, settings, self._prompts, self._refusals, meter, self._say)
+                while alpha is not None:
+                    observer.observe(alpha)
+                    self._observed += 1
+                    self._score(late=False)
+                    meter.alpha_done()
+                    alpha = next(grid, None)
+                observer.compare_with_zero()
+            except EngineError as error:
+                raise engine.failure(error.message) from None
+
+    def _say_what_is_left_out(self) -> None:
+        planned = self._settings.alphas
+        if planned is None and any(reward.is_late for reward in self._rewards):
+            self._say(
+                "--alphas auto doubles alpha without the reward model, which scores when the engine is gone; "
+                "--resume then refines around the best"
+            )
+        if planned is not None and (more := sorted(self._done() - set(planned))):
+            self._say(f"alphas that were observed before count too: {', '.join(map(format_alpha, more))}")
 
     def _engine(self, alpha: float) -> Engine:
         config = self._settings.config.model_copy(update={"alpha": alpha})
@@ -131,7 +152,8 @@ class _Sweep:
             yield from sorted(self._settings.alphas, key=lambda alpha: (alpha != 0, alpha))
             return
         yield 0.0
-        grid, rule = AutoGrid(), replace(self._rule, resamples=0)
+        # KL is known at the end only.
+        grid, rule = AutoGrid(), replace(self._rule, resamples=0, kl_budget=None)
         while (alpha := grid.next(judge(self._store.observations, rule))) is not None:
             yield alpha
 
@@ -139,17 +161,16 @@ class _Sweep:
         """Return whether another alpha, and comparing all with alpha 0, would take longer than the budget."""
         budget = self._settings.budget_seconds
         spent = time.monotonic() - self._started
-        done = len(self._done())
-        if budget is None or done < 2:
+        if budget is None or not self._observed or len(self._done()) < 2:
             return False
-        return spent + 2 * (spent - sum(self._starts)) / done > budget
+        return spent + 2 * (spent - sum(self._starts)) / self._observed > budget
 
     def _done(self) -> set[float]:
         return {one.alpha for one in self._store.observations if isinstance(one, Loaded)}
 
     def _lacks_references(self) -> bool:
-        there = {(one.alpha, one.prompt) for one in self._store.observations if one.kind == "reference"}
-        return any(one.alpha and (one.alpha, one.prompt) not in there for one in self._answers())
+        done = compared_with_zero(self._store.observations)
+        return any(one.alpha and (one.alpha, one.prompt) not in done for one in self._answers())
 
     def _answers(self) -> list[Answer]:
         return [one for one in self._store.observations if isinstance(one, Answer) and one.use == "prompt"]
@@ -172,6 +193,7 @@ class _Sweep:
             if (isinstance(one, Score | Preference) and one.reward == reward.spec)
             or (isinstance(one, Failure) and one.use == "reward" and one.reward == reward.spec)
         }
+        complete = self._done()
         reference = {one.prompt: one.text for one in self._answers() if one.alpha == 0}
         return [
             Scored(
@@ -183,12 +205,13 @@ class _Sweep:
                 extra=self._prompts[one.prompt].extra,
             )
             for one in self._answers()
-            if (one.alpha, one.prompt) not in done
+            if one.alpha in complete and (one.alpha, one.prompt) not in done
         ]
 
     def _leave_early(self, error: BaseException) -> None:
         """Keep what was observed; a folder without anything, of a call that was wrong, is removed."""
-        if isinstance(error, ExpoError) and error.exit_code == UsageError.exit_code and not self._store.observations:
+        is_wrong_call = isinstance(error, ExpoError) and error.exit_code == UsageError.exit_code
+        if is_wrong_call and not self._settings.resume and not self._store.observations:
             shutil.rmtree(self._settings.out, ignore_errors=True)
         elif self._done():
             with suppress(ExpoError):  # the first error is the one to show
@@ -217,7 +240,7 @@ class _Sweep:
             samples=judgement.samples,
             prompts=[prompt.text for prompt in self._prompts],
             sources=self._sources(),
-            settings=self._settings.recorded(),
+            settings={**self._settings.recorded(), "observed": sorted(self._done())},
             deploy=self._deploy(recommendation),
             versions=_versions(),
             timing=Timing(

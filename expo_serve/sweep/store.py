@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -34,10 +36,27 @@ class Store:
     def __init__(self, folder: Path, fixed: dict[str, Any], *, resume: bool) -> None:
         self.folder = folder
         self.observations: list[Observation] = []
+        if not resume:
+            self._make(fixed)
+        self._lock = self._take_lock()
         if resume:
             self._read(fixed)
-        else:
-            self._make(fixed)
+
+    def _take_lock(self) -> IO[bytes]:
+        """Keep others from going on with the sweep at the same time; returns the open file that holds the lock."""
+        try:
+            file = (self.folder / _SETTINGS).open("rb")
+        except OSError:
+            raise UsageError(f"--resume: {self.folder} is not the folder of a sweep") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"--resume: a sweep is running in {self.folder}") from None
+        return file
+
+    def close(self) -> None:
+        """Let others go on with the sweep."""
+        self._lock.close()
 
     def add(self, observation: Observation) -> None:
         """Append one observation.
@@ -77,7 +96,12 @@ class Store:
             )
         with self.writing():
             self.folder.mkdir()
-            (self.folder / _SETTINGS).write_text(json.dumps(fixed, indent=2) + "\n", encoding="utf-8")
+        try:
+            with self.writing():
+                (self.folder / _SETTINGS).write_text(json.dumps(fixed, indent=2) + "\n", encoding="utf-8")
+        except ExpoError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def _read(self, fixed: dict[str, Any]) -> None:
         try:

@@ -83,7 +83,7 @@ def serve(request: dict[str, Any]) -> None:
     command, args = parse(request)
     if "sweep_fd" in request:
         sweeping.begin(request["sweep_fd"])
-        sweeping.adapt(args)
+        sweeping.adapt(args, request["served_model_name"])
     _use_eager_without_compiler(args)
     compat.configure_logging_from_args(args)
     command.validate(args)

@@ -39,13 +39,16 @@ def begin(descriptor: int) -> None:
     """
     global channel
     channel = socket.socket(fileno=descriptor)
-    channel.set_inheritable(False)  # or its end would not be noticed while one of vLLM's processes is alive
-    channel.set_inheritable(False)  # or its end would not be noticed while one of vLLM's processes is alive
+    channel.set_inheritable(False)  # for vLLM's processes that are not forks
     channel.setblocking(False)
 
 
-def adapt(args: Namespace) -> None:
+def adapt(args: Namespace, served_model_name: str) -> None:
     """Set and refuse flags of vLLM as weights that change in place demand.
+
+    Args:
+        args: vLLM's parsed flags.
+        served_model_name: the name that the sweep asks for.
 
     Raises:
         UsageError: a flag would let answers of one alpha depend on what another computed, or needs several front ends.
@@ -56,6 +59,13 @@ def adapt(args: Namespace) -> None:
                 f"--{flag.replace('_', '-')}: a sweep loads one alpha after another into one engine, and what is "
                 "stored outside of it would be taken for another alpha's; leave the flag out"
             )
+    if args.served_model_name != [served_model_name] or args.api_key:
+        raise UsageError("a sweep sets the served name and the API key itself: leave both flags out")
+    if args.logprobs_mode != "raw_logprobs":
+        raise UsageError(
+            "--logprobs-mode: a sweep compares log-probabilities of answers with those of prompts, which "
+            "vLLM gives raw; leave the flag out"
+        )
     if args.headless or (args.api_server_count or 1) > 1:
         raise UsageError("a sweep has one API server: leave --headless and --api-server-count out")
     args.api_server_count = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loadtests import rounding_table
+from loadtests import rounding_table, sweep
 from tests.docs.pages import README, ROOT, page, rows
 
 PERFORMANCE = page("performance.md")
@@ -195,6 +195,13 @@ def test_rounding() -> None:
         "dithered, with effective alpha / without": spread(ratios["dithered / unmeasured"]),
         "`inspect --measure` / load, dithered": spread(ratios["measure / dithered"]),
     }
+
+
+def test_sweep_of_the_demo() -> None:
+    text = page("choosing-alpha.md").text
+    figures = text.partition("<!-- figures -->")[2].partition("<!-- end of figures -->")[0]
+    assert figures.strip() == sweep.page_table(result("sweep")["demo"])
+    assert set(result("sweep")["demo"]["greedy"]["answers_that_differ_from_a_server"].values()) == {0}
 
 
 def test_what_alpha_does() -> None:
