@@ -89,6 +89,7 @@ def word(server: Server, context: str) -> str:
     return found[0] if found else "[invalid]"
 
 
+@pytest.mark.slow
 def test_harness_asks_a_running_engine(
     server: Server, demo_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_engine_that_dies(running: RewardModel) -> None:
         list(results)
 
 
+@pytest.mark.slow
 def test_model_that_does_not_load(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -170,6 +171,7 @@ def test_model_that_does_not_load(model: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_command_that_is_killed(model: Path, tmp_path: Path) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom expo_serve.sweep.reward_model import RewardModel\n"
     code += "RewardModel(sys.argv[1], Path(sys.argv[2])).__enter__()"

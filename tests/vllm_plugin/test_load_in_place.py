@@ -82,6 +82,7 @@ def test_delta(tmp_path: Path) -> None:
     assert_switched(*run_engines(three_runs(base, with_extra({"delta": str(adapter), "alpha": FIRST}))))
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     base, aligned = build_served_pair(tmp_path, "llama")
     runs = three_runs(aligned, by_expo(base, FIRST), tensor_parallel_size=2)
