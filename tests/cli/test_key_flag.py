@@ -49,11 +49,13 @@ def test_command_refuses_alike() -> None:
     assert_refused_alike(*PAIR, words=("VLLM_API_KEY is empty",), VLLM_API_KEY="")
 
 
+@pytest.mark.locked
 @pytest.mark.parametrize("flags", [["--api-key", "good"], ["--api_key=good"], ["--api-k", "good", "better"]])
 def test_flag_comes_before_an_empty_variable(flags: list[str]) -> None:
     passes(*flags, variable="")
 
 
+@pytest.mark.locked
 def test_key_or_no_key_at_all_passes() -> None:
     passes()
     passes(variable="good")
@@ -84,6 +86,7 @@ def test_key_of_a_file(tmp_path: Path, line: str, words: tuple[str, ...]) -> Non
     assert "good" not in printed
 
 
+@pytest.mark.locked
 @pytest.mark.parametrize("line", ["api-key: good", 'api_key: "0123"', "api-key: [good, better]"])
 def test_good_key_of_a_file_passes(tmp_path: Path, line: str) -> None:
     file = tmp_path / "flags.yaml"
@@ -91,6 +94,7 @@ def test_good_key_of_a_file_passes(tmp_path: Path, line: str) -> None:
     passes("--config", str(file), variable="")
 
 
+@pytest.mark.locked
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
     file.write_text('api-key: ""\n')

@@ -20,6 +20,8 @@ from tests.server import Server
 from tests.sweep.judge_server import JudgeServer, with_logprobs, with_text
 from tests.sweep.judging import USER, expected, item, open_judge, some, values
 
+pytestmark = pytest.mark.locked  # the package openai comes with vLLM
+
 
 def test_value_is_the_mean_probability_over_both_orders(tmp_path: Path) -> None:
     items = some(20)

@@ -20,6 +20,8 @@ from tests.server import free_port
 from tests.sweep.judge_server import JudgeServer, with_text
 from tests.sweep.judging import expected, open_judge, some, values
 
+pytestmark = pytest.mark.locked  # the package openai comes with vLLM
+
 FAULTS = (None, "500", None, "429", None, "garbage", None, "503", None, "reset")
 
 
