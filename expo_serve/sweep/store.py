@@ -40,7 +40,11 @@ class Store:
             self._make(fixed)
         self._lock = self._take_lock()
         if resume:
-            self._read(fixed)
+            try:
+                self._read(fixed)
+            except UsageError:
+                self.close()
+                raise
 
     def _take_lock(self) -> IO[bytes]:
         """Keep others from going on with the sweep at the same time; returns the open file that holds the lock."""
@@ -51,6 +55,7 @@ class Store:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            file.close()
             raise UsageError(f"--resume: a sweep is running in {self.folder}") from None
         return file
 

@@ -27,7 +27,9 @@ def test_goes_on_with_what_is_there(tmp_path: Path) -> None:
     store = reopened(store)
     assert store.observations == [SCORE, LOADED]
     store.add(SCORE)
-    assert len(reopened(store).observations) == 3
+    store = reopened(store)
+    assert len(store.observations) == 3
+    store.close()
 
 
 def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
@@ -39,7 +41,9 @@ def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
     store = reopened(store)
     assert store.observations == [SCORE]
     store.add(LOADED)
-    assert reopened(store).observations == [SCORE, LOADED]
+    store = reopened(store)
+    assert store.observations == [SCORE, LOADED]
+    store.close()
 
 
 def test_a_sweep_that_is_running_is_left_alone(tmp_path: Path) -> None:
@@ -73,3 +77,4 @@ def test_a_full_disk_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(ExpoError, match=said), store.writing():
         raise OSError(errno.ENOSPC, "No space left on device", "x")
     assert store.observations == [SCORE]
+    store.close()
