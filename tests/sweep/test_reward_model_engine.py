@@ -92,10 +92,10 @@ def expected(one_thread: None, model: Path, asked: list[Scored]) -> Values:
 @pytest.fixture(scope="module")
 def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardModel]:
     """The reward model, started once; at the end nothing of it is left."""
-    before = shared_memory()
+    before, others = shared_memory(), set(psutil.Process().children(recursive=True))  # other tests' servers
     log = tmp_path_factory.mktemp("reward") / "reward-model.log"
     with RewardModel(str(model), log, FLAGS) as reward:
-        family = psutil.Process().children(recursive=True)
+        family = [process for process in psutil.Process().children(recursive=True) if process not in others]
         yield reward
     assert_all_gone(family)
     assert_nothing_new(before)
