@@ -18,14 +18,24 @@ A message is one line: what, where, expected, found, what to do. Longer lists ar
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
 MAX_DETAILS = 10
 ERROR_PREFIX = "expo-serve: error: "
 """Begins the summary line of every error; the keeper recognises a line that is already printed by it."""
+_WARNING_PREFIX = "expo-serve: warning: "
+_READER_SECONDS = 2.0
+"""After which a reader of standard error counts as stalled; nothing waits for it longer."""
+_RETRY_SECONDS = 0.05
+_THREAD = "expo-serve-stderr"
 
 
 def count_of(number: int, one: str, many: str = "") -> str:
@@ -111,15 +121,49 @@ class CompatError(ExpoError):
 def show(error: ExpoError) -> None:
     """Print an error on standard error: details first, one summary line last.
 
-    The traceback comes before both when the environment variable ``EXPO_DEBUG`` is 1.
+    The traceback comes before both when the environment variable ``EXPO_DEBUG`` is 1. Where nobody reads standard
+    error, it is given up after two seconds.
     """
-    if os.environ.get("EXPO_DEBUG") == "1":
-        traceback.print_exception(error)
-    for line in error.detail_lines():
-        print(f"  {line}", file=sys.stderr)
-    print(f"{ERROR_PREFIX}{error.message}", file=sys.stderr, flush=True)
+    trace = traceback.format_exception(error) if os.environ.get("EXPO_DEBUG") == "1" else []
+    details = [f"  {line}\n" for line in error.detail_lines()]
+    _print("".join([*trace, *details, f"{ERROR_PREFIX}{error.message}\n"]), _READER_SECONDS)
 
 
 def warn(message: str) -> None:
-    """Print one warning line on standard error."""
-    print(f"expo-serve: warning: {message}", file=sys.stderr, flush=True)
+    """Print one warning line on standard error; for a reader that stalls it waits once, for two seconds."""
+    has_stalled = any(thread.name == _THREAD for thread in threading.enumerate())
+    _print(f"{warning_line(message)}\n", 0.0 if has_stalled else _READER_SECONDS)
+
+
+def warning_line(message: str) -> str:
+    """Return the line that a warning is printed as, without its end."""
+    return f"{_WARNING_PREFIX}{message}"
+
+
+def _print(text: str, seconds: float) -> None:
+    """Print on standard error; a thread does, and goes on in the background when the time is over."""
+    stream = sys.stderr
+    write = _write if stream is not None and stream is sys.__stderr__ else _write_to
+    thread = threading.Thread(target=write, args=(stream, text), name=_THREAD, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write past the buffer of ``sys.stderr``: a thread that stalls in it would hold a lock that the exit takes."""
+    data = text.encode(stream.encoding, "backslashreplace")
+    with (
+        suppress(OSError, ValueError),
+        io.FileIO(stream.fileno(), "w", closefd=False) as file,
+    ):  # its reader may be gone
+        while data:
+            written = file.write(data)
+            if written is None:  # somebody has set O_NONBLOCK, and there is no room
+                time.sleep(_RETRY_SECONDS)
+            data = data[written or 0 :]
+
+
+def _write_to(stream: TextIO | None, text: str) -> None:
+    """Write to what a program that calls us has put in the place of ``sys.stderr``; None is standard output."""
+    with suppress(OSError, ValueError):
+        print(text, end="", file=stream, flush=True)

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,16 @@ _STOP_AGAIN_SECONDS = 3.0
 class Keeper:
     """One run of vLLM's server, from start to exit code."""
 
+    module = "expo_serve.vllm_plugin.server"
+    """What is run as the server."""
+
     def __init__(self, request: dict[str, Any]) -> None:
         self.signals: list[int] = []
         self._request = request
         self._log = LogTail()
         self._status: dict[str, Any] | None = None
         self._serving = False
-        self._known: dict[int, str] = {}
-        self._segments: set[Path] = set()
+        self._survey = processes.Survey(os.getpid(), _title_prefix())
         self._next_watch = 0.0
         self._give_up_at: float | None = None
         self._stopping_since: float | None = None
@@ -57,19 +60,39 @@ class Keeper:
 
     def run(self) -> int:
         """Start vLLM and wait until none of its processes is left; returns the command's exit code."""
-        self._start()
-        while (code := self._step()) is None:
-            time.sleep(_POLL_SECONDS)
-        processes.end_descendants(os.getpid(), self._segments)
+        code = self._watch_over()
+        left_behind = self._end_processes()
         self._log.finish()
-        if self._cause and not self._log.ends_with_error():
-            errors.show(ServeError(self._cause))
+        if left_behind and self._cause:
+            errors.warn(left_behind)
+        if (cause := self._cause or left_behind) and (left_behind or not self._log.ends_with_error()):
+            errors.show(ServeError(cause))
+        return 1 if left_behind else code
+
+    def _watch_over(self) -> int:
+        try:
+            self._start()
+            while (code := self._step()) is None:
+                time.sleep(_POLL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - there should be none, but even then no process may stay
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self._cause = f"the process that watches vLLM failed at {where}: {type(error).__name__}: {error}"
+            return 1
         return code
+
+    def _end_processes(self) -> str | None:
+        """End what is left, and return what cannot be said to have ended."""
+        try:
+            processes.end_descendants(os.getpid(), self._survey.segments)
+        except ServeError as error:
+            return error.message
+        return None
 
     def _start(self) -> None:
         read_end, write_end = os.pipe()
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "expo_serve.vllm_plugin.server"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -112,7 +135,7 @@ class Keeper:
         code = self._server.returncode
         if code == 2 and self._status is None:
             return 2  # vLLM has refused a flag and printed why
-        self._log.finish()
+        self._log.finish_reading()
         ended = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
         known = self._log.root_cause() or self._cause or self._log.last_exception()
         self._cause = known or f"vLLM's server {ended}"
@@ -167,14 +190,14 @@ class Keeper:
         return None
 
     def _look_for_deaths(self, now: float) -> None:
+        known = self._survey.titles  # before those that live, as it grows in the background
         living = {process.pid for process in processes.descendants(os.getpid())}
-        if lost := {title for pid, title in self._known.items() if pid not in living}:
+        if lost := {title for pid, title in known.items() if pid not in living}:
             state = "while serving" if self._serving else "before serving"
             self._cause = f"vLLM's process {', '.join(sorted(lost))} died {state}"
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
             return
-        self._known |= processes.titled(os.getpid(), _title_prefix())
-        self._segments |= processes.segments_of(os.getpid())
+        self._survey.go_on()
 
 
 def _title_prefix() -> str:
@@ -198,7 +221,7 @@ def _answers(status: dict[str, Any]) -> bool:
     return True
 
 
-def main() -> int:
+def main(kind: type[Keeper] = Keeper) -> int:
     """Read the request and run the server; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # not SIG_IGN: vLLM's processes would inherit it
@@ -210,7 +233,7 @@ def main() -> int:
             return 1
         received += chunk
     line, _, signals = received.partition(b"\n")
-    keeper = Keeper(json.loads(line))
+    keeper = kind(json.loads(line))
     keeper.signals += signals
     return keeper.run()
 

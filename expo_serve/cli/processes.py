@@ -6,17 +6,31 @@ import ctypes
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
+
+from expo_serve.cli.printable import printable
+from expo_serve.errors import ServeError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = Path("/dev/shm")
 # Names that Python's multiprocessing, torch and vLLM give to segments; a user's own file has none of them.
 _SEGMENT = re.compile(r"(psm_|sem\.mp-|torch_|vllm_(dist|offload|ec)_)")
+_END_SECONDS = 10.0
+"""Time for a killed process to notice; one that hangs in the kernel, in a driver for example, never does."""
+_EXIT_SECONDS = 60.0
+"""Time for one that has noticed: the kernel may have hundreds of gigabytes to free."""
+_PF_EXITING = 4  # include/linux/sched.h
+_READ_SECONDS = 1.0
+
+Found = TypeVar("Found")
 
 
 def adopt_orphans() -> None:
@@ -71,48 +85,131 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0) -> None:
+def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0, limit: float = _END_SECONDS) -> None:
     """Kill every descendant of a process, and remove the shared memory that they leave.
 
     Python's resource trackers are spared at first: once all other processes are gone, they clean up and end.
 
     Args:
         pid: the process, which is not killed itself.
-        segments: shared memory of descendants that have already ended, from :func:`segments_of`.
+        segments: shared memory of descendants that have already ended, from :class:`Survey`.
         wait: seconds after which the resource trackers are killed too.
+        limit: seconds after which processes that do not even begin to end are left behind.
+
+    Raises:
+        ServeError: some are left behind; it names them.
     """
     segments = set(segments)
-    deadline = time.monotonic() + wait
-    while living := descendants(pid):
-        segments |= _segments(living)
-        trackers = {process for process in living if _is_tracker(process)}
-        victims = living if time.monotonic() > deadline else [p for p in living if p not in trackers]
+    began = time.monotonic()
+    while (living := descendants(pid)) and not _is_in_vain(living, time.monotonic() - began, limit):
+        segments |= _in_time(partial(_segments, living), set())
+        trackers: set[psutil.Process] = _in_time(partial(_trackers, living), set())
+        victims = living if time.monotonic() > began + wait else [p for p in living if p not in trackers]
         for process in victims:
-            try:
+            with suppress(psutil.Error):  # gone meanwhile, or of another user
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(victims or living, timeout=0.2)
         reap_orphans()
     for segment in segments:
         segment.unlink(missing_ok=True)
+    if living:
+        raise _left_behind(living, time.monotonic() - began)
 
 
-def segments_of(pid: int) -> set[Path]:
-    """Return the shared memory that the descendants of a process have mapped now."""
-    return _segments(descendants(pid))
+def _is_in_vain(living: list[psutil.Process], seconds: float, limit: float) -> bool:
+    """Return whether it is no use to wait any longer."""
+    return seconds > _EXIT_SECONDS or (seconds > limit and not all(_is_ending(process.pid) for process in living))
+
+
+def _is_ending(pid: int) -> bool:
+    """Return whether the kernel is about to free what a process holds (or it has ended)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return True
+    return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_EXITING)  # field 9 of proc_pid_stat(5)
+
+
+def _left_behind(living: list[psutil.Process], seconds: float) -> ServeError:
+    names = ", ".join(f"{process.pid} ({_hangs_in(process)})" for process in living)
+    processes, are, they = ("process", "is", "it") if len(living) == 1 else ("processes", "are", "they")
+    return ServeError(
+        f"{processes} {names} did not end within {seconds:.0f} s of SIGKILL and {are} left behind, with all that "
+        f"{they} may hold (memory, devices)"
+    )
+
+
+def _hangs_in(process: psutil.Process) -> str:
+    """Return a process's name and state, and where in the kernel it is, as far as that may be read.
+
+    None of it needs the process's memory map.
+    """
+    folder = f"/proc/{process.pid}"
+    parts = (_line_of(f"{folder}/comm"), _state(process), _line_of(f"{folder}/wchan").strip("0"))
+    return ", ".join(part for part in parts if part)
+
+
+def _line_of(file: str) -> str:
+    try:
+        return printable(Path(file).read_text(errors="replace"))
+    except OSError:
+        return ""
+
+
+def _in_time(read: Callable[[], Found], otherwise: Found) -> Found:
+    """Return what is read of processes, or something else where that takes too long.
+
+    A process that hangs in the kernel may hold the lock of its memory map. Whoever asks for its command line or its
+    mappings then hangs too.
+    """
+    found: list[Found] = []
+    thread = threading.Thread(target=lambda: found.append(read()), daemon=True)
+    thread.start()
+    thread.join(_READ_SECONDS)
+    return found[0] if found else otherwise
+
+
+class Survey:
+    """What can be read of a process's descendants through their memory maps, read in the background.
+
+    Args:
+        pid: the process.
+        prefix: of the titles that count, see :func:`titled`.
+    """
+
+    def __init__(self, pid: int, prefix: str) -> None:
+        self._pid, self._prefix = pid, prefix
+        self._thread: threading.Thread | None = None
+        self.titles: dict[int, str] = {}
+        """Of all that ever lived, by process id."""
+        self.segments: set[Path] = set()
+        """Shared memory that any of them has ever mapped."""
+
+    def go_on(self) -> None:
+        """Begin to read all of it again, unless that is still under way."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._read, daemon=True)
+            self._thread.start()
+
+    def _read(self) -> None:
+        self.titles = self.titles | titled(self._pid, self._prefix)
+        self.segments = self.segments | _segments(descendants(self._pid))
 
 
 def _segments(living: Iterable[psutil.Process]) -> set[Path]:
     found = set()
     for process in living:
         try:
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
         except OSError:
             continue
         paths = {line.rpartition(" ")[2] for line in maps.splitlines() if f" {_SHARED_MEMORY}/" in line}
         found |= {Path(path) for path in paths if _SEGMENT.match(Path(path).name)}
     return {path for path in found if path.parent == _SHARED_MEMORY}
+
+
+def _trackers(living: Iterable[psutil.Process]) -> set[psutil.Process]:
+    return {process for process in living if _is_tracker(process)}
 
 
 def _is_tracker(process: psutil.Process) -> bool:
