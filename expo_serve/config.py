@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from expo_serve.errors import ConfigError
+from expo_serve.shown import plain, shown
 
 MAX_ALPHA = 10_000.0
 """Pairs that are one update of reinforcement learning apart are extrapolated a thousandfold."""
@@ -40,7 +41,7 @@ def parse_alpha(value: object) -> float:
     else:
         number = math.nan
     if not math.isfinite(number) or abs(number) > MAX_ALPHA:
-        raise ValueError(f"alpha must be {ALPHA_RANGE}; found {value!r:.100}")
+        raise ValueError(f"alpha must be {ALPHA_RANGE}; found {shown(value)}")
     return number
 
 
@@ -85,10 +86,12 @@ def parse_seed(value: object) -> int:
     Raises:
         ValueError: it is not one, or does not fit into 32 bits.
     """
-    digits = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    if not (digits.isascii() and digits.isdigit()) or int(digits) > MAX_SEED:
-        raise ValueError(f"the seed must be {SEED_RANGE}; found {value!r:.100}")
-    return int(digits)
+    digits = value.strip().lstrip("0") or "0" if isinstance(value, str) and value.strip() else ""
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_SEED))
+    number = int(digits) if is_number else value if isinstance(value, int) and not isinstance(value, bool) else -1
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"the seed must be {SEED_RANGE}; found {shown(value)}")
+    return number
 
 
 def _as_list(given: object) -> object:
@@ -103,7 +106,7 @@ def _real_folder(given: str) -> str:
             return str(Path(given).expanduser().resolve())
     except (OSError, RuntimeError, ValueError):  # of an unknown user, or not a path at all
         pass
-    raise ValueError(f"expected a folder, found {given!r:.100}")
+    raise ValueError(f"expected a folder, found {shown(given)}")
 
 
 class AlphaRule(BaseModel):
@@ -134,17 +137,18 @@ def parse_alpha_rule(value: object) -> AlphaRule:
         return value
     if isinstance(value, Mapping) and set(value) == {"pattern", "alpha"}:
         value = f"{value['pattern']}={value['alpha']}"
-    pattern, divider, number = str(value).rpartition("=")
+    pattern, divider, number = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+    rule = shown(value, 200)
     if not divider or not pattern:
-        raise ValueError(f"an alpha rule is REGEX=VALUE, such as 'embed_tokens|lm_head=0'; found {value!r}")
+        raise ValueError(f"an alpha rule is REGEX=VALUE, such as 'embed_tokens|lm_head=0'; found {rule}")
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"alpha rule {value!r}: {pattern!r} is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:  # the others: a huge number, too many groups
+        raise ValueError(f"alpha rule {rule}: {shown(pattern, 200)} is not a regular expression: {error}") from None
     try:
         return AlphaRule(pattern=pattern, alpha=parse_alpha(number))
     except ValueError as error:
-        raise ValueError(f"alpha rule {value!r}: {error}") from None
+        raise ValueError(f"alpha rule {rule}: {error}") from None
 
 
 def alpha_for(name: str, alpha: float, rules: tuple[AlphaRule, ...]) -> float:
@@ -342,11 +346,11 @@ def _first_problem(error: ValidationError, name: Callable[[str], str]) -> str:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, KeysError):
         return cause.message(name)
-    key, found = ".".join(str(part) for part in first["loc"]), f"{first['input']!r:.100}"
+    key, found = plain(".".join(str(part) for part in first["loc"])), shown(first["input"])
     match first["type"]:
         case "extra_forbidden":
             known = ", ".join(field for field in ExpoConfig.model_fields if field != "pinned")
-            return f"unknown key {key!r}; known keys: {known}"
+            return f"unknown key '{key}'; known keys: {known}"
         case "missing":
             return f"{name(key)} is missing" + (f": expected {ALPHA_RANGE}" if key == "alpha" else "")
         case "string_type":

@@ -11,6 +11,7 @@
     ├── ValuesError            exit 1   a weight is not finite, or not the expected one
     ├── LoadError              exit 1   the model and the checkpoint did not match while loading
     ├── ServeError             exit 1   the server, an engine or a worker ended
+    │   └── AddressError       exit 1   a port or socket cannot be listened on
     └── CompatError            exit 1   the installed vLLM lacks a name that expo-serve depends on
 
 A message is one line: what, where, expected, found, what to do. Longer lists are ``details``.
@@ -49,6 +50,13 @@ def count_of(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+REASONS = (
+    "usage", "source", "checkpoint", "pair", "values", "load", "compat", "address", "out_of_memory", "died", "hung",
+    "serve", "error",
+)  # fmt: skip
+"""Kinds of failures, as the status port and its metrics name them."""
+
+
 class ExpoError(Exception):
     """Base class of all errors of expo-serve.
 
@@ -58,6 +66,8 @@ class ExpoError(Exception):
     """
 
     exit_code = 1
+    reason = "error"
+    """One of :data:`REASONS`."""
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(message, tuple(details))
@@ -78,6 +88,7 @@ class UsageError(ExpoError):
     """The command line is wrong."""
 
     exit_code = 2
+    reason = "usage"
 
 
 class ConfigError(UsageError):
@@ -88,34 +99,66 @@ class SourceError(ExpoError):
     """A source (folder or hub id) cannot be found or read."""
 
     exit_code = 2
+    reason = "source"
 
 
 class CheckpointError(ExpoError):
     """A file of a checkpoint breaks what the safetensors format or the index promises."""
 
     exit_code = 2
+    reason = "checkpoint"
 
 
 class PairError(ExpoError):
     """The two checkpoints cannot be extrapolated."""
 
     exit_code = 2
+    reason = "pair"
 
 
 class ValuesError(ExpoError):
     """A weight or a result is NaN or infinite, or a weight is not the one that a delta expects."""
 
+    reason = "values"
+
 
 class LoadError(ExpoError):
     """The model did not take its parameters from the checkpoint."""
+
+    reason = "load"
 
 
 class ServeError(ExpoError):
     """The server, one of its engines or one of its workers ended."""
 
+    reason = "serve"
+
+
+class AddressError(ServeError):
+    """A port or socket cannot be listened on."""
+
+    reason = "address"
+
 
 class CompatError(ExpoError):
     """The installed vLLM lacks a name that expo-serve depends on."""
+
+    reason = "compat"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the kind of a failure, one of :data:`REASONS`."""
+    if isinstance(error, ExpoError):
+        return error.reason
+    return "out_of_memory" if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else "error"
+
+
+def line_of(error: BaseException) -> str:
+    """Return an exception in one line; one that is not expo-serve's with its class."""
+    if isinstance(error, ExpoError):
+        return error.message
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def show(error: ExpoError) -> None:

@@ -35,6 +35,7 @@ class Progress:
         is_shown: False shows neither bar nor lines, but still warns. Only one rank of a load shows its progress.
         say: writes one line; by default on standard error.
         warn: writes one warning, without the label; by default on standard error.
+        on_tick: called every half second, and at the end.
     """
 
     tick_seconds = 0.5
@@ -53,12 +54,14 @@ class Progress:
         is_shown: bool = True,
         say: Callable[[str], None] | None = None,
         warn: Callable[[str], None] = errors.warn,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._label = label
         self._total = total
         self._is_shown = is_shown
         self._say = say or _print
         self._warn = warn
+        self._on_tick = on_tick
         self._reads: Reads | None = None
         self._done = 0
         self._started = time.monotonic()
@@ -75,6 +78,7 @@ class Progress:
     def __exit__(self, kind: object, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._on_tick()
         if self._bar is not None:
             if kind is None:
                 self._done = self._total
@@ -92,6 +96,7 @@ class Progress:
     def _run(self) -> None:
         while not self._ended.wait(self.tick_seconds):
             now = time.monotonic()
+            self._on_tick()
             if self._bar is not None:
                 self._draw()
             elif self._is_shown and now >= self._next_line:

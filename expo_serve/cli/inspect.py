@@ -9,6 +9,7 @@ from typing import Any
 
 from expo_serve import errors, memory
 from expo_serve.checkpoint.folder import Checkpoint, open_checkpoint
+from expo_serve.checkpoint.links import is_file
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection, Refusal
 from expo_serve.cli.options import Options, add_source_flags, read_options
@@ -213,7 +214,7 @@ def _companion_source(plan: Plan) -> tuple[str, Source]:
 
 
 def _first_there(side: str, source: Source, names: tuple[str, ...]) -> str | None:
-    return next((f"{side}: {name}" for name in names if Path(source.path, name).is_file()), None)
+    return next((f"{side}: {name}" for name in names if is_file(Path(source.path, name))), None)
 
 
 def _chat_template(side: str, source: Source) -> str | None:

@@ -4,9 +4,11 @@ vLLM alone does not guarantee that: its front end can stay alive for minutes aft
 first SIGTERM, and can leave orphans that hold memory. The keeper adopts all orphans of vLLM's processes, so it finds
 every one of them, in whatever order they die.
 
-Protocol on standard input: the first line is the request as JSON; every byte after it is the number of a signal that
-the command received; the end of the input means that the command itself is gone. The keeper ignores signals that are
-sent to it directly: a signal to the whole process group also reaches the command, and would count twice.
+Protocol on standard input: the first line is the request as JSON, which the server documents (``module`` names another
+server than :mod:`expo_serve.vllm_plugin.server`, ``folder`` is one for files that vLLM leaves behind); every byte after
+it is the number of a signal that the command received; the end of the input means that the command itself is gone. The
+keeper ignores signals that are sent to it directly: a signal to the whole process group also reaches the command, and
+would count twice.
 """
 
 from __future__ import annotations
@@ -14,53 +16,73 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from expo_serve import errors
 from expo_serve.cli import processes
+from expo_serve.cli.family import SIGNALS
+from expo_serve.cli.hanging import Hanging, show_stacks
+from expo_serve.cli.kernel_kills import OutOfMemory, describe_exit
+from expo_serve.cli.live_line import can_show
 from expo_serve.cli.log_tail import LogTail
+from expo_serve.cli.probe_state import line_of_state
+from expo_serve.cli.stopping import Stop
 from expo_serve.cli.vllm_log import PROCESS_NAME_PREFIX
-from expo_serve.errors import ServeError
+from expo_serve.errors import ServeError, UsageError
+from expo_serve.state.shared import SharedState
+from expo_serve.state.snapshot import Words, first_killed, reported_error, snapshot
 
+_STDERR = 2
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 2.0
 _END_BY_ITSELF_SECONDS = 10.0
 """Time for vLLM to end by itself after one of its processes has died or reported a failure."""
-_STOP_SECONDS = 4.0
-"""Time for vLLM to end after SIGTERM, in addition to its own --shutdown-timeout; then SIGTERM is sent again."""
-_STOP_AGAIN_SECONDS = 3.0
-"""Time for vLLM to end after the second SIGTERM; then all of its processes are killed."""
+_FIRST_VARIABLE = "PYTHONSAFEPATH"
+_BEAT_SECONDS = 1.0
+"""How often the command is told that this process lives."""
 
 
 class Keeper:
     """One run of vLLM's server, from start to exit code."""
 
     module = "expo_serve.vllm_plugin.server"
-    """What is run as the server."""
+    """What is run as the server, unless the request names another."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.signals: list[int] = []
         self._request = request
-        self._log = LogTail()
+        self._log = LogTail(self._live_line if can_show(_STDERR) else None)
         self._status: dict[str, Any] | None = None
         self._serving = False
         self._survey = processes.Survey(os.getpid(), _title_prefix())
         self._next_watch = 0.0
         self._give_up_at: float | None = None
-        self._stopping_since: float | None = None
-        self._asked_again = False
+        self._state = SharedState(request["state_fd"]) if "state_fd" in request else SharedState.create()
+        self._reporter = self._state.reporter("keeper")
+        self._folder: str | None = request.get("folder")
+        self._hanging = Hanging(self._state)
+        self._out_of_memory = OutOfMemory()
+        self._stop_under_way: Stop | None = None
         self._cause: str | None = None
+        self._reason = "serve"
+        """Of the cause: one of :data:`expo_serve.errors.REASONS`."""
 
     def run(self) -> int:
         """Start vLLM and wait until none of its processes is left; returns the command's exit code."""
+        Thread(target=self._beat, daemon=True).start()
         code = self._watch_over()
+        if code and self._cause:
+            self._fail(self._reason, self._cause)
         left_behind = self._end_processes()
         self._log.finish()
         if left_behind and self._cause:
@@ -68,6 +90,24 @@ class Keeper:
         if (cause := self._cause or left_behind) and (left_behind or not self._log.ends_with_error()):
             errors.show(ServeError(cause))
         return 1 if left_behind else code
+
+    def _live_line(self) -> str | None:
+        """Return how far the start is; None once it is over."""
+        state = snapshot(self._state.reports(), Words(), time.monotonic())
+        if state["phase"] not in ("resolve", "start", "load", "warm_up"):
+            return None
+        return f"expo-serve: {line_of_state(state)}"
+
+    def _fail(self, reason: str, cause: str) -> None:
+        """Show on the status port that all is over; the first cause stays."""
+        self._reason, self._cause = reason, cause
+        self._reporter.fail(reason, cause)
+        self._reporter.enter("failed")
+
+    def _beat(self) -> None:
+        while True:
+            self._reporter.update(alive=time.monotonic())
+            time.sleep(_BEAT_SECONDS)
 
     def _watch_over(self) -> int:
         try:
@@ -87,16 +127,21 @@ class Keeper:
             processes.end_descendants(os.getpid(), self._survey.segments)
         except ServeError as error:
             return error.message
+        finally:
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
         return None
 
     def _start(self) -> None:
         read_end, write_end = os.pipe()
+        descriptors = {"status_fd": write_end, "state_fd": self._state.descriptor}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-m", self._request.get("module", self.module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(write_end, *([self._request["sweep_fd"]] if "sweep_fd" in self._request else [])),
+            pass_fds=(*descriptors.values(), *([self._request["sweep_fd"]] if "sweep_fd" in self._request else [])),
+            env=_with_folder(self._folder),
         )
         os.close(write_end)
         os.set_blocking(read_end, False)
@@ -104,9 +149,10 @@ class Keeper:
         for output, target in ((self._server.stdout, 1), (self._server.stderr, 2)):
             assert output is not None
             self._log.follow(output.fileno(), target)
+        self._log.show_live()
         assert self._server.stdin is not None
         with self._server.stdin as pipe:
-            pipe.write(json.dumps({**self._request, "status_fd": write_end}).encode())
+            pipe.write(json.dumps({**self._request, **descriptors}).encode())
 
     def _step(self) -> int | None:
         """Check everything once; returns the exit code once it is known."""
@@ -133,33 +179,46 @@ class Keeper:
         if self.signals:
             return self._stopped_code()
         code = self._server.returncode
-        if code == 2 and self._status is None:
-            return 2  # vLLM has refused a flag and printed why
+        if code == UsageError.exit_code and not self._serving:
+            return code  # vLLM has refused its flags, and why has been printed
         self._log.finish_reading()
-        ended = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
-        known = self._log.root_cause() or self._cause or self._log.last_exception()
-        self._cause = known or f"vLLM's server {ended}"
+        if code < 0:
+            self._reason, self._cause = self._death("vLLM's server", code)
+        else:
+            self._blame(self._log.last_exception() or f"vLLM's server ended with code {code}")
         return 1
 
+    def _blame(self, otherwise: str) -> None:
+        """Set the cause: what a process of ours has reported, a signal, a known death, vLLM's log, or what is left."""
+        if error := reported_error(self._state.reports()):
+            self._reason, self._cause = error["reason"], error["message"]
+        elif killed := first_killed(self._state.reports("parent"), self._log.failed_time):
+            pid, name, code = killed
+            self._reason, self._cause = self._death(f"vLLM's process {self._survey.titles.get(pid, name)}", code)
+        elif not self._cause:
+            self._cause = self._log.root_cause() or otherwise
+
+    def _death(self, what: str, code: int) -> tuple[str, str]:
+        """Return the reason and the cause of a process that a signal has killed."""
+        state = "while serving" if self._serving else "before serving"
+        died = f"{what} {describe_exit(code)} {state}"
+        if -code == signal.SIGKILL and (cause := self._out_of_memory.since_start()):
+            return "out_of_memory", f"{died}: {cause}"
+        return "died", died
+
     def _stop(self) -> int | None:
-        """Send SIGTERM, after a while once more, then give up waiting. A second signal ends everything at once."""
-        now = time.monotonic()
+        """Go on with the stop that a signal asked for. A second signal ends everything at once."""
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
-        if self._stopping_since is None:
-            self._stopping_since = now
-            self._server.send_signal(signal.SIGTERM)
-        waited = now - self._stopping_since
-        limit = _STOP_SECONDS + (float((self._status or {}).get("shutdown_timeout") or 0) if self._serving else 0)
-        if waited > limit and not self._asked_again:
-            self._asked_again = True
-            self._server.send_signal(signal.SIGTERM)
-        if waited > limit + _STOP_AGAIN_SECONDS:
-            if self._serving:
-                self._cause = f"vLLM did not end within {waited:.0f} s of SIGTERM and was killed"
-                return 1
+        if self._stop_under_way is None:
+            seconds = float((self._status or {}).get("shutdown_timeout") or 0.0)
+            self._stop_under_way = Stop(self._server, self._state, seconds if self._serving else None)
+        if self._stop_under_way.go_on():
+            return None
+        if not self._serving:
             return self._stopped_code()
-        return None
+        self._cause = f"vLLM did not end within {self._stop_under_way.seconds:.0f} s of the signal and was killed"
+        return 1
 
     def _stopped_code(self) -> int:
         return 0 if self._serving else 128 + self.signals[0]
@@ -173,6 +232,8 @@ class Keeper:
             self._status = json.loads(line) if line else {}
         elif not self._serving and "port" in self._status:
             self._serving = _answers(self._status)
+            if self._serving:
+                self._reporter.enter("serving")
 
     def _watch(self) -> int | None:
         """Notice an engine or worker that died or failed while the front end stays alive."""
@@ -180,13 +241,17 @@ class Keeper:
         if self._give_up_at is not None:
             if now < self._give_up_at:
                 return None
-            self._cause = self._log.root_cause() or self._cause or "vLLM's engine failed"
+            self._blame("vLLM's engine failed")
             return 1
         if self._log.failed.is_set() and not self._serving:  # while serving only the death of a process counts
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
         if now >= self._next_watch:
             self._next_watch = now + _WATCH_SECONDS
             self._look_for_deaths(now)
+            if self._serving and (hang := self._hanging.look(self._survey.titles)):
+                self._fail("hung", hang.cause)
+                show_stacks(hang.pids)
+                return 1
         return None
 
     def _look_for_deaths(self, now: float) -> None:
@@ -194,10 +259,23 @@ class Keeper:
         living = {process.pid for process in processes.descendants(os.getpid())}
         if lost := {title for pid, title in known.items() if pid not in living}:
             state = "while serving" if self._serving else "before serving"
-            self._cause = f"vLLM's process {', '.join(sorted(lost))} died {state}"
+            self._cause, self._reason = f"vLLM's process {', '.join(sorted(lost))} died {state}", "died"
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
             return
         self._survey.go_on()
+
+
+def _with_folder(folder: str | None) -> dict[str, str]:
+    """Return the environment of vLLM's processes, with a folder for the sockets and files that they leave behind.
+
+    What torch keeps there from one start to the next stays where it is. The first variable is one that nobody sets
+    anew: where its place in memory changes, setproctitle no longer finds the title, by which a process is known here.
+    """
+    environment = {_FIRST_VARIABLE: "1", **os.environ}
+    if folder is not None:
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+        environment["TMPDIR"] = folder
+    return environment
 
 
 def _title_prefix() -> str:
@@ -223,7 +301,7 @@ def _answers(status: dict[str, Any]) -> bool:
 
 def main(kind: type[Keeper] = Keeper) -> int:
     """Read the request and run the server; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN: vLLM's processes would inherit it
     processes.adopt_orphans()
     received = b""

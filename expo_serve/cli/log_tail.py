@@ -10,8 +10,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from expo_serve.cli.live_line import LiveLine
 from expo_serve.cli.outlet import Outlet
 from expo_serve.cli.printable import printable
 from expo_serve.cli.vllm_log import is_exception, is_fatal, without_prefix
@@ -31,13 +32,18 @@ _LAST_LINES = 5
 _STALLED_SECONDS = 2.0
 _FINISH_SECONDS = 10.0
 """Time for a slow reader to read what is held at the end."""
+_STDERR = 2
 _OURS = "expo_serve.errors."
 
 
 class LogTail:
-    """The lines of a child's output streams that tell of a failure; each stream is copied by a thread."""
+    """The lines of a child's output streams that tell of a failure; each stream is copied by a thread.
 
-    def __init__(self) -> None:
+    Args:
+        live: returns what stands below the log on a terminal; None ends it.
+    """
+
+    def __init__(self, live: Callable[[], str | None] | None = None) -> None:
         self._lines: deque[tuple[int, bytes]] = deque()  # with their numbers
         self._bytes = 0
         self._count = 0
@@ -46,16 +52,25 @@ class LogTail:
         self._readers: list[threading.Thread] = []
         self._outlets: list[Outlet] = []
         self._turns: dict[tuple[int, int], threading.Lock] = {}
+        self._live = LiveLine(_STDERR, self._turn(_STDERR) or threading.Lock(), live) if live else None
         self.failed = threading.Event()
         """Set when a line reports that an engine or worker has failed."""
+        self.failed_time = math.inf
+        """CLOCK_MONOTONIC when the first such line came."""
 
     def follow(self, source: int, target: int) -> None:
         """Copy from one file descriptor to another until the end of the source, whether somebody reads it or not."""
-        outlet = Outlet(target, self._turn(target))
+        live = self._live
+        outlet = Outlet(target, self._turn(target), before=live.clear if live and os.isatty(target) else lambda: None)
         reader = threading.Thread(target=self._copy, args=(source, outlet), daemon=True)
         reader.start()
         self._readers.append(reader)
         self._outlets.append(outlet)
+
+    def show_live(self) -> None:
+        """Begin to draw the line below the log, where there is one; all streams are followed."""
+        if self._live:
+            self._live.start(self._outlets)
 
     def finish_reading(self, timeout: float = 2.0) -> None:
         """Wait until the ends of all streams have been seen, at most ``timeout`` seconds."""
@@ -69,6 +84,8 @@ class LogTail:
         Args:
             timeout: the most seconds to wait for the ends of the streams; readers get up to ten more.
         """
+        if self._live:
+            self._live.end()
         self.finish_reading(timeout)
         give_up = time.monotonic() + _FINISH_SECONDS
         for outlet in self._outlets:
@@ -106,6 +123,7 @@ class LogTail:
             return
         if (b"failed" in raw or b"fatal" in raw) and is_fatal(_text(raw)):
             self._failed_at = min(self._failed_at, number)
+            self.failed_time = min(self.failed_time, time.monotonic())
             self.failed.set()
         self._lines.append((number, raw))
         self._bytes += len(raw)
@@ -130,12 +148,10 @@ class LogTail:
     def root_cause(self) -> str | None:
         """Return the exception that started the failure, in one line without control characters.
 
-        An exception of expo-serve comes first and is returned without its class; otherwise it is the first exception
-        after a line that reports a failed engine or worker.
+        It is the first exception after a line that reports a failed engine or worker. What processes of expo-serve know
+        better, they report elsewhere (:mod:`expo_serve.state.shared`).
         """
         lines = self._kept()
-        if own := next((line for line in lines if line.startswith(_OURS)), None):
-            return printable(own.partition(": ")[2])
         start = next((index for index, line in enumerate(lines) if is_fatal(line)), len(lines))
         return next(_exceptions(lines[start:]), None)
 
@@ -166,4 +182,8 @@ def _may_tell(text: bytes) -> bool:
 
 
 def _exceptions(lines: Iterable[str]) -> Iterator[str]:
-    return (printable(line) for line in lines if is_exception(line))
+    return (printable(_without_our_class(line)) for line in lines if is_exception(line))
+
+
+def _without_our_class(line: str) -> str:
+    return line.partition(": ")[2] if line.startswith(_OURS) else line

@@ -10,32 +10,52 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from expo_serve import errors
+from expo_serve.cli.standard_streams import give_up_output, name_failures_of_output, open_standard_streams
 from expo_serve.errors import ExpoError
 from expo_serve.version import __version__
 
 
 class _Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; the argument is the signal's number."""
+    """A signal that ends the command arrived; the argument is its number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``expo-serve``; returns the exit code (0, 1, 2 or 128 + a signal's number)."""
+    if arguments is None:
+        _leave_ascii()
     started = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    open_standard_streams()
+    if arguments is None:
+        name_failures_of_output()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:  # ignored under nohup
+            signal.signal(number, _stop)
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments), started)
+        code = _run(list(sys.argv[1:] if arguments is None else arguments), started)
+        sys.stdout.flush()
+        return code
     except ExpoError as error:
         errors.show(error)
+        give_up_output()
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of standard output is gone. Without this, Python's own flush at exit would fail in the same way.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of standard output is gone
+        give_up_output()
         return 1
     except _Stopped as stopped:
         sys.stderr.flush()
         # A normal exit would wait for the threads of a download.
         os._exit(128 + int(stopped.args[0]))
+
+
+def _leave_ascii() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale would make it ASCII.
+
+    torch reads files of its own in the locale's encoding, and names of files come as bytes that JSON cannot hold. By
+    itself Python does this in the C locale, unless it is told not to.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"  # for the children
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -86,15 +106,18 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _run(arguments: list[str], started: float) -> int:
-    """Run the command that the first argument names; without one it is to serve."""
+    """Run the command that the first argument names; without one it is to serve. Returns the exit code."""
     if arguments[:1] == ["--version"]:
         print(f"expo-serve {__version__}")
         return 0
-    if command := _COMMANDS.get(arguments[0] if arguments else ""):
-        return command(arguments[1:])
-    from expo_serve.cli import serve
+    try:
+        if command := _COMMANDS.get(arguments[0] if arguments else ""):
+            return command(arguments[1:])
+        from expo_serve.cli import serve
 
-    return serve.main(arguments, started)
+        return serve.main(arguments, started)
+    except SystemExit as end:  # argparse has printed the help
+        return int(end.code or 0)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from expo_serve.cli.pair_flag import add_pair_flag, put_pair
 from expo_serve.cli.parser import Parser
 from expo_serve.config import ALPHA_RANGE, SEED_RANGE, SOURCE_EXPECTED, DoubtName, ExpoConfig, Method, parse_config
 from expo_serve.errors import ConfigError, UsageError
+from expo_serve.shown import plain, shown
 
 _SOURCE_FLAGS = (
     "base", "aligned", "delta", "alpha", "base-revision", "aligned-revision", "delta-revision", "delta-subfolder",
@@ -27,6 +28,8 @@ _SOURCE_FLAGS = (
 REVISION_HELP = "branch, tag or commit on the hub"
 SUBFOLDER_HELP = "the folder of the adapter within --delta, where that holds several"
 _SHARED_FLAGS = ("hf-token", "download-dir")
+_MAX_VALUES = 10_000
+"""Of a ``--config`` file."""
 _SET_BY_US = ("model", "load-format", "model-loader-extra-config", "worker-extension-cls")
 """Flags of vLLM that expo-serve sets itself."""
 
@@ -193,15 +196,35 @@ def _refuse_alpha(rest: Sequence[str]) -> None:
         raise UsageError("--alpha: this command chooses alpha itself; leave it out, or give several with --alphas")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a document of a few lines that means millions of values, each an alias of the ones before."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _values_in(node, {}) > _MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MAX_VALUES} values")
+        return super().construct_document(node)
+
+
+def _values_in(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
+    """Return the number of values that a node stands for, with each alias followed."""
+    if node in counted:
+        return counted[node]
+    counted[node] = _MAX_VALUES + 1  # for a node that holds itself
+    children = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inner = (child for item in children for child in (item if isinstance(item, tuple) else (item,)))
+    counted[node] = 1 + sum(_values_in(child, counted) for child in inner)
+    return counted[node]
+
+
 def _read_file(path: str) -> dict[str, Any]:
     if Path(path).suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config: expected a .yaml or .yml file, found {path!r}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise ConfigError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--config: {path} is not valid YAML: {plain(' '.join(str(error).split()), 500)}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config: {path} must map flag names to values")
     options = {key.replace("_", "-"): value for key, value in content.items()}
@@ -246,7 +269,7 @@ def _hub_access(token: Any, download_dir: Any) -> HubAccess:
     if not isinstance(token, str | bool | None):
         raise UsageError("--hf-token: expected a string, or no value to use the stored token")
     if not isinstance(download_dir, str | None):
-        raise UsageError(f"--download-dir: expected a folder, found {download_dir!r:.100}")
+        raise UsageError(f"--download-dir: expected a folder, found {shown(download_dir)}")
     return HubAccess(token, download_dir)
 
 

@@ -11,6 +11,9 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from expo_serve.errors import count_of, warning_line
 
@@ -29,12 +32,20 @@ class Outlet:
         target: the file descriptor; nothing about it is changed.
         turn: held during a write. Outlets into one file share it, so that they do not tear each other's lines.
         limit: the most bytes that are held.
+        before: called within the turn, before anything is written.
     """
 
-    def __init__(self, target: int, turn: threading.Lock | None = None, limit: int = LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        target: int,
+        turn: AbstractContextManager[Any] | None = None,
+        limit: int = LIMIT_BYTES,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self._target = target
         self._turn = turn or threading.Lock()
         self._limit = limit
+        self._before = before
         self._items: deque[bytearray | _Gap] = deque()
         self._size = 0  # bytes in the items, and in the one that is being written
         self._is_idle = True  # all is written, or nothing can be until more is put
@@ -59,6 +70,11 @@ class Outlet:
             self._is_idle = False
             self._changed.notify_all()
 
+    @property
+    def is_at_line_end(self) -> bool:
+        """Whether whole lines have been written so far."""
+        return self._wrote_to_line_end
+
     def finish(self, stalled: float, limit: float) -> bool:
         """Wait until everything is written, and return whether it is.
 
@@ -74,7 +90,7 @@ class Outlet:
             return not self._items
 
     def _has_moved(self, seconds: float) -> bool:
-        """Wait until something is written, and return whether that was in time."""
+        """Wait until all is written or the time is over, and return whether something was."""
         size = self._size
         return self._changed.wait_for(lambda: self._is_idle or self._size < size, seconds)
 
@@ -110,6 +126,7 @@ class Outlet:
             with self._changed:
                 self._changed.wait_for(lambda: not self._is_idle)
             with self._turn:
+                self._before()
                 while self._write_next() and not self._wrote_to_line_end:
                     pass  # another's turn is not within a line, unless nothing more of it is there
 
@@ -142,7 +159,6 @@ class Outlet:
             if counts:
                 with self._changed:
                     self._size -= written
-                    self._changed.notify_all()
 
     def _write_some(self, data: bytearray) -> int:
         while True:

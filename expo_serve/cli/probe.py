@@ -13,12 +13,14 @@ from typing import Any
 
 from expo_serve.cli.asking import Server, parse_url, printable, within
 from expo_serve.cli.parser import Parser
+from expo_serve.cli.probe_state import probe_state
 from expo_serve.errors import ServeError, UsageError
 
 _EPILOG = """\
 If the server has an API key, set VLLM_API_KEY to it. It is sent to that server only: no redirect is followed.
 
-Exit codes: 0 success; 1 the server does not answer, or serves something else; 2 the command line is wrong.
+Exit codes: 0 success; 1 the server does not answer, is not ready, or serves something else; 2 the command line is
+wrong.
 """
 _PROMPT = "The capital of France is"
 _MAX_SECONDS = 86_400.0
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
     """
     given = _read(arguments)
     server = parse_url(given.url, os.environ)
-    _say(within(given.timeout, server.url, lambda: _probe(server, given)))
+    _say(within(given.timeout, server.url, lambda: (_probe_state if given.state else _probe)(server, given)))
     return 0
 
 
@@ -45,9 +47,14 @@ def parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's root (default: %(default)s)")
-    parser.add_argument("--alpha", metavar="X", required=True, help="the alpha that the server must report")
+    parser.add_argument("--alpha", metavar="X", help="the alpha that the server must report")
     parser.add_argument("--served-model-name", metavar="NAME", help="a name that the server must serve")
     parser.add_argument("--completion", action="store_true", help="also request one completion")
+    parser.add_argument(
+        "--state", action="store_true",
+        help="ask the status port (--url with the port of --status-port) how far the start is, and whether the server "
+             "is ready; --alpha need not be given",
+    )  # fmt: skip
     parser.add_argument(
         "--timeout", metavar="SECONDS", default="30", help="limit of the whole probe (default: %(default)s)"
     )
@@ -56,8 +63,12 @@ def parser() -> Parser:
 
 def _read(arguments: list[str]) -> argparse.Namespace:
     given = parser().parse_args(arguments)
-    given.alpha = given.alpha.strip()
-    if not math.isfinite(_number(given.alpha)):
+    if given.alpha is None and not given.state:
+        raise UsageError("--alpha is missing: expected the alpha that the server must report, or --state")
+    if given.state and given.completion:
+        raise UsageError("--completion: the status port answers no completions; leave it out, or --state")
+    given.alpha = None if given.alpha is None else given.alpha.strip()
+    if given.alpha is not None and not math.isfinite(_number(given.alpha)):
         raise UsageError(f"--alpha: expected a decimal number such as 0.5, found {given.alpha!r:.100}")
     seconds = _number(given.timeout)
     if not 0 < seconds <= _MAX_SECONDS:
@@ -75,6 +86,10 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def _probe_state(server: Server, given: argparse.Namespace) -> str:
+    return probe_state(server, given.alpha, given.served_model_name, given.timeout)
 
 
 def _probe(server: Server, given: argparse.Namespace) -> str:

@@ -39,13 +39,16 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def reap_orphans(keep: int = 0) -> None:
-    """Reap adopted children that have ended, except ``keep``, which its own Popen object waits for."""
+def reap_orphans(keep: int = 0) -> list[int]:
+    """Reap children that have ended, except ``keep``, which its own Popen object waits for; returns their ids."""
+    reaped: list[int] = []
     with suppress(ChildProcessError):  # there is no child
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == keep:
-                return
+                break
             os.waitpid(ended.si_pid, 0)
+            reaped.append(ended.si_pid)
+    return reaped
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -85,26 +88,30 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 2.0, limit: float = _END_SECONDS) -> None:
+def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 4.0, limit: float = _END_SECONDS) -> None:
     """Kill every descendant of a process, and remove the shared memory that they leave.
 
-    Python's resource trackers are spared at first: once all other processes are gone, they clean up and end.
+    Python's resource trackers are spared at first: once all other processes are gone, they clean up and end. They
+    alone know the names of semaphores, which nobody has mapped.
 
     Args:
         pid: the process, which is not killed itself.
         segments: shared memory of descendants that have already ended, from :class:`Survey`.
-        wait: seconds after which the resource trackers are killed too.
+        wait: seconds after the end of all others after which the resource trackers are killed too.
         limit: seconds after which processes that do not even begin to end are left behind.
 
     Raises:
         ServeError: some are left behind; it names them.
     """
     segments = set(segments)
-    began = time.monotonic()
+    began = spared = time.monotonic()
     while (living := descendants(pid)) and not _is_in_vain(living, time.monotonic() - began, limit):
         segments |= _in_time(partial(_segments, living), set())
         trackers: set[psutil.Process] = _in_time(partial(_trackers, living), set())
-        victims = living if time.monotonic() > began + wait else [p for p in living if p not in trackers]
+        others = [process for process in living if process not in trackers]
+        if others:
+            spared = min(time.monotonic(), began + limit / 2)
+        victims = others if time.monotonic() < spared + wait else living
         for process in victims:
             with suppress(psutil.Error):  # gone meanwhile, or of another user
                 process.kill()

@@ -1,27 +1,28 @@
 """``expo-serve``: check everything, then run vLLM's server and watch it.
 
-Three processes take part: this one, which has the process id that the user knows; the keeper, which starts vLLM,
-watches it, and ends all of it if this process dies; and vLLM's server with its own children.
+Four processes take part: this one, which has the process id that the user knows; the status process, which answers on
+the status port; the keeper, which starts vLLM, watches it, and ends all of it if this process dies; and vLLM's server
+with its own children.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from expo_serve import errors
-from expo_serve.cli import processes
+from expo_serve.cli.family import Family, listen
 from expo_serve.cli.key_flag import refuse_unusable_keys
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
+from expo_serve.cli.running import add_running_flags, host_of, read_running
 from expo_serve.config import ExpoConfig
-from expo_serve.errors import ExpoError, ServeError, SourceError, UsageError
+from expo_serve.errors import ExpoError, SourceError, UsageError
 
 _EPILOG = """\
 All flags of `vllm serve` are accepted too, with the same meaning.
@@ -52,10 +53,15 @@ def main(arguments: list[str], started: float) -> int:
     if topic := next((item for item in arguments if item.startswith("--help=")), None):
         return _vllm_help(topic.removeprefix("--help="))
     options = _read(arguments)
+    running = read_running(options)
     refuse_variables()
     refuse_unusable_keys(options)
-    config = resolve(options, started)
-    return _serve(_request(config, options))
+    listener = None if running.status_port is None else listen(host_of(options), running.status_port)
+    with Family(started, running.engine_timeout, listener) as family:
+        code = _serve(family, options, started)
+        if code:
+            family.linger()
+    return code
 
 
 def parser() -> Parser:
@@ -66,6 +72,7 @@ def parser() -> Parser:
         epilog=_EPILOG,
     )
     add_source_flags(parser)
+    add_running_flags(parser)
     return parser
 
 
@@ -86,12 +93,32 @@ def refuse_variables() -> None:
             raise UsageError(f"{name} opens routes that change weights, but alpha is pinned for a server; unset it")
 
 
-def resolve(options: Options, started: float) -> ExpoConfig:
+def _serve(family: Family, options: Options, started: float) -> int:
+    """Check the sources, and serve them until the end; returns the exit code."""
+    try:
+        family.reporter.update(alpha=options.config.alpha_text)
+        family.reporter.enter("resolve")
+        with family.reaping():
+            request = _request(resolve(options, started, family.warn), options)
+        family.reporter.update(names=[request["served_model_name"]] if request["served_model_name"] else None)
+        family.reporter.enter("start")
+        code = family.keep(request)
+    except ExpoError as error:
+        errors.show(error)
+        family.fail(error)
+        return error.exit_code
+    if code:
+        family.reporter.enter("failed")
+    return code
+
+
+def resolve(options: Options, started: float, warn: Callable[[str], None] = errors.warn) -> ExpoConfig:
     """Find, check and pin the sources, and say what is to be known about them.
 
     Args:
         options: the command line.
         started: CLOCK_MONOTONIC at the start of the command, in seconds.
+        warn: is told of each warning.
 
     Raises:
         ExpoError: the sources would not be served.
@@ -102,7 +129,7 @@ def resolve(options: Options, started: float) -> ExpoConfig:
     check_vllm()
     plan = prepare(options.config, options.hub)
     for warning in plan.warnings:
-        errors.warn(warning)
+        warn(warning)
     problem = tokenizer_problem(plan)
     if problem and not _names_tokenizer(options):
         raise SourceError(f"{problem}, or name another with --tokenizer, or serve without one: --skip-tokenizer-init")
@@ -138,40 +165,6 @@ def _request(config: ExpoConfig, options: Options) -> dict[str, Any]:
         "file_options": options.file_options,
         "served_model_name": None if given else f"{config.pinned.named_after.short_name}-expo-{config.alpha_text}",
     }
-
-
-def _serve(request: dict[str, Any]) -> int:
-    processes.adopt_orphans()
-    keeper = subprocess.Popen(
-        [sys.executable, "-m", "expo_serve.cli.keeper"],
-        stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C at a terminal reaches only this process, which passes it on
-        env={**os.environ, "PYTHONSAFEPATH": "1"},  # a folder named like the package must not shadow it
-    )
-    assert keeper.stdin is not None
-    pipe = keeper.stdin.fileno()
-    signals: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        signals.append(number)
-        with suppress(BrokenPipeError):
-            os.write(pipe, bytes([number]))
-
-    with suppress(BrokenPipeError):
-        keeper.stdin.write(json.dumps(request).encode() + b"\n")
-        keeper.stdin.flush()  # left open: its end tells the keeper that this process is gone
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    return _code(keeper.wait(), signals)
-
-
-def _code(code: int, signals: list[int]) -> int:
-    if code >= 0:
-        return code
-    processes.end_descendants(os.getpid())
-    if signals:
-        return 128 + signals[0]
-    raise ServeError(f"the process that watches vLLM was killed by signal {-code}; vLLM was ended")
 
 
 def _vllm_help(topic: str) -> int:

@@ -1,7 +1,7 @@
 """The server of a reward model: a process of vLLM's with its pooling runner, which nobody else can reach.
 
 It listens on a Unix socket in a folder that only this user may enter, since vLLM asks for no API key on the routes of
-its pooling runner. A keeper of its own (``expo_serve.cli.pooling_keeper``) watches its processes and ends all of them,
+its pooling runner. A keeper of its own (``expo_serve.cli.keeper``) watches its processes and ends all of them,
 also where this process is killed.
 """
 
@@ -27,6 +27,7 @@ import httpx
 
 from expo_serve.errors import ServeError, UsageError
 
+_SERVER = "expo_serve.vllm_plugin.pooling"
 _HOST = "reward-model"
 """Of the URLs only; the requests go to the socket."""
 _READY_SECONDS = 1800.0
@@ -115,7 +116,7 @@ class PoolingServer:
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", "expo_serve.cli.pooling_keeper"],
+                [sys.executable, "-m", "expo_serve.cli.keeper"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -124,7 +125,7 @@ class PoolingServer:
             )
         assert self._keeper.stdin is not None
         with suppress(BrokenPipeError):
-            request = {"arguments": [self._model, *ours, *self._arguments]}
+            request = {"module": _SERVER, "arguments": [self._model, *ours, *self._arguments]}
             self._keeper.stdin.write(json.dumps(request).encode() + b"\n")
             self._keeper.stdin.flush()  # left open: its end tells the keeper that this process is gone
 

@@ -78,7 +78,7 @@ MEMBERS = {
     "vllm.config:KVTransferConfig": ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config"),
     "vllm.config:ECTransferConfig": ("ec_connector", "ec_connector_module_path", "ec_connector_extra_config"),
     "vllm.config:SpeculativeConfig": ("target_model_config",),
-    "vllm.config:ParallelConfig": ("rank", "data_parallel_size"),
+    "vllm.config:ParallelConfig": ("rank", "data_parallel_size", "local_world_size", "enable_elastic_ep"),
     "vllm.config:get_current_vllm_config": ("()",),
     "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig": (
         "hidden_dim",
@@ -101,12 +101,16 @@ MEMBERS = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("reload_weights(self, weights_iterator)", "model"),
     "vllm.v1.engine.async_llm:AsyncLLM": (
         "engine_core",
+        "errored",
         "vllm_config",
         "collective_rpc(self, method, timeout, args, kwargs)",
     ),
     "vllm.v1.engine.core_client:AsyncMPClient": ("core_engines", "call_utility_async(self, method)"),
     "vllm.v1.engine.core_client:DPLBAsyncMPClient": ("call_utility_all_async(self, method)",),
-    "vllm.v1.engine.core:EngineCore": ("collective_rpc(self, method, timeout, args, kwargs)",),
+    "vllm.v1.engine.core:EngineCore": (
+        "collective_rpc(self, method, timeout, args, kwargs)",
+        "is_sleeping(self)",
+    ),
     "vllm.entrypoints.cli.serve:ServeSubcommand": (
         "subparser_init(self, subparsers)",
         "validate(self, args)",

@@ -19,11 +19,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expo_serve import keys
 from expo_serve.config import ExpoConfig, deployment_id, parse_alpha, parse_config
-from expo_serve.errors import CompatError, LoadError
+from expo_serve.errors import LoadError
 from expo_serve.metrics import DeploymentGauges
 from expo_serve.report import DeploymentReport, LoadReport, PublicSource, combined_effective_alpha
+from expo_serve.state.shared import SharedState
 from expo_serve.vllm_plugin import compat, sweeping
+from expo_serve.vllm_plugin.draining import DrainMiddleware, Gate
+from expo_serve.vllm_plugin.engines import call_ranks
 from expo_serve.vllm_plugin.model_list import show_models
+from expo_serve.vllm_plugin.rank_state import failures_reported
 from expo_serve.vllm_plugin.worker import LOAD_METHOD, REPORT_METHOD
 
 HEADER = "X-Expo-Alpha"
@@ -51,7 +55,7 @@ class ExpoEndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes and both middlewares; vLLM's own authentication runs before them.
+        """Add the routes and the middlewares; vLLM's own authentication runs before them.
 
         Raises:
             UsageError: an API key is empty, or no request can send it.
@@ -60,9 +64,11 @@ class ExpoEndpointPlugin:
         config = _deployed(args)
         if config is None:
             return
+        app.state.expo_gate = gate = Gate(SharedState.find())
         app.state.expo_served = served = Served(config)
         app.add_api_route("/v1/expo", _show, methods=["GET"], response_model=None)
         app.add_api_route("/v1/models", show_models, methods=["GET"], response_model=None)  # in the place of vLLM's
+        app.add_middleware(DrainMiddleware, gate=gate)
         app.add_middleware(AlphaMiddleware, served=served)
         if required := keys.required_keys(args.api_key, os.environ):
             # vLLM's own guard, which reads them from here later, compares with a header that was decoded as latin-1.
@@ -74,11 +80,15 @@ class ExpoEndpointPlugin:
         config = _deployed(args)
         if config is None or engine_client is None:
             return
-        names = args.served_model_name or [args.model]
-        report = await _report(engine_client, config, list(names))
+        gate: Gate = state.expo_gate
+        names = list(args.served_model_name or [args.model])
+        with failures_reported(gate.reporter):
+            report = await _report(engine_client, config, names)
         gauges = DeploymentGauges()
         gauges.set(report)
         state.expo_report = report
+        gate.reporter.update(names=names)
+        gate.watch(engine_client)
         if sweeping.channel is not None:
             sweeping.listen(sweeping.channel, _AlphaSwitch(engine_client, state, gauges))
 
@@ -98,7 +108,7 @@ class _AlphaSwitch:
         served: Served = self._state.expo_served
         before: DeploymentReport = self._state.expo_report
         served.is_loading = True
-        await _call_all(self._engines, LOAD_METHOD, alpha)
+        await call_ranks(self._engines, LOAD_METHOD, alpha)
         await _empty_caches(self._engines)
         served.config = served.config.model_copy(update={"alpha": alpha})
         report = await _report(self._engines, served.config, before.served_model_names)
@@ -170,27 +180,11 @@ def _since_start(config: ExpoConfig) -> float:
     return time.time() - psutil.Process().create_time()
 
 
-async def _call_all(engine_client: Any, method: str, *arguments: Any) -> dict[int, list[Any]]:
-    """Call a method of the worker extension on all ranks of all engines; returns the ranks' answers by engine.
-
-    The client's ``collective_rpc`` asks one engine only.
-    """
-    core = engine_client.engine_core
-    call = (method, None, arguments, None)
-    if hasattr(core, "call_utility_all_async"):
-        answers = await core.call_utility_all_async("collective_rpc", *call)
-        engines = [int.from_bytes(identity, "little") for identity in core.core_engines]
-        return dict(zip(engines, answers, strict=True))
-    if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
-        raise CompatError("this vLLM's engine client has no call_utility_all_async: not every engine can be asked")
-    return {0: await engine_client.collective_rpc(*call)}
-
-
 async def _collect(engine_client: Any) -> list[LoadReport]:
     """Return the reports of all ranks."""
     reports = [
         LoadReport.model_validate_json(answer).model_copy(update={"engine": engine})
-        for engine, ranks in (await _call_all(engine_client, REPORT_METHOD)).items()
+        for engine, ranks in (await call_ranks(engine_client, REPORT_METHOD)).items()
         for answer in ranks
         if answer is not None
     ]

@@ -69,6 +69,22 @@ def check_config(plan: Plan, model_config: Any) -> None:
             )
 
 
+def refuse_elastic_experts(is_elastic: bool) -> None:
+    """Refuse to serve with a number of ranks that changes: vLLM's new ranks take no load format with an extra config.
+
+    Args:
+        is_elastic: vLLM's ``enable_elastic_ep``.
+
+    Raises:
+        ConfigError: it is set.
+    """
+    if is_elastic:
+        raise ConfigError(
+            "--enable-elastic-ep: ranks that vLLM adds later cannot load with expo-serve (vLLM gives them its dummy "
+            "load format, which refuses an extra config); start another deployment with more ranks instead"
+        )
+
+
 def _is_at(model: str, plan: Plan) -> bool:
     """Return whether the model that vLLM was given is the delta."""
     is_named = plan.model.revision is not None and model == plan.model.name

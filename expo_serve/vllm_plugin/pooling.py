@@ -1,6 +1,6 @@
 """The process that serves a reward model: runs vLLM's own serve command with its pooling runner.
 
-``expo_serve.cli.pooling_keeper`` starts it and writes one JSON object on its standard input::
+``expo_serve.cli.keeper`` starts it and writes one JSON object on its standard input::
 
     {"arguments": [flag, ...] of vLLM's, the model first, "status_fd": int}
 

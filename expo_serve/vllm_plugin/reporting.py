@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ from expo_serve.vllm_plugin.unwritten import is_quantised_late
 logger = compat.init_logger("vllm.expo_serve.reporting")
 
 
-def load_progress(plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: bool) -> Progress:
+def load_progress(
+    plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: bool, on_tick: Callable[[], None]
+) -> Progress:
     """Return the progress of one load; its lines and warnings go to vLLM's logger.
 
     Args:
@@ -31,6 +33,7 @@ def load_progress(plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: boo
         reads: the load's reads.
         config: the pinned ``on_terminal`` decides between bar and lines; under plain vLLM standard error itself does.
         is_shown: False on all ranks but the first.
+        on_tick: called every half second, and at the end.
     """
     progress = Progress(
         "expo: loading weights",
@@ -39,6 +42,7 @@ def load_progress(plan: Plan, reads: Reads, config: ExpoConfig, *, is_shown: boo
         is_shown=is_shown,
         say=lambda line: logger.info("%s", line),
         warn=lambda line: logger.warning("expo: %s", line),
+        on_tick=on_tick,
     )
     progress.watch(reads)
     return progress
@@ -124,5 +128,8 @@ def _parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
 
 
 def _cuda_device(model: torch.nn.Module) -> torch.device | None:
-    device = next((parameter.device for parameter in model.parameters()), None)
-    return device if device is not None and device.type == "cuda" else None
+    """Return the device of the model; some parameters may be on the meta device, or be offloaded to the host."""
+    if not torch.cuda.is_available():
+        return None
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"]
+    return devices[0] if devices else torch.device("cuda", torch.cuda.current_device())

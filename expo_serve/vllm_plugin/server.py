@@ -3,11 +3,12 @@
 ``expo_serve.cli.keeper`` starts it and writes one JSON object on its standard input::
 
     {"config": ExpoConfig, "arguments": [flag, ...], "file_options": {key: value},
-     "served_model_name": str, or null if a flag gives it, "status_fd": int,
+     "served_model_name": str, or null if a flag gives it, "status_fd": int, "state_fd": int,
      "sweep_fd": int, of a sweep's server only}
 
 or ``{"help": topic}`` for a page of vLLM's own help. Once vLLM has accepted the flags and before the engine starts,
-this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``.
+this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``. ``state_fd`` is the
+memory that the command's processes share (:mod:`expo_serve.state.shared`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 import sysconfig
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from shutil import which
@@ -28,8 +31,12 @@ from expo_serve import errors
 from expo_serve.config import ExpoConfig
 from expo_serve.errors import ExpoError, UsageError
 from expo_serve.keys import required_keys
+from expo_serve.state.shared import adopt, report_as
 from expo_serve.vllm_plugin import compat, sweeping
+from expo_serve.vllm_plugin.address import refuse_taken
 from expo_serve.vllm_plugin.caches import refuse_shared_stores
+from expo_serve.vllm_plugin.plain_vllm import refuse_elastic_experts
+from expo_serve.vllm_plugin.refused import sentence_of
 from expo_serve.vllm_plugin.worker import EXTENSION
 
 _FILTERED_GROUPS = (
@@ -39,15 +46,20 @@ _FILTERED_GROUPS = (
     "vllm.io_processor_plugins",
 )
 _PLUGIN = "expo"
+DEFAULT_DRAIN_SECONDS = 5
+"""For open requests after a signal: with vLLM's own end it fits into the 10 s that container engines give."""
 
 
 def main() -> int:
     """Read the request, parse vLLM's flags and serve; returns the exit code."""
     request = json.load(sys.stdin)
     allow_plugins()
+    if "state_fd" in request:
+        adopt(request["state_fd"])
     try:
         serve(request)
     except ExpoError as error:
+        report_as("server").fail(error.reason, error.message)
         errors.show(error)
         return error.exit_code
     return 0
@@ -71,7 +83,9 @@ def serve(request: dict[str, Any]) -> None:
 
     Raises:
         CompatError: the installed vLLM lacks a name that expo-serve depends on.
-        UsageError: a flag that expo-serve sets itself was given in another spelling, or an API key is empty.
+        UsageError: vLLM refuses its flags, one that expo-serve sets itself was given in another spelling, or an API key
+            is empty.
+        AddressError: vLLM could not listen where it is told to.
     """
     from expo_serve.vllm_plugin.loader import register_loader
 
@@ -85,10 +99,30 @@ def serve(request: dict[str, Any]) -> None:
         sweeping.begin(request["sweep_fd"])
         sweeping.adapt(args, request["served_model_name"])
     _use_eager_without_compiler(args)
-    compat.configure_logging_from_args(args)
-    command.validate(args)
-    _write_status(request["status_fd"], args)
-    command.cmd(args)
+    with _refusals_in_one_line():
+        compat.configure_logging_from_args(args)
+        command.validate(args)
+        refuse_elastic_experts(args.enable_elastic_ep)
+        if not args.headless:  # engines for another machine's API server open no port
+            refuse_taken(args.host, args.port, args.uds)
+        _write_status(request["status_fd"], args)
+        args.shutdown_timeout = 0  # the keeper stops vLLM only when the drain, which is ours, is over
+        command.cmd(args)
+
+
+@contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    """Turn an exception of vLLM's about its configuration into one of ours, with vLLM's sentence.
+
+    Raises:
+        UsageError: vLLM refuses a flag, or what the flags mean together.
+    """
+    try:
+        yield
+    except Exception as error:
+        if sentence := sentence_of(error):
+            raise UsageError(sentence) from error
+        raise
 
 
 def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
@@ -96,6 +130,7 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
     command = compat.ServeSubcommand()
     parser = compat.FlexibleArgumentParser(prog="expo-serve")
     subparser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    subparser.set_defaults(shutdown_timeout=DEFAULT_DRAIN_SECONDS)
     if "help" in request:
         parser.parse_args(["serve", f"--help={request['help']}"])
     config = ExpoConfig.model_validate(request["config"])
