@@ -144,19 +144,40 @@ def _loop_for(width: int) -> Callable[[Values, Values, Values, Values], bool]:
     return {2: sparse.apply16, 4: sparse.apply32, 8: sparse.apply64}[width]
 
 
+def changed_values(parts: Parts, base: Values) -> tuple[Values, Values]:
+    """Return the places of the changes, and the values' bits there.
+
+    Raises:
+        DamagedError: the parts do not fit each other and the values.
+    """
+    found = _changed(parts.gaps, parts.small, parts.large, base)
+    if found is None:
+        raise DamagedError(f"{parts.gaps.size} gaps, {parts.small.size} steps, {parts.large.size} large ones")
+    return found
+
+
 def _apply_plain(gaps: Values, small: Values, large: Values, values: Values) -> bool:
     """Do in NumPy what :func:`~expo_serve.kernels.sparse.apply16` does."""
+    found = _changed(gaps, small, large, values)
+    if found is None:
+        return False
+    places, new = found
+    values[places] = new
+    return True
+
+
+def _changed(gaps: Values, small: Values, large: Values, values: Values) -> tuple[Values, Values] | None:
+    """Return where values change to what; None where the parts do not fit each other and the values."""
     is_change = gaps != SKIP
     places = (np.cumsum(gaps.astype(np.int64) + is_change) - 1)[is_change]
     end = int(gaps.sum(dtype=np.int64)) + places.size
     is_large = small == LARGE
     if places.size != small.size or end > values.size or np.count_nonzero(is_large) != large.size:
-        return False
+        return None
     steps = small.astype(f"u{values.itemsize}")
     steps += 1
     steps[is_large] = large.view(steps.dtype)
-    values[places] = _rank(_rank(values[places]) + _unzigzag(steps))
-    return True
+    return places, _rank(_rank(values[places]) + _unzigzag(steps))
 
 
 def _gaps(changed: Values) -> bytes:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from expo_serve.load.lazy import LazyTensor
 from expo_serve.load.selection import Selection
@@ -32,11 +33,11 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         model: the model whose parameters are watched.
-        settle: called before any operation that may look at values, since copies of lazy tensors may still be under
-            way in threads.
+        settle: called with the tensors of any operation that may look at their values, since copies of lazy tensors may
+            still be under way in threads.
     """
 
-    def __init__(self, model: torch.nn.Module, settle: Callable[[], None] | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, settle: Callable[[Sequence[torch.Tensor]], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._settle = settle
@@ -61,7 +62,7 @@ class WriteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         kwargs = kwargs or {}
         if self._settle and not func.is_view and not _is_lazy_copy(func, args):
-            self._settle()
+            self._settle(_tensors_of(args, kwargs))
         if func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -106,6 +107,11 @@ def still_lazy(model: torch.nn.Module) -> list[str]:
 
 def _is_lazy_copy(func: Operation, args: Sequence[object]) -> bool:
     return func is torch.ops.aten.copy_.default and isinstance(args[1], LazyTensor) and type(args[0]) is not LazyTensor
+
+
+def _tensors_of(*arguments: object) -> list[torch.Tensor]:
+    """Return the tensors among the arguments of an operation; a lazy tensor has no memory of its own."""
+    return [one for one in tree_leaves(arguments) if isinstance(one, torch.Tensor) and type(one) is not LazyTensor]
 
 
 def _bytes_of(tensor: torch.Tensor) -> Selection:

@@ -6,6 +6,8 @@ without the loops. torch has no unsigned arithmetic of 32 bits everywhere, so wo
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
@@ -48,17 +50,22 @@ def round_dithered(values: torch.Tensor, random: torch.Tensor, dtype: torch.dtyp
     single = values.float()
     if single.is_cpu and (rounded := _rounded_by_loop(single, random, dtype)) is not None:
         return rounded
-    bits, added = single.view(torch.int32), random.to(torch.int32) & 0xFFFF
+    bits, added = single.view(torch.int32), random.view(torch.uint16).to(torch.int32)
     if dtype == torch.bfloat16:
-        # Inf and NaN get nothing: a NaN of all ones would overflow to -0.0.
-        added.masked_fill_(single.isfinite().logical_not_(), 0)
-        return ((bits + added) >> 16).to(torch.int16).view(dtype)
+        # A NaN gets nothing: one of all ones, which is what devices compute, would overflow to -0.0.
+        added.masked_fill_(single.ne(single), 0).add_(bits)
+        return _upper_halves(added).view(dtype)
     size = single.abs()
     normal = ((size.view(torch.int32) - (112 << 23)) + (added >> 3)) >> 13
     fixed = ((size.clamp(max=2.0**-14) * 2.0**40).to(torch.int32) + added) >> 16
     rounded = torch.where(size < 2.0**-14, fixed, normal).clamp_(max=_FP16_BITS_OF_INF)
     rounded.masked_fill_(single.isfinite().logical_not_(), _FP16_BITS_OF_INF)
     return (rounded | (bits >> 16) & 0x8000).to(torch.int16).view(dtype)
+
+
+def _upper_halves(words: torch.Tensor) -> torch.Tensor:
+    """Return a view of the upper 16 bits of int32 values."""
+    return words.unsqueeze(-1).view(torch.int16)[..., int(sys.byteorder == "little")]
 
 
 def _rounded_by_loop(values: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -92,10 +99,16 @@ def _of_contiguous(selection: Selection, key: int, device: torch.device) -> torc
     """Hash each pair of elements once: two of them are the halves of an int32."""
     first, second = _key_of(key, selection.offset)
     odd, start = selection.offset & 1, (selection.offset >> 1) & 0xFFFFFFFF
-    count = (odd + selection.numel + 1) >> 1
-    words = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start + first))
+    words = _counters(_signed(start + first), (odd + selection.numel + 1) >> 1, device)
     halves = _hash(words, second).view(torch.int16)
     return halves[odd : odd + selection.numel].view(selection.shape)
+
+
+def _counters(start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return ``count`` int32 words from ``start`` on; they wrap around."""
+    if start + count <= 1 << 31:
+        return torch.arange(start, start + count, dtype=torch.int32, device=device)
+    return torch.arange(count, dtype=torch.int32, device=device).add_(start)
 
 
 def _of_any(selection: Selection, key: int, device: torch.device) -> torch.Tensor:
@@ -117,10 +130,19 @@ def _key_of(key: int, index: int) -> tuple[int, int]:
 
 def _hash(words: torch.Tensor, second: int | torch.Tensor) -> torch.Tensor:
     """Hash counters, to which the first half of the key is added already, in place."""
-    words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_FIRST))
+    _fold(words)
+    words.mul_(_signed(_FIRST))
     words.add_(_signed(second) if isinstance(second, int) else second)
     words.bitwise_xor_((words >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
-    return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
+    _fold(words)
+    return words
+
+
+def _fold(words: torch.Tensor) -> None:
+    """Combine the lower halves of words with the upper ones: ``words ^= words >>> 16``, by one operation."""
+    halves = words.unsqueeze(-1).view(torch.int16)
+    upper = int(sys.byteorder == "little")
+    halves[..., 1 - upper].bitwise_xor_(halves[..., upper])
 
 
 def _signed(word: int) -> int:

@@ -46,20 +46,16 @@ class Fill:
             CheckpointError: a file cannot be read.
             ExpoError: a value is not finite, as the recipe reports it.
         """
-        stage = self.session.stages.onto(self.dest.device)
-        if stage:
-            stage.fill(self.dest, self.selection, self.recipe)
-        else:
-            done = 0
-            if block := self._streamed():
-                from expo_serve.load.streaming import stream_all
+        done = 0
+        if block := self._streamed():
+            from expo_serve.load.streaming import stream_all
 
-                (done,) = stream_all([block], self.session.reader, self.is_read_next)
-            elif self._suits_compiled_loops():
-                recipe = self.recipe
-                done = recipe.operands.fill_prefix(self.dest, self.selection, recipe.alpha, recipe.dither_key)
-            self._fill_pieces(done)
-        self._account()
+            (done,) = stream_all([block], self.session.reader, self.is_read_next)
+        elif self._suits_compiled_loops():
+            recipe = self.recipe
+            done = recipe.operands.fill_prefix(self.dest, self.selection, recipe.alpha, recipe.dither_key)
+        self._fill_pieces(done)
+        self.session.account(self.recipe, self.selection)
 
     def call_together(self, others: Sequence[Fill]) -> None:
         """Do the work of this block and of others of the session: small ones by one call of the compiled loop.
@@ -82,19 +78,13 @@ class Fill:
                 fill()
                 continue
             fill._fill_pieces(next(done))
-            fill._account()
+            fill.session.account(fill.recipe, fill.selection)
 
     def _streamed(self) -> Streamed | None:
         operands, recipe = self.recipe.operands, self.recipe
         if not isinstance(operands, RecordOperands) or not self._suits_compiled_loops():
             return None
         return operands.streamed(self.dest, self.selection, recipe.alpha, recipe.dither_key)
-
-    def _account(self) -> None:
-        if self.session.observe:
-            self.session.observe(self.recipe, self.selection, self.session.reader)
-        for source, count in self.recipe.operands.read_bytes(self.selection).items():
-            self.session.counts.add_read(source, count)
 
     def _suits_compiled_loops(self) -> bool:
         dest, recipe = self.dest, self.recipe

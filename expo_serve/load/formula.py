@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -73,21 +74,20 @@ def combine_unchecked(
     """
     base, aligned, delta = operands.get("base"), operands.get("aligned"), operands.get("delta")
     if base is not None and delta is not None:
-        value = _rounded(_step(base, delta, 1 + alpha), dtype, noise)
+        wide = _step(base, delta, 1 + alpha)
     elif base is None or aligned is None:
-        value = next(iter(operands.values())).to(dtype)
+        wide = next(iter(operands.values()))
     elif noise is None and base.dtype == aligned.dtype == dest.dtype == dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
         return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
     else:
-        wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-        value = _rounded(torch.lerp(base.to(wide), aligned.to(wide), 1 + alpha), dtype, noise)
+        widest = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
+        wide = torch.lerp(base.to(widest), aligned.to(widest), 1 + alpha)
+    if noise is None and dest.dtype == dtype:
+        return dest.copy_(wide)
+    value = wide.to(dtype) if noise is None else round_dithered(wide, noise, dtype)
     dest.copy_(value)
     return value
-
-
-def _rounded(value: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor | None) -> torch.Tensor:
-    return value.to(dtype) if noise is None else round_dithered(value, noise, dtype)
 
 
 _STEP_VALUES = 1 << 14
@@ -103,16 +103,38 @@ def _step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tenso
     """
     if torch.float64 in (base.dtype, delta.dtype):
         return base.double() + delta.double() * weight
+    if fuses_addition(base.device):
+        return torch.add(base.float(), delta.float(), alpha=weight)
     result = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    parts = (torch.split(side.reshape(-1), _STEP_VALUES) for side in (base, delta, result))
+    # A device has no such cache, and every operation on it costs a launch.
+    values = _STEP_VALUES if base.is_cpu else max(1, base.numel())
+    parts = (torch.split(side.reshape(-1), values) for side in (base, delta, result))
     for one, step, out in zip(*parts, strict=True):
         out.copy_(_fused_step(one, step, weight))
     return result
 
 
+@cache
+def fuses_addition(device: torch.device) -> bool:
+    """Return True if torch computes ``a + weight * b`` with one rounding wherever values are on a device.
+
+    On the CPU it does so for whole vectors only. A device runs one program for every element: a look at some shows it.
+    """
+    if device.type == "cpu":
+        return False
+    chance = torch.Generator(device="cpu").manual_seed(2)
+    one, other = (torch.randn(_PROBED, generator=chance, device="cpu").to(device) for _ in range(2))
+    found = (torch.equal(torch.add(one, other, alpha=w), _fused_step(one, other, w)) for w in (1.5, 1.7, -0.3, 1e-3))
+    return all(found)
+
+
+_PROBED = 1 << 16
+"""Values that are compared: one in two differs where the product is rounded too."""
+
+
 def _fused_step(base: torch.Tensor, delta: torch.Tensor, weight: float) -> torch.Tensor:
     wide = base.double()
-    product = delta.double() * torch.tensor(weight, dtype=torch.float32).item()
+    product = delta.double() * torch.tensor(weight, dtype=torch.float32, device="cpu").item()
     total = wide + product
     added = total - wide
     lost = (wide - (total - added)) + (product - added)

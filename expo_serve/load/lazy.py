@@ -9,7 +9,7 @@ copy needs. Any other operation gets real values and goes on, so a model may do 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,11 @@ from expo_serve.load.torch_internals import Operation, disabled_torch_function, 
 from expo_serve.plan.plan import PlannedTensor
 
 _aten = torch.ops.aten
+_BY_INDEX = {
+    *(_aten.slice, _aten.select, _aten.split, _aten.split_with_sizes, _aten.unbind, _aten.view, _aten.detach),
+    *(_aten.alias, _aten.t, _aten.transpose, _aten.permute, _aten.unsqueeze, _aten.squeeze, _aten.expand),
+}
+"""Views that are defined by indices, not by strides: the same elements, in whatever layout."""
 Array = npt.NDArray[np.generic]
 Arguments = TypeVar("Arguments", list[object], dict[str, object])
 
@@ -34,23 +39,43 @@ class LazyTensor(torch.Tensor):
 
     _pending: PendingTensor
     _view: torch.Tensor
+    _shown: torch.Tensor
 
     @staticmethod
-    def __new__(cls, pending: PendingTensor, view: torch.Tensor) -> LazyTensor:
-        """Wrap ``pending``; ``view`` is a meta tensor that selects the elements."""
+    def __new__(cls, pending: PendingTensor, view: torch.Tensor, shown: torch.Tensor | None = None) -> LazyTensor:
+        """Wrap ``pending``.
+
+        Args:
+            pending: the tensor in the checkpoint.
+            view: a meta tensor that selects the elements.
+            shown: one of the same shape with the strides that the lazy tensor has; those of ``view`` by default.
+        """
+        shown = view if shown is None else shown
         lazy: LazyTensor = make_wrapper_subclass(
-            cls, view.size(), strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype
+            cls, shown.size(), strides=shown.stride(), storage_offset=shown.storage_offset(), dtype=view.dtype
         )
         lazy._pending = pending
         lazy._view = view
+        lazy._shown = shown
         return lazy
+
+    @property
+    def is_relaid(self) -> bool:
+        """Whether it has other strides than its elements in the checkpoint."""
+        return self._shown is not self._view
+
+    @property
+    def pending(self) -> PendingTensor:
+        """The tensor of which this is a view."""
+        return self._pending
 
     # Without this every operation would pass through Python twice.
     __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     def materialize(self) -> torch.Tensor:
         """Return the values as a plain CPU tensor."""
-        return self._pending.materialize(self._view)
+        values = self._pending.materialize(self._view)
+        return values.contiguous() if self.is_relaid else values
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"LazyTensor({self._pending.planned.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -85,8 +110,8 @@ class LazyTensor(torch.Tensor):
         first = args[0] if args else None
         if func is _aten.copy_.default and not isinstance(first, LazyTensor):
             return _copy_out(first, args[1])  # type: ignore[arg-type]  # the operation's schema: both are tensors
-        if func is _aten.clone.default and isinstance(first, LazyTensor) and _clones_layout(first, kwargs):
-            return LazyTensor(first._pending.clone(), first._view)
+        if func is _aten.clone.default and isinstance(first, LazyTensor):
+            return _clone(first, kwargs)
         if func.is_view and isinstance(first, LazyTensor):
             return _take_view(first, func, args[1:], kwargs)
         if func._schema.is_mutable:
@@ -94,11 +119,30 @@ class LazyTensor(torch.Tensor):
         return func(*_real(list(args)), **_real(dict(kwargs)))
 
 
-def _clones_layout(lazy: LazyTensor, kwargs: Mapping[str, object]) -> bool:
-    """Return True if a clone keeps strides and offset: that of a whole tensor does, in whatever order it is stored."""
-    preserves = kwargs.get("memory_format") in (None, torch.preserve_format)
-    is_whole = lazy.numel() == lazy._pending.whole.numel()
-    return preserves and is_whole and torch.ops.aten.is_non_overlapping_and_dense(lazy._view)
+def _clone(lazy: LazyTensor, kwargs: Mapping[str, object]) -> torch.Tensor:
+    """Return a clone: a lazy one if its layout is that of a whole tensor, or contiguous.
+
+    A whole tensor keeps its strides, in whatever order it is stored; of a part, a contiguous clone has others.
+    """
+    layout = kwargs.get("memory_format") or torch.preserve_format
+    if not lazy.is_relaid and _is_distinct(lazy._view):
+        is_whole = lazy.numel() == lazy._pending.whole.numel()
+        if layout is torch.preserve_format and is_whole:
+            return LazyTensor(lazy._pending.clone(), lazy._view)
+        if layout is torch.contiguous_format:
+            return LazyTensor(lazy._pending.clone(), lazy._view, torch.empty_like(lazy._view, memory_format=layout))
+    cloned: torch.Tensor = _aten.clone.default(lazy.materialize(), **kwargs)
+    return cloned
+
+
+def _is_distinct(view: torch.Tensor) -> bool:
+    """Return whether no two elements share a place, where a write to one would reach the other."""
+    reach = 0
+    for step, size in sorted(zip(view.stride(), view.size(), strict=True)):
+        if size > 1 and step <= reach:
+            return False
+        reach += step * (size - 1)
+    return True
 
 
 def _real(arguments: Arguments) -> Arguments:
@@ -119,12 +163,30 @@ def _copy_out(dest: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
 
 
 def _take_view(lazy: LazyTensor, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    taken = func(lazy._view, *args, **kwargs)
-    if isinstance(taken, torch.Tensor) and (taken.dtype != lazy.dtype or taken.is_neg() or taken.is_conj()):
-        return func(lazy.materialize(), *args, **kwargs)  # it selects no elements, it reinterprets them
+    taken = _selected(lazy, func, args, kwargs)
+    if taken is None:
+        return func(lazy.materialize(), *args, **kwargs)
+    shown: Any = func(lazy._shown, *args, **kwargs) if lazy.is_relaid else taken
     if isinstance(taken, torch.Tensor):
-        return LazyTensor(lazy._pending, taken)
-    return tree_map_only(torch.Tensor, lambda view: LazyTensor(lazy._pending, view), taken)
+        return LazyTensor(lazy._pending, taken, shown)
+    return [LazyTensor(lazy._pending, *pair) for pair in zip(taken, shown, strict=True)]
+
+
+def _selected(
+    lazy: LazyTensor, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]
+) -> torch.Tensor | Sequence[torch.Tensor] | None:
+    """Return the elements that a view selects, one meta tensor or several; None if it needs their values."""
+    if lazy.is_relaid and func.overloadpacket not in _BY_INDEX:
+        return None
+    try:
+        taken: torch.Tensor | Sequence[torch.Tensor] = func(lazy._view, *args, **kwargs)
+    except RuntimeError:
+        if lazy.is_relaid:  # of rows that lie apart, one dimension cannot be made
+            return None
+        raise
+    if isinstance(taken, torch.Tensor) and (taken.dtype != lazy.dtype or taken.is_neg() or taken.is_conj()):
+        return None  # it selects no elements, it reinterprets them
+    return taken
 
 
 def _run_mutable(func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object:

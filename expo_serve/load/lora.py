@@ -13,7 +13,7 @@ from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.load import sizes
-from expo_serve.load.dtypes import meta_tensor, uint16_bits
+from expo_serve.load.dtypes import TORCH_DTYPES, meta_tensor, uint16_bits
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import FileSpan, Selection, cut
@@ -29,6 +29,10 @@ class Factors:
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+
+    def part(self, rows: range, columns: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the parts of both factors that some rows and columns of the product need."""
+        return self.left[rows.start : rows.stop], self.right[:, columns.start : columns.stop]
 
     def product(self, rows: range, columns: range, out: torch.Tensor) -> None:
         """Compute a part of the product into ``out``: fp32, contiguous, as many rows and columns as the part has."""
@@ -78,6 +82,7 @@ class LowRankOperands:
         self._columns = _columns(delta)
         self._factors: Factors | None = None
         self._lock = threading.Lock()
+        self._on_device: dict[torch.device, Factors] = {}
         start = delta.start
         self._start_bytes = start.itemsize if start else 0
         self._unread = sum(record.nbytes for record in delta.records) - (start.nbytes if start else 0)
@@ -86,6 +91,11 @@ class LowRankOperands:
     def grain(self) -> int:
         """Elements of one row."""
         return self._columns
+
+    @property
+    def dtypes(self) -> Mapping[Operand, torch.dtype]:
+        """Return base's dtype, and fp32 for the product."""
+        return {"base": TORCH_DTYPES[self._base.dtype], "delta": torch.float32}
 
     @property
     def widest(self) -> int:
@@ -103,10 +113,29 @@ class LowRankOperands:
         stored = selection.stored
         return {"base": stored * self._base.itemsize, "delta": unread + stored * self._start_bytes}
 
+    @property
+    def is_product_only(self) -> bool:
+        """Return True if the delta is the product and nothing else."""
+        return self._delta.start is None
+
+    def box(self, selection: Selection) -> Box:
+        """Return the rows and columns of the product that a selection needs."""
+        return Box.around(selection, self._columns)
+
+    def factors_on(self, device: torch.device) -> Factors:
+        """Return the factors in the memory of a device, to which they are copied by the first call."""
+        if device not in self._on_device:
+            here = self.factors()
+            self._on_device[device] = Factors(here.left.to(device), here.right.to(device), here.scale)
+        return self._on_device[device]
+
+    def read_base(self, selection: Selection, memory: Memory) -> torch.Tensor:
+        """Read elements of base in their dtype."""
+        return self._reader.read_into(self._base, selection, memory("base", selection.numel * self._base.itemsize))
+
     def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
         """Read elements of base in their dtype, and compute the product for them in fp32."""
-        size = selection.numel * self._base.itemsize
-        base = self._reader.read_into(self._base, selection, memory("base", size))
+        base = self.read_base(selection, memory)
         values = memory("delta", selection.numel * _FLOAT_BYTES).values(torch.float32, selection.shape)
         self._compute(selection, values)
         if start := self._delta.start:
@@ -115,14 +144,14 @@ class LowRankOperands:
 
     def _compute(self, selection: Selection, values: torch.Tensor) -> None:
         """Compute the product over the bounding box of the selection and pick its elements; split large boxes."""
-        box = _Box.around(selection, self._columns)
+        box = Box.around(selection, self._columns)
         if box.size > sizes.LOW_RANK_BOX_VALUES and max(selection.shape, default=1) > 1:
             dim, halves = selection.halves()
             for start, length in halves:
                 self._compute(selection.narrow(dim, start, length), values.narrow(dim, start, length))
             return
         steps = torch.empty(len(box.rows), len(box.columns), dtype=torch.float32, device="cpu")
-        self._read_factors().product(box.rows, box.columns, steps)
+        self.factors().product(box.rows, box.columns, steps)
         values.copy_(box.pick(steps, selection))
 
     def fill_prefix(self, dest: torch.Tensor, selection: Selection, alpha: float, dither_key: int | None) -> int:
@@ -131,7 +160,7 @@ class LowRankOperands:
         is_plain = self._base.dtype == "BF16" and not self._delta.start and selection.offset % columns == 0
         if not is_plain or not kernels.available("bf16.combine", "low_rank.stream"):
             return 0
-        factors = self._read_factors()
+        factors = self.factors()
         first = selection.offset // columns
         rows = range(first, first + selection.numel // columns)
         there = self._reader.span_of("base", self._base, selection)
@@ -140,7 +169,12 @@ class LowRankOperands:
         self._reader.activity.add_bytes(done * dest.element_size())
         return done
 
-    def _read_factors(self) -> Factors:
+    def factors(self) -> Factors:
+        """Return the factors, which the first call reads.
+
+        Raises:
+            ExpoError: a file cannot be read, or a factor holds NaN or Inf.
+        """
         with self._lock:
             if self._factors is None:
                 self._factors = _join([self._module(module) for module in self._delta.modules])
@@ -178,7 +212,7 @@ def _join(parts: list[Factors]) -> Factors:
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """The smallest rectangle of a matrix that covers a selection."""
 
     rows: range
@@ -192,16 +226,16 @@ class _Box:
         return len(self.rows) * len(self.columns)
 
     @staticmethod
-    def around(selection: Selection, width: int) -> _Box:
+    def around(selection: Selection, width: int) -> Box:
         """Return the box of a selection: all columns if a dimension of the selection wraps around rows."""
         if not selection.numel:
-            return _Box(range(0), range(0), width)
+            return Box(range(0), range(0), width)
         start, last = selection.offset, selection.end - 1
         across = start % width + sum(
             (size - 1) * (stride % width) for size, stride in zip(selection.shape, selection.stride, strict=True)
         )
         rows = range(start // width, last // width + 1)
-        return _Box(rows, range(start % width, across + 1) if across < width else range(width), width)
+        return Box(rows, range(start % width, across + 1) if across < width else range(width), width)
 
     def pick(self, values: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Pick the elements of the selection from the values of the box."""

@@ -14,6 +14,7 @@ from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ExpoError
 from expo_serve.load import dither
+from expo_serve.load.dtypes import TORCH_DTYPES
 from expo_serve.load.reader import Buffer, Reader
 from expo_serve.load.selection import FileSpan, Selection
 
@@ -30,6 +31,10 @@ class Operands(Protocol):
     @property
     def grain(self) -> int:
         """Number of elements that are best read together: copies are cut at multiples of it."""
+
+    @property
+    def dtypes(self) -> Mapping[Operand, torch.dtype]:
+        """The dtypes of what :meth:`read` returns."""
 
     @property
     def widest(self) -> int:
@@ -104,6 +109,11 @@ class RecordOperands:
     records: Mapping[Operand, TensorRecord]
     sources: Mapping[str, str]
     grain: int = 1
+
+    @property
+    def dtypes(self) -> Mapping[Operand, torch.dtype]:
+        """Return the dtypes as stored."""
+        return {operand: TORCH_DTYPES[record.dtype] for operand, record in self.records.items()}
 
     @property
     def widest(self) -> int:

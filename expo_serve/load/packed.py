@@ -13,7 +13,7 @@ from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand
 from expo_serve.errors import CheckpointError, ValuesError
 from expo_serve.load import sizes
-from expo_serve.load.blocks import Coded, DamagedError, decode, decompressed
+from expo_serve.load.blocks import Coded, DamagedError, Values, changed_values, decode, decompressed
 from expo_serve.load.dtypes import TORCH_DTYPES, signed_bits
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
@@ -47,6 +47,12 @@ class PackedOperands:
         return self._delta.block
 
     @property
+    def dtypes(self) -> Mapping[Operand, torch.dtype]:
+        """Return the dtypes of base and of what the delta decodes to."""
+        both: dict[Operand, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
+        return {operand: both[operand] for operand in self._used}
+
+    @property
     def widest(self) -> int:
         """Bytes of the wider of an element of base and one of aligned."""
         return max(self._dtype.itemsize, self._base_dtype.itemsize)
@@ -55,7 +61,7 @@ class PackedOperands:
         """Return the packed bytes of the blocks that cover the selection, and what those need of base."""
         if not selection.is_contiguous or not selection.numel:
             return []
-        blocks = self._blocks(selection)
+        blocks = self.blocks(selection)
         offsets = self._table().offsets
         packed = Selection.flat(offsets[blocks.start], offsets[blocks.stop] - offsets[blocks.start])
         wanted = [self._reader.span_of("delta", self._delta.record, packed)] if packed.numel else []
@@ -69,7 +75,7 @@ class PackedOperands:
             return {}
         with self._lock:
             table, self._uncounted = self._uncounted, 0
-        blocks = self._blocks(selection)
+        blocks = self.blocks(selection)
         offsets = self._table().offsets
         base = self._shared(blocks).numel * self._base.itemsize if self._base else 0
         packed = offsets[blocks.stop] - offsets[blocks.start] if "aligned" in self._used else 0
@@ -77,12 +83,9 @@ class PackedOperands:
 
     def read(self, selection: Selection, memory: Memory) -> dict[Operand, torch.Tensor]:
         """Decode the blocks that cover the selection."""
-        dtypes: dict[Operand, torch.dtype] = {"base": self._base_dtype, "aligned": self._dtype}
         values = {
-            operand: memory(operand, selection.numel * dtypes[operand].itemsize).values(
-                dtypes[operand], selection.shape
-            )
-            for operand in self._used
+            operand: memory(operand, selection.numel * dtype.itemsize).values(dtype, selection.shape)
+            for operand, dtype in self.dtypes.items()
         }
         self._pick(selection, values)
         return values
@@ -95,7 +98,7 @@ class PackedOperands:
                 part = {operand: value.narrow(dim, start, length) for operand, value in values.items()}
                 self._pick(selection.narrow(dim, start, length), part)
             return
-        blocks = self._blocks(selection)
+        blocks = self.blocks(selection)
         start, end = self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
         shape = (end - start,)
         around: dict[Operand, torch.Tensor] = {
@@ -118,7 +121,7 @@ class PackedOperands:
         is_plain = self._dtype == self._base_dtype == torch.bfloat16 and len(self._used) == 2
         if not is_plain or end > self._tensor.values_in_base or not kernels.available(*_LOOPS):
             return 0
-        flat, table, blocks = dest.detach().view(-1), self._table(), self._blocks(selection)
+        flat, table, blocks = dest.detach().view(-1), self._table(), self.blocks(selection)
         if not {SAME, SPARSE}.issuperset(table.codings[blocks.start : blocks.stop]):
             return 0
         self._read_packed(table.offsets[blocks.start], table.offsets[blocks.stop])
@@ -164,7 +167,7 @@ class PackedOperands:
         coded = self._coded(block) if "aligned" in self._used else None
         is_shared = self._base is not None and start < self._tensor.values_in_base
         if is_shared:
-            self._read_base(block, base)
+            self.read_base(block, base)
         if coded is not None:
             self._decoded(block, coded, base.to(self._dtype) if is_shared else None, aligned)
 
@@ -174,7 +177,7 @@ class PackedOperands:
         except DamagedError as error:
             raise self._damaged(block, str(error)) from None
 
-    def _read_base(self, block: int, out: torch.Tensor) -> None:
+    def read_base(self, block: int, out: torch.Tensor) -> None:
         """Read a block of base, which must have the checksum of the base that the delta was made against."""
         assert self._base is not None
         start, end = self._spans[block]
@@ -227,13 +230,51 @@ class PackedOperands:
                 self._known = read_table(raw, tensor, self._delta.block, record)
             return self._known
 
-    def _blocks(self, selection: Selection) -> range:
+    def blocks(self, selection: Selection) -> range:
         """Return the blocks that cover a selection, which is not empty."""
         return range(self._block_of(selection.offset), self._block_of(selection.end - 1) + 1)
 
     def _block_of(self, place: int) -> int:
         size, shared = self._delta.block, int(self._tensor.values_in_base)
         return place // size if place < shared else -(-shared // size) + (place - shared) // size
+
+    def ends(self, blocks: range) -> tuple[int, int]:
+        """Return the first value of some blocks, and the one after their last."""
+        return self._spans[blocks.start][0], self._spans[blocks.stop - 1][1]
+
+    def is_transferable(self, selection: Selection) -> bool:
+        """Return True if blocks can go to a device as they are: contiguous elements, and base of the same dtype."""
+        is_plain = selection.is_contiguous and len(self._used) == 2 and self._dtype == self._base_dtype
+        return is_plain and selection.end <= self._tensor.values_in_base
+
+    def read_changes(
+        self, block: int, base: torch.Tensor, out: torch.Tensor, most: int
+    ) -> tuple[Values, Values] | None:
+        """Read what changes in a block; where its coding holds all values, or too much changes, decode it.
+
+        Args:
+            block: which.
+            base: base's values of it.
+            out: where its values go if it is decoded: contiguous, on the CPU.
+            most: changes that are wanted.
+
+        Returns:
+            The places of the changes in the block (int64), and the bits of the values there; None if it was decoded.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the delta is damaged.
+        """
+        coded = self._coded(block)
+        if coded.coding in (SAME, SPARSE):
+            bits = signed_bits(base)
+            try:
+                found = changed_values(decompressed(coded, bits.size, bits.itemsize), bits)
+            except DamagedError as error:
+                raise self._damaged(block, str(error)) from None
+            if len(found[0]) <= most:
+                return found
+        self._decoded(block, coded, base, out)
+        return None
 
     def _shared(self, blocks: range) -> Selection:
         """Return the elements of base that these blocks need."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 
 import torch
@@ -64,16 +64,41 @@ class PendingTensor:
         """
         if not view.numel():
             return
+        if submit is None and self.value is None and self.session.stages.onto(dest.device):
+            self._write_onto_device(dest, Selection.of(view))
+            return
         submit = submit or self.session.submit
         if (value := self.value) is not None:
             submit(dest, lambda: _copy_plain(dest, select(value, view)))
             return
         block = sizes.BLOCK_BYTES // self.whole.element_size()
-        for part, selection, has_base in self._by_base_rows(dest, Selection.of(view)):
-            recipe = self._recipe(has_base)
+        for part, selection, recipe in self.parts(dest, Selection.of(view)):
             for out, chosen in cut(part, selection, block, recipe.operands.grain):
                 fill = Fill(out, chosen, recipe, self.session, is_read_next=submit is run_inline)
                 submit(out, fill, recipe.operands.spans(chosen))
+
+    def _write_onto_device(self, dest: torch.Tensor, selection: Selection) -> None:
+        session = self.session
+        for part, chosen, recipe in self.parts(dest, selection):
+            if chosen.numel:
+                session.stages.fill(part, chosen, recipe)
+                session.account(recipe, chosen)
+        session.stages.took(dest, selection)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Name, shape and dtype."""
+        return self.planned.name, tuple(self.whole.shape), self.whole.dtype
+
+    @property
+    def recipes(self) -> Iterable[Recipe]:
+        """The recipes of its copies so far."""
+        return self._recipes.values()
+
+    def parts(self, dest: torch.Tensor, selection: Selection) -> Iterator[tuple[torch.Tensor, Selection, Recipe]]:
+        """Cut a copy into parts of one recipe each: most often there is one."""
+        for part, chosen, has_base in self._by_base_rows(dest, selection):
+            yield part, chosen, self._recipe(has_base)
 
     def materialize(self, view: torch.Tensor) -> torch.Tensor:
         """Return the elements that ``view`` selects as a plain CPU tensor of its own."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.selection import FileSpan
-from expo_serve.load.threads import DaemonPool
+from expo_serve.load.threads import Countdown, DaemonPool
 
 
 class ReadAhead:
@@ -24,10 +24,11 @@ class ReadAhead:
 
     Args:
         activity: records what is being read.
+        on_all_cores: see :class:`~expo_serve.load.threads.DaemonPool`.
     """
 
-    def __init__(self, activity: ReadActivity) -> None:
-        self._activity = activity
+    def __init__(self, activity: ReadActivity, *, on_all_cores: bool = True) -> None:
+        self._activity, self._on_all_cores = activity, on_all_cores
         self._pools: dict[str, DaemonPool] = {}
         self._scratch = threading.local()
         self._ended = False
@@ -41,7 +42,7 @@ class ReadAhead:
         name the tensor.
         """
         cold = [part for part in spans if not self._is_cached(part)]
-        arrived = _Countdown(len(cold), then)
+        arrived = Countdown(len(cold), then)
         for part in cold:
             self._pool(part.operand).submit(lambda part=part: self._bring(part, arrived))  # type: ignore[misc]
         return bool(cold)
@@ -65,7 +66,7 @@ class ReadAhead:
 
     def _pool(self, operand: str) -> DaemonPool:
         if operand not in self._pools:
-            self._pools[operand] = DaemonPool(1, f"expo-ahead-{operand}")
+            self._pools[operand] = DaemonPool(1, f"expo-ahead-{operand}", on_all_cores=self._on_all_cores)
         return self._pools[operand]
 
     def _bring(self, part: FileSpan, arrived: Callable[[], None]) -> None:
@@ -90,19 +91,3 @@ class ReadAhead:
             self._scratch.memory = memoryview(bytearray(sizes.READ_AHEAD_BYTES))
         memory: memoryview = self._scratch.memory
         return memory
-
-
-class _Countdown:
-    """Calls a function when it has been called ``number`` times itself."""
-
-    def __init__(self, number: int, then: Callable[[], None]) -> None:
-        self._left = number
-        self._then = then
-        self._lock = threading.Lock()
-
-    def __call__(self) -> None:
-        with self._lock:
-            self._left -= 1
-            left = self._left
-        if not left:
-            self._then()

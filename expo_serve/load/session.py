@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from expo_serve.load.counts import Counts, ReadActivity
-from expo_serve.load.device import Stages
 from expo_serve.load.operands import Recipe
 from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
+from expo_serve.load.stages import Stages
 from expo_serve.load.threads import Background, Executor, run_inline
 
 
@@ -43,6 +43,13 @@ class LoadSession:
     """The ways onto devices; outside of their context results are made on the host and copied."""
     observe: Observer | None = None
 
+    def account(self, recipe: Recipe, block: Selection) -> None:
+        """Count what was read for a block that is done, and let the observer look at it."""
+        if self.observe:
+            self.observe(recipe, block, self.reader)
+        for source, count in recipe.operands.read_bytes(block).items():
+            self.counts.add_read(source, count)
+
 
 @dataclass(frozen=True)
 class ModelSession(LoadSession):
@@ -50,32 +57,65 @@ class ModelSession(LoadSession):
 
     background: Background | None = None
 
-    def settle(self) -> None:
-        """Wait until all that was submitted is written, also for work given to a device from now on.
+    def settle_for(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Wait until what threads write to these tensors is written; a device keeps the order by itself.
+
+        Raises:
+            ExpoError: a file cannot be read, or a value is not finite.
+        """
+        if self.background:
+            self.background.wait_for(tensors)
+
+    def settle_memory(self) -> None:
+        """Wait until all that threads write to memory is written; a device keeps the order by itself.
 
         Raises:
             ExpoError: a file cannot be read, or a value is not finite.
         """
         if self.background:
             self.background.wait()
+
+    def settle(self) -> None:
+        """Wait until all that was submitted is written, and all values have been looked at.
+
+        Raises:
+            ExpoError: a file cannot be read, or a value is not finite.
+        """
+        self.settle_memory()
         self.stages.wait()
+
+
+def stages_for(threads: int, activity: ReadActivity | None = None) -> Stages:
+    """Return the stages of a load, to be entered.
+
+    Args:
+        threads: that read for each device.
+        activity: records what the reads are doing.
+    """
+    return Stages(threads, ReadAhead(activity or ReadActivity(), on_all_cores=False))
 
 
 @contextmanager
 def load_into(
-    model: torch.nn.Module, threads: int, activity: ReadActivity | None = None, observe: Observer | None = None
+    model: torch.nn.Module,
+    threads: int,
+    activity: ReadActivity | None = None,
+    observe: Observer | None = None,
+    stages: Stages | None = None,
 ) -> Iterator[ModelSession]:
     """Open a session for one model.
 
-    After the context, copies run in the calling thread: layers that vLLM quantises late copy from their lazy tensors
-    then, and nobody would wait for a thread.
+    After the context, copies on the CPU run in the calling thread: layers that vLLM quantises late copy from their lazy
+    tensors then, and nobody would wait for a thread. A device keeps the order by itself, so its stages may stay open.
 
     Args:
         model: the model whose parameters are written.
         threads: that read and combine.
         activity: records what the reads are doing.
         observe: is called with every block that is computed.
+        stages: open ones; by default those of this context.
     """
     activity = activity or ReadActivity()
-    with Background(model, threads, ReadAhead(activity)) as background, Stages(threads) as stages:
+    with ExitStack() as opened, Background(model, threads, ReadAhead(activity)) as background:
+        stages = stages or opened.enter_context(stages_for(threads, activity))
         yield ModelSession(Reader(activity), Counts(), background.submit, stages, observe, background)

@@ -22,9 +22,10 @@ size                        value      reason
 ``MEASURED_PIECE_BYTES``    256 KiB    Of each side, read and counted at a time by ``inspect --measure``: the same.
 ``REQUEST_BYTES``           1 MiB      Asked of the kernel by one read call.
 ``READ_AHEAD_BYTES``        1 MiB      The same for the threads that bring cold files into the page cache.
-``STAGE_BYTES``             8 MiB      Of each operand in each turn of device staging: copying it takes the link far
+``STAGE_BYTES``             16 MiB     Of all operands in each turn of device staging: copying it takes the link far
                                        longer than starting the copy.
-``STAGE_TURNS``             2          One turn is filled while the device works on the other.
+``STAGE_TURNS``             6          Two for what was not expected, of which one is read while the other is copied
+                                       and combined; the others hold what is read ahead.
 ``MAX_DEVICE_SHARE``        1/64       Of a device's memory for all staging buffers together.
 ``PACKED_SPAN_BYTES``       8 MiB      Decoded at a time where elements are scattered over the blocks of a packed delta.
 ``LOW_RANK_BOX_VALUES``     2 Mi       Of a low-rank product, computed at a time where elements are scattered.
@@ -62,8 +63,8 @@ FETCH_PIECE_BYTES = 256 << 10
 MEASURED_PIECE_BYTES = 256 << 10
 REQUEST_BYTES = 1 << 20
 READ_AHEAD_BYTES = 1 << 20
-STAGE_BYTES = 8 << 20
-STAGE_TURNS = 2
+STAGE_BYTES = 16 << 20
+STAGE_TURNS = 6
 MAX_DEVICE_SHARE = 64
 PACKED_SPAN_BYTES = 8 << 20
 LOW_RANK_BOX_VALUES = 2 << 20

@@ -29,6 +29,8 @@ MAX_THREADS = 4
 """More do not help where the page cache or a local disk is read: a few cores fill the memory's bandwidth."""
 NETWORK_THREADS = 8
 """More reads have to be under way where each is a round trip; each thread holds two pieces of memory."""
+_DEVICE_THREADS = 2, 8
+"""At least and at most: a core copies some 7 GB/s out of the page cache, and a link takes 25 to 55 GB/s."""
 _RESULTS_AHEAD = 2
 """Results of :func:`in_order` that wait for their turn, for each thread."""
 _LOOK_SECONDS = 1.0
@@ -43,6 +45,17 @@ Result = TypeVar("Result")
 def default_threads(on_network: bool = False) -> int:
     """Return how many threads load best: one a core up to a few, and more where reads are round trips."""
     return NETWORK_THREADS if on_network else min(MAX_THREADS, os.cpu_count() or 1)
+
+
+def device_threads(on_network: bool = False, ranks: int = 1) -> int:
+    """Return how many threads read best for a device: its link takes what several cores copy.
+
+    Args:
+        on_network: whether reads are round trips.
+        ranks: processes of this machine that load at the same time.
+    """
+    least, most = _DEVICE_THREADS
+    return most if on_network else min(most, max(least, all_cores() // max(1, ranks) - 1))
 
 
 def all_cores() -> int:
@@ -117,15 +130,14 @@ class Background:
         self._joined_bytes = 0
         self._prefetch = prefetch
         self._failure: BaseException | None = None
-        self._ended = False
+        self._ended = self._is_open = False
 
     def __enter__(self) -> Background:
-        if self._wanted > 1:
-            self._pool = DaemonPool(self._wanted, "expo")
+        self._is_open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended = True
+        self._ended, self._is_open = True, False
         if self._prefetch:
             self._prefetch.close()
         if self._pool:
@@ -182,9 +194,31 @@ class Background:
         if self._failure:
             raise self._failure
 
+    def wait_for(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Wait until all submitted tasks are done, if one of them may write to these tensors.
+
+        Raises:
+            BaseException: whatever the first failed task has raised.
+        """
+        if self._failure or (self._pending and any(self._may_be_written(tensor) for tensor in tensors)):
+            self.wait()
+
+    def _may_be_written(self, tensor: torch.Tensor) -> bool:
+        if tensor.device.type != "cpu":
+            return False
+        storage = tensor.untyped_storage()
+        return self._is_being_written(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+
     def _is_deferrable(self, dest: torch.Tensor) -> bool:
-        has_threads = self._pool is not None and self._pool.size > 0
-        return has_threads and dest.device.type == "cpu" and dest.untyped_storage().data_ptr() in self._storages
+        if dest.device.type != "cpu" or dest.untyped_storage().data_ptr() not in self._storages:
+            return False
+        return self._has_threads()
+
+    def _has_threads(self) -> bool:
+        """Return True if there are threads; they are started when they are needed first."""
+        if self._pool is None and self._is_open and self._wanted > 1:
+            self._pool = DaemonPool(self._wanted, "expo")
+        return self._pool is not None and self._pool.size > 0
 
     def _is_being_written(self, start: int, end: int) -> bool:
         """Of the ranges that begin before ``end``, the last one reaches farthest, since no two overlap."""
@@ -290,9 +324,11 @@ class DaemonPool:
     Args:
         threads: how many, at most.
         name: of each thread, before its number.
+        on_all_cores: False for threads that stay on the cores of this process.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int, name: str, *, on_all_cores: bool = True) -> None:
+        self._on_all_cores = on_all_cores
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         started = [start_thread(f"{name}-{index}", self._work) for index in range(threads)]
         self._threads = [thread for thread in started if thread]
@@ -338,9 +374,25 @@ class DaemonPool:
         self._threads = []
 
     def _work(self) -> None:
-        _use_all_cores()
+        if self._on_all_cores:
+            _use_all_cores()
         while (task := self._tasks.get()) is not None:
             task()
+
+
+class Countdown:
+    """Calls a function when it has been called ``number`` times itself, from whatever threads."""
+
+    def __init__(self, number: int, then: Callable[[], None]) -> None:
+        self._left, self._then = number, then
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            left = self._left
+        if not left:
+            self._then()
 
 
 def _resolve(future: Future[Result], task: Callable[[], Result]) -> None:

@@ -161,7 +161,9 @@ def _of_piece(
         if method == "dithered" and noise is None and not only:
             found.moved[method] = found.moved["nearest"]
             continue
-        result = combine_unchecked(torch.empty(base.shape, dtype=dtype), operands, dtype, alpha, methods[method])
+        result = combine_unchecked(
+            torch.empty(base.shape, dtype=dtype, device="cpu"), operands, dtype, alpha, methods[method]
+        )
         found.moved[method] = float(torch.dot(result.double() - aligned, step))
     if not only:
         found.aligned_squares = float(torch.dot(aligned, aligned))

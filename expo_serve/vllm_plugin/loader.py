@@ -7,9 +7,12 @@ the tensors, and the loader yields a lazy tensor for each name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +25,29 @@ from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
 from expo_serve.load.counts import Counts, ReadActivity
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.fill import compile_kernels
-from expo_serve.load.lazy import lazy_tensor
-from expo_serve.load.session import LoadSession, load_into
-from expo_serve.load.threads import default_threads, start_thread
+from expo_serve.load.lazy import LazyTensor, lazy_tensor
+from expo_serve.load.session import LoadSession, load_into, stages_for
+from expo_serve.load.stages import Stages
+from expo_serve.load.threads import default_threads, device_threads, start_thread
 from expo_serve.measure.sample import Sample
 from expo_serve.plan.delta import format_of
-from expo_serve.plan.plan import Plan
+from expo_serve.plan.plan import Plan, PlannedTensor
 from expo_serve.plan.prepare import prepare
 from expo_serve.progress import Progress
 from expo_serve.report import LoadReport
 from expo_serve.vllm_plugin import compat
 from expo_serve.vllm_plugin.caches import refuse_weight_cache
-from expo_serve.vllm_plugin.plain_vllm import check_config, with_model
+from expo_serve.vllm_plugin.plain_vllm import check_config, refuse_elastic_experts, with_model
+from expo_serve.vllm_plugin.processing import processed_unwatched
+from expo_serve.vllm_plugin.rank_state import LoadState, failures_reported, rank_reporter
 from expo_serve.vllm_plugin.reporting import LoadAccount, load_progress
 from expo_serve.vllm_plugin.unwritten import check_taken, check_written
 
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
 _COUNTS_ATTRIBUTE = "expo_load_counts"
+_MADE_AHEAD = 128
+"""Lazy tensors that exist before they are asked for: what they will be asked for can be read ahead."""
 _MADE_TOGETHER = 16
 """Lazy tensors made at a time: to leave the dispatch modes and to enter them again takes as long as making one."""
 logger = compat.init_logger("vllm.expo_serve.loader")
@@ -54,19 +62,36 @@ class ModelLoad:
     plan: Plan
     session: LoadSession
     progress: Progress | None = None
+    state: LoadState | None = None
     given: list[str] = field(default_factory=list)
     """The tensors that the model is given, in vLLM's order."""
 
     def lazy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor by its name; a tensor is done with when the next one is asked for."""
-        for first in range(0, len(self.given), _MADE_TOGETHER):
-            planned = [self.plan.tensors[name] for name in self.given[first : first + _MADE_TOGETHER]]
-            with unwatched():
-                lazies = [lazy_tensor(tensor, self.session) for tensor in planned]
-            for tensor, lazy in zip(planned, lazies, strict=True):
-                yield tensor.name, lazy
-                if self.progress:
-                    self.progress.advance(sum(tensor.read_bytes.values()))
+        made: deque[LazyTensor] = deque()
+        waiting = iter([self.plan.tensors[name] for name in self.given])
+        while True:
+            if len(made) < _MADE_AHEAD:
+                with unwatched():
+                    made.extend(self._announced(tensor) for tensor in islice(waiting, _MADE_TOGETHER))
+            if not made:
+                return
+            lazy = made.popleft()
+            planned = lazy.pending.planned
+            yield planned.name, lazy
+            self.session.stages.finish(lazy.pending)
+            self._count(planned.read_bytes)
+
+    def _announced(self, planned: PlannedTensor) -> LazyTensor:
+        lazy = lazy_tensor(planned, self.session)
+        self.session.stages.announce(lazy.pending)
+        return lazy
+
+    def _count(self, read_bytes: Mapping[str, int]) -> None:
+        if self.progress:
+            self.progress.advance(sum(read_bytes.values()))
+        if self.state:
+            self.state.advance(read_bytes)
 
     def dropped(self) -> dict[str, int]:
         """Return the tensors of which the model took nothing: name to number of elements."""
@@ -93,6 +118,10 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self._plan: Plan | None = None
         self._load: ModelLoad | None = None
         """The load under way; None outside of one, when vLLM's ``reload_weights`` may ask for the weights."""
+        self._opened: ExitStack | None = None
+        """What stays open until the end of ``load_model``; None outside of it."""
+        self._stages: Stages | None = None
+        """Those that stay open."""
         self._unfinished: LoadAccount | None = None
         """A load that waits for layers that vLLM quantises late."""
         self._shows_progress = bool(load_config.use_tqdm_on_load)
@@ -117,10 +146,27 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         """Build and load a model; the report includes layers that vLLM quantises after all weights have arrived."""
         self._take_unfinished()  # of a load that failed
-        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        refuse_elastic_experts(vllm_config.parallel_config.enable_elastic_ep)
+        with failures_reported(rank_reporter()), self._stages_kept_open():
+            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         if unfinished := self._take_unfinished():
             _say(self._report(model, unfinished))
         return model
+
+    @contextmanager
+    def _stages_kept_open(self) -> Iterator[None]:
+        """Keep the ways onto devices open after ``load_weights``, for layers that vLLM quantises late.
+
+        Raises:
+            ExpoError: a value of such a layer is not finite.
+        """
+        with ExitStack() as self._opened:
+            try:
+                yield
+                if self._stages:
+                    self._stages.wait()
+            finally:
+                self._opened, self._stages = None, None
 
     def _take_unfinished(self) -> LoadAccount | None:
         unfinished, self._unfinished = self._unfinished, None
@@ -155,8 +201,8 @@ class ExpoModelLoader(compat.DefaultModelLoader):
     def reload(self, model: torch.nn.Module, model_config: Any, put: Callable[[NamedTensors], object]) -> LoadReport:
         """Load the extrapolated weights into a model that holds those of another alpha.
 
-        In this thread and by way of the host: vLLM processes each layer as soon as its tensors are there, by operations
-        of its own that no dispatch mode sees, so nothing may be under way then.
+        On the CPU in this thread: vLLM processes each layer as soon as its tensors are there, by operations of its own
+        that no dispatch mode sees, so nothing may be under way then. A device keeps the order by itself.
 
         Args:
             model: has been loaded by this load format, from the same sources.
@@ -170,11 +216,13 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         plan = self._prepare(model_config)
         account.resolved = time.perf_counter()
         account.sample = Sample.of_load(plan.weight_bytes, self.config.how_to_round)
-        self._load = ModelLoad(plan, LoadSession(counts=account.counts, observe=account.sample))
-        try:
-            put(self.get_all_weights(model_config, model))
-        finally:
-            self._load = None
+        with stages_for(_threads(plan)) as stages:
+            self._load = ModelLoad(plan, LoadSession(counts=account.counts, stages=stages, observe=account.sample))
+            try:
+                put(self.get_all_weights(model_config, model))
+                stages.wait()
+            finally:
+                self._load = None
         first: Counts = getattr(model, _COUNTS_ATTRIBUTE)
         check_taken(first.kinds.keys(), account.counts.kinds.keys())
         account.sort(model)
@@ -184,18 +232,24 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         self, model: torch.nn.Module, model_config: Any, plan: Plan, sample: Sample
     ) -> tuple[ModelLoad, WriteTracker]:
         """Let vLLM load the model while lazy tensors are copied by threads or onto devices, and watch the writes."""
-        activity = ReadActivity()
-        into_model = load_into(model, _threads(plan), activity, sample)
-        with self._progress(plan, activity) as progress, into_model as session:
-            load = ModelLoad(plan, session, progress)
-            tracker = WriteTracker(model, session.settle)
+        activity, threads = ReadActivity(), _threads(plan)
+        state = LoadState(plan.read_bytes)
+        with ExitStack() as opened:
+            stages = (self._opened or opened).enter_context(stages_for(threads, activity))
+            self._stages = stages if self._opened else None
+            into_model = load_into(model, threads, activity, sample, stages)
+            progress = opened.enter_context(self._progress(plan, activity, state))
+            session = opened.enter_context(into_model)
+            load = ModelLoad(plan, session, progress, state)
+            tracker = WriteTracker(model, session.settle_for)
             self._load = load
             try:
-                with tracker:
+                with tracker, processed_unwatched(model, session.settle_memory):
                     super().load_weights(model, model_config)
-                    session.settle()
+                session.settle()
             finally:
                 self._load = None
+        state.end()
         return load, tracker
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -206,7 +260,15 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         pinned = self.config.pinned
         if pinned and not self._is_deployed_model(model_config):
             raise LoadError(f"weights of {model_config.model} were asked for, but {pinned.deployed.path} is deployed")
-        load = self._load or ModelLoad(self._prepare(model_config), LoadSession())
+        if self._load is None:  # vLLM's ``reload_weights``
+            plan = self._prepare(model_config)
+            with stages_for(_threads(plan)) as stages:
+                yield from self._all_weights(ModelLoad(plan, LoadSession(stages=stages)), model)
+                stages.wait()
+        else:
+            yield from self._all_weights(self._load, model)
+
+    def _all_weights(self, load: ModelLoad, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         further = getattr(model, "secondary_weights", ())
         for source in further:
             _refuse_pickles(source)
@@ -216,9 +278,9 @@ class ExpoModelLoader(compat.DefaultModelLoader):
         for source in further:
             yield from self._get_weights_iterator(source)
 
-    def _progress(self, plan: Plan, activity: ReadActivity) -> Progress:
+    def _progress(self, plan: Plan, activity: ReadActivity, state: LoadState) -> Progress:
         is_shown = self._shows_progress and compat.get_current_vllm_config().parallel_config.rank == 0
-        return load_progress(plan, activity, self.config, is_shown=is_shown)
+        return load_progress(plan, activity, self.config, is_shown=is_shown, on_tick=state.report)
 
     def _names_to_read(self, plan: Plan, model: torch.nn.Module) -> list[str]:
         """List the names that vLLM's own iterator yields, in its order; the tensors that it opens are not read."""
@@ -293,7 +355,10 @@ def _compile(config: ExpoConfig) -> None:
 
 def _threads(plan: Plan) -> int:
     """Return how many threads read and combine."""
-    return default_threads(any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned_or_delta)))
+    on_network = any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned_or_delta))
+    if compat.current_platform.is_cpu():
+        return default_threads(on_network)
+    return device_threads(on_network, compat.get_current_vllm_config().parallel_config.local_world_size)
 
 
 def _same_path(one: str, other: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 REPORT_METHOD = "expo_load_report"
 LOAD_METHOD = "expo_load_alpha"
+ALIVE_METHOD = "expo_is_alive"
 EXTENSION = "expo_serve.vllm_plugin.worker.ExpoWorkerExtension"
 
 
@@ -20,6 +22,13 @@ class ExpoWorkerExtension:
 
         report = getattr(self.get_model(), REPORT_ATTRIBUTE, None)
         return report.model_dump_json() if report else None
+
+    def expo_is_alive(self) -> bool:
+        """Answer, and note when in the command's shared memory: of a hung engine, that tells which ranks live."""
+        from expo_serve.vllm_plugin.rank_state import rank_reporter
+
+        rank_reporter().update(alive=time.monotonic())
+        return True
 
     def expo_load_alpha(self, alpha: float) -> str:
         """Load the weights of another alpha and return the :class:`LoadReport` of this rank as JSON.
