@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, INDEX_FILE, PICKLE_INDEX
 from expo_serve.checkpoint.header import Header, read_header
-from expo_serve.checkpoint.links import check_inside
+from expo_serve.checkpoint.links import check_inside, is_file
 from expo_serve.checkpoint.pickle_index import read_pickle_header
 from expo_serve.checkpoint.quantisation import refuse_quantised, refuse_quantised_tensors
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
@@ -21,6 +22,7 @@ from expo_serve.checkpoint.source import read_config, read_weight_map
 from expo_serve.checkpoint.wrappers import bare_names
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError
+from expo_serve.shown import plain, shown
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.(?P<suffix>safetensors|bin)")
@@ -62,7 +64,7 @@ def open_checkpoint(operand: Operand, source: Source) -> Checkpoint:
 
 def _refuse_adapter(operand: Operand, folder: Path) -> None:
     """Refuse the folder of an adapter alone, which has no config of a model."""
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if is_file(folder / ADAPTER_CONFIG) and not is_file(folder / "config.json"):
         advice = "give it as --delta" if operand == "aligned" else "give the model that it was trained on"
         raise CheckpointError(f"{operand}: {folder} holds an adapter, not a checkpoint; {advice}")
 
@@ -111,7 +113,7 @@ def open_files(operand: Operand, source: Source, files: tuple[Path, ...] = ()) -
 def _read_index(source: Source) -> dict[str, str]:
     """Return the file of each tensor by the index; empty if there is none."""
     index = _index_file(source)
-    if not index.is_symlink() and not index.exists():
+    if not os.path.lexists(index):
         return {}
     check_inside(index, source)
     return read_weight_map(index)
@@ -169,7 +171,7 @@ def _refuse_missing_shards(operand: Operand, files: Iterable[Path]) -> None:
 
 
 def _nothing_to_read(folder: Path) -> str:
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    pickles = sorted(plain(file.name) for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         return (
             f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run code and are not "
@@ -182,7 +184,7 @@ def _nothing_to_read(folder: Path) -> str:
 
 
 def _present(shard: Path, index: Path) -> Path:
-    if not shard.exists() and not shard.is_symlink():
+    if not os.path.lexists(shard):
         raise CheckpointError(
             f"{index}: names {shard.name!r}, which is missing in {shard.parent}; copy or download it again"
         )
@@ -203,7 +205,7 @@ def _join(operand: Operand, headers: dict[Path, Header], index: Mapping[str, str
                 )
             tensors[record.name] = record
     if not tensors:
-        raise CheckpointError(f"{operand}: no tensor in {', '.join(str(file) for file in headers)}")
+        raise CheckpointError(f"{operand}: no tensor in {', '.join(str(file) for file in [*headers][:3])}")
     return tensors
 
 
@@ -211,7 +213,8 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is mapped to {shard!r}, which does not contain it; copy or download it again"
+                f"{index}: tensor {shown(name, 200)} is mapped to {shard!r}, which does not contain it; copy or "
+                "download it again"
             )
 
 

@@ -19,9 +19,12 @@ from pathlib import Path
 
 from expo_serve.checkpoint.records import DTYPES, SUB_BYTE_DTYPES, JsonObject, TensorRecord
 from expo_serve.errors import CheckpointError
+from expo_serve.shown import shown
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 500_000
+MAX_NAME = 500
+"""Characters of a tensor's name; wrappers of training make the longest ones."""
 MAX_DIMENSIONS = 64  # torch's own limit; the product of millions of sizes would take hours
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
@@ -116,7 +119,7 @@ def _parse(path: Path, raw: bytes) -> tuple[JsonObject, dict[str, str]]:
         raise CheckpointError(f"{path}: header must be a JSON object, found {type(header).__name__}")
     metadata = header.pop("__metadata__", None)
     if not (metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, found {metadata!r:.200}")
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, found {shown(metadata, 200)}")
     return header, metadata or {}
 
 
@@ -129,7 +132,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateKeyError(repr(twice))
+        raise _DuplicateKeyError(shown(twice, 200))
     return result
 
 
@@ -138,23 +141,38 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
 
 
-def _record(path: Path, name: str, entry: object, start: int) -> TensorRecord:
-    where = f"{path}: tensor {name!r:.200}"
+def check_name(where: str, name: str) -> None:
+    """Check the name of a tensor, which messages and logs will show.
+
+    Raises:
+        CheckpointError: it is too long, or has characters that cannot be printed.
+    """
     if not name.isprintable():
         raise CheckpointError(f"{where}: the name contains unprintable characters")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{where}: the name has {len(name)} characters, expected at most {MAX_NAME}")
+
+
+def _record(path: Path, name: str, entry: object, start: int) -> TensorRecord:
+    where = f"{path}: tensor {name!r:.200}"
+    check_name(where, name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.200}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {shown(entry, 200)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if isinstance(dtype, str) and dtype in SUB_BYTE_DTYPES:
         raise CheckpointError(
             f"{where} is quantised ({dtype}), so its numbers cannot be extrapolated; give the unquantised checkpoint"
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: dtype {dtype!r:.200} is not supported; expected one of {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{where}: dtype {shown(dtype, 200)} is not supported; expected one of {', '.join(DTYPES)}"
+        )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(is_size(size) for size in shape):
-        raise CheckpointError(f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
+        raise CheckpointError(
+            f"{where}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {shown(shape, 200)}"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(value) for value in offsets):
-        raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {offsets!r:.200}")
+        raise CheckpointError(f"{where}: data_offsets must be [begin, end], found {shown(offsets, 200)}")
     begin, end = offsets
     record = TensorRecord(name, path, start + begin, dtype, tuple(shape))
     if math.prod(max(size, 1) for size in shape) > _MAX_BYTES:  # some readers overflow before they reach a zero

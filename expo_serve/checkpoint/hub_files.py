@@ -51,10 +51,20 @@ class Repository:
 
     @property
     def cache(self) -> Path:
-        """Folder of downloads."""
+        """Folder of downloads.
+
+        Raises:
+            SourceError: it would lie in a home folder, and there is none.
+        """
         from huggingface_hub import constants
 
-        return Path(self.access.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        try:
+            return Path(self.access.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        except RuntimeError:
+            raise SourceError(
+                f"{self.where} needs a folder for downloads, and this user has no home: set HF_HOME, or give "
+                "--download-dir"
+            ) from None
 
     @property
     def storage(self) -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_TENSORS, OTHER_FILES, Header, is_size
+from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_TENSORS, OTHER_FILES, Header, check_name, is_size
 from expo_serve.checkpoint.pickle_values import (
     STORAGE_DTYPES,
     TORCH_DTYPES,
@@ -178,8 +178,7 @@ def _tensors_of(path: Path, table: Table) -> dict[str, Tensor | Refused]:
 
 def _record(path: Path, name: str, value: Tensor | Refused, entries: Mapping[str, Entry], prefix: str) -> TensorRecord:
     where = f"{path}: tensor {name!r:.200}"
-    if not name.isprintable():
-        raise CheckpointError(f"{where}: the name contains unprintable characters")
+    check_name(where, name)
     if isinstance(value, Refused):
         raise CheckpointError(f"{where} is {value.what}; save it as a plain tensor, or convert it to safetensors")
     if value.is_lazy:

@@ -11,8 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from expo_serve.checkpoint.links import is_file
 from expo_serve.checkpoint.records import QUANTISED_DTYPES, JsonObject, Operand, TensorRecord
 from expo_serve.errors import CheckpointError
+from expo_serve.shown import plain
 
 # Files in which quantisers described their work before config.json had a key for it; some still write them.
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -33,7 +35,7 @@ def refuse_quantised(operand: Operand, config: JsonObject, folder: Path) -> None
     Raises:
         CheckpointError: the config or a quantiser's own file says so.
     """
-    method = _method(config) or next((name for name in _QUANTISATION_FILES if (folder / name).exists()), None)
+    method = _method(config) or next((name for name in _QUANTISATION_FILES if is_file(folder / name)), None)
     if method:
         raise CheckpointError(
             f"{operand}: the checkpoint is quantised ({method}), so its numbers cannot be extrapolated; {_ADVICE}"
@@ -86,5 +88,5 @@ def _method(config: JsonObject) -> str | None:
         for key in _CONFIG_KEYS:
             if settings := part.get(key):
                 method = settings.get("quant_method") or settings.get("mode") if isinstance(settings, dict) else None
-                return str(method or ("MLX" if key == "quantization" else "unknown"))
+                return plain(method or ("MLX" if key == "quantization" else "unknown"))
     return None

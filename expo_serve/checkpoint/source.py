@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from expo_serve.checkpoint.file_names import ADAPTER_CONFIG
 from expo_serve.checkpoint.hub import hub_endpoint, hub_source
 from expo_serve.checkpoint.hub_files import HubAccess, Repository, no_subfolder
 from expo_serve.checkpoint.json_files import read_json, read_weight_map
+from expo_serve.checkpoint.links import HUB_FOLDER, check_inside, hub_repository, is_file
 from expo_serve.checkpoint.records import JsonObject, Operand
 from expo_serve.checkpoint.spellings import right_spelling
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, SourceError
+from expo_serve.shown import plain
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -28,7 +31,6 @@ __all__ = [
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 """Files by which a tokenizer is recognised, in the order in which they are looked for."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FOLDER = re.compile(r"models--(?P<name>.+)")
 _MAX_FOLDERS = 1000
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NETWORK_TYPES = frozenset(
@@ -76,10 +78,10 @@ def adapter_subfolders(folder: Path) -> list[str]:
     """
     found = []
     for pattern in ("*", "*/*"):
-        for number, path in enumerate(folder.glob(f"{pattern}/{ADAPTER_CONFIG}")):
-            parts = path.relative_to(folder).parent.parts
-            if number < _MAX_FOLDERS and not any(part.startswith(".") for part in parts):
-                found.append("/".join(parts))
+        for path in islice(folder.glob(f"{pattern}/"), _MAX_FOLDERS):
+            parts = path.relative_to(folder).parts
+            if not any(part.startswith(".") for part in parts) and is_file(path / ADAPTER_CONFIG):
+                found.append(plain("/".join(parts), 1000))
     return sorted(found)
 
 
@@ -95,7 +97,7 @@ def _inner_path(operand: Operand, subfolder: str) -> str | None:
 
 def _refuse_other_spellings(operand: Operand, given: str) -> None:
     """Refuse what is no hub id, with the right spelling where it can be told."""
-    is_hub_id = _HUB_ID.fullmatch(given) and not _HUB_FOLDER.fullmatch(given)
+    is_hub_id = _HUB_ID.fullmatch(given) and not HUB_FOLDER.fullmatch(given)
     if not is_hub_id and (spelling := right_spelling(operand, given, hub_endpoint())):
         raise SourceError(f"{operand}: {given!r} is neither a folder nor a hub id; give {spelling}")
     if _URL.match(given):
@@ -104,15 +106,6 @@ def _refuse_other_spellings(operand: Operand, given: str) -> None:
         )
     if not _HUB_ID.fullmatch(given):
         raise SourceError(f"{operand}: folder {given!r} does not exist")
-
-
-def hub_repository(folder: Path) -> tuple[Path, str] | None:
-    """Return the repository folder and the hub id of a snapshot in the hub cache; None for other folders."""
-    for snapshots in folder.parents:
-        repository = snapshots.parent
-        if snapshots.name == "snapshots" and (match := _HUB_FOLDER.fullmatch(repository.name)):
-            return repository, match["name"].replace("--", "/")
-    return None
 
 
 def _local_source(operand: Operand, folder: Path, revision: str | None, subfolder: str | None) -> Source:
@@ -125,7 +118,7 @@ def _local_source(operand: Operand, folder: Path, revision: str | None, subfolde
             raise SourceError(f"{operand}: {path} is commit {commit}, but revision {revision!r} was requested")
         name = f"{repository[1]}/{subfolder}" if subfolder else repository[1]
         return Source(name=name, path=str(inner), revision=commit)
-    if (match := _HUB_FOLDER.fullmatch(path.name)) and (path / "snapshots").is_dir():
+    if (match := HUB_FOLDER.fullmatch(path.name)) and (path / "snapshots").is_dir():
         raise SourceError(
             f"{operand}: {path} is a repository of the hub cache, not a checkpoint; give "
             f"--{operand} {match['name'].replace('--', '/')}, or one of the folders in {path / 'snapshots'}"
@@ -156,11 +149,12 @@ def read_config(operand: str, source: Source, name: str = "config.json") -> Json
         name: the file in it.
 
     Raises:
-        CheckpointError: the file is missing, cannot be read or is not a JSON object.
+        CheckpointError: the file is missing, lies elsewhere, cannot be read or is not a JSON object.
     """
     path = Path(source.path) / name
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{operand}: {source.path} has no {name}; give the folder of a checkpoint")
+    check_inside(path, source)
     content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from expo_serve.checkpoint.folder import Checkpoint, open_files
+from expo_serve.checkpoint.links import is_file
 from expo_serve.checkpoint.quantisation import refuse_quantised
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import read_config
@@ -60,7 +61,7 @@ class FullDelta:
             CheckpointError: the delta is quantised, or a file breaks the format.
         """
         folder = Path(source.path)
-        config = read_config("delta", source) if (folder / "config.json").is_file() else {}
+        config = read_config("delta", source) if is_file(folder / "config.json") else {}
         refuse_quantised("delta", config, folder)
         opened = open_files("delta", source)
         return cls(opened.source, config, opened.files, opened.tensors)
@@ -105,8 +106,8 @@ class FullDelta:
     def _refuse_twice(self, names: Mapping[str, str], base: Checkpoint) -> None:
         for target, group in shared_targets(names, base.tensors).items():
             raise PairError(
-                f"the delta ({self.source.name}) changes {target} of base twice, as {' and '.join(group)}; save each "
-                "change once"
+                f"the delta ({self.source.name}) changes {target} of base twice, as {' and '.join(group[:3])}; save "
+                "each change once"
             )
 
     def _refuse_shapes(self, deltas: Mapping[str, FullTensorDelta]) -> None:

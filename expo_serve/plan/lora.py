@@ -6,6 +6,7 @@ against base's; what the adapter does not name is base's at every alpha.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import ClassVar
 
 from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from expo_serve.checkpoint.folder import Checkpoint, open_files
+from expo_serve.checkpoint.links import is_file
 from expo_serve.checkpoint.records import JsonObject, Operand, TensorRecord, total_bytes
 from expo_serve.checkpoint.source import TOKENIZER_FILES, read_config
 from expo_serve.config import ExpoConfig, Source
@@ -32,6 +34,7 @@ from expo_serve.plan.over_base import BaseChanges, plan_over_base
 from expo_serve.plan.plan import Doubt, Plan
 from expo_serve.plan.samples import are_zero
 from expo_serve.plan.tensor_deltas import LoraModule, LowRankTensorDelta
+from expo_serve.shown import shown
 
 _QUANTISED_COPY = re.compile(r"(-unsloth)?(-bnb)?-[48]bit$")
 _MERGE = "merge it with PEFT and give the result as --aligned"
@@ -60,13 +63,13 @@ class LoraDelta:
     def tokenizer(self) -> Source | None:
         """The adapter's folder, if it contains a tokenizer."""
         folder = Path(self.source.path)
-        has_one = any((folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
+        has_one = any(is_file(folder / name) for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
         return self.source if has_one else None
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         """Return whether the folder has an adapter_config.json."""
-        return (folder / ADAPTER_CONFIG).is_file()
+        return is_file(folder / ADAPTER_CONFIG)
 
     @classmethod
     def open(cls, source: Source) -> LoraDelta:
@@ -78,9 +81,9 @@ class LoraDelta:
         folder = Path(source.path)
         config = read_lora_config(read_config("delta", source, ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
         weights = folder / ADAPTER_WEIGHTS
-        if not weights.exists() and source.pickles:
+        if not os.path.lexists(weights) and source.pickles:
             weights = folder / ADAPTER_PICKLE
-        if not weights.exists():
+        if not os.path.lexists(weights):
             raise CheckpointError(f"delta: {nothing_to_read(folder)}")
         opened = open_files("delta", source, (weights,))
         modules, whole = sort_tensors(opened.tensors, config)
@@ -137,8 +140,8 @@ class LoraDelta:
             return
         yield Doubt(
             "other-base",
-            f"the adapter {self.source.name} was trained on {trained_on!r}, base is {found.name!r}; give the base that "
-            "it was trained on",
+            f"the adapter {self.source.name} was trained on {shown(trained_on, 200)}, base is {found.name!r}; give "
+            "the base that it was trained on",
         )
 
     def _warnings(self, base: Checkpoint, deltas: Mapping[str, LowRankTensorDelta]) -> Iterator[str]:
@@ -181,7 +184,7 @@ class LoraDelta:
             target, group = next(iter(shared.items()))
             raise PairError(
                 f"the adapter ({self.source.name}) changes {count_of(len(shared), 'tensor')} of base twice, under "
-                f"several names, the first {target} as {' and '.join(group)}; save one adapter alone",
+                f"several names, the first {target} as {' and '.join(group[:3])}; save one adapter alone",
                 [f"{target}: {', '.join(group)}" for target, group in shared.items()],
             )
 

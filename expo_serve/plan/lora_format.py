@@ -16,13 +16,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from expo_serve.checkpoint.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
+from expo_serve.checkpoint.links import is_file
 from expo_serve.checkpoint.records import TensorRecord
 from expo_serve.errors import CheckpointError, count_of
 from expo_serve.plan.names import NOT_GATHERED, is_adapter_part
 from expo_serve.plan.tensor_deltas import LoraModule
+from expo_serve.shown import plain, shown
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -67,6 +70,8 @@ _HARMLESS = frozenset(
 )
 
 _MAX_PATTERN = 1000
+_MAX_REPEATS, _MAX_OPTIONAL = 3, 10
+"""Of a pattern: each repetition multiplies the ways to match by a name's length, each optional part by two."""
 _MAX_ALPHA = 1e9
 """A larger lora_alpha is a mistake, or not a number."""
 
@@ -100,10 +105,19 @@ class LoraConfig:
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """Look a module up as PEFT does: a pattern is a regular expression for the end of its name."""
-    return next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
-        default,
-    )
+    return next((value for key, value in patterns.items() if _compiled(key).match(module)), default)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern once: an adapter may have one for each of its modules, more than ``re`` itself keeps.
+
+    Raises:
+        re.error: it is no regular expression.
+        OverflowError: a number in it is too large.
+        RecursionError: it has too many groups in each other.
+    """
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def read_lora_config(values: Mapping[str, object], where: str) -> LoraConfig:
@@ -132,37 +146,45 @@ def read_lora_config(values: Mapping[str, object], where: str) -> LoraConfig:
 
 def _rank(value: object, key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{where}: rank {key!r}: expected a whole number from 1, found {value!r:.100}")
+        raise CheckpointError(f"{where}: rank {shown(key)}: expected a whole number from 1, found {shown(value)}")
     return value
 
 
 def _alpha(value: object, key: str, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MAX_ALPHA:
-        raise CheckpointError(f"{where}: {key!r}: expected a number up to {_MAX_ALPHA:.0e}, found {value!r:.100}")
+        raise CheckpointError(f"{where}: {shown(key)}: expected a number up to {_MAX_ALPHA:.0e}, found {shown(value)}")
     return float(value)
 
 
 def _patterns(values: Mapping[str, object], key: str, where: str) -> Iterator[tuple[str, object]]:
     patterns = values.get(key) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{where}: {key} must be an object, found {patterns!r:.100}")
+        raise CheckpointError(f"{where}: {key} must be an object, found {shown(patterns)}")
     for pattern, value in patterns.items():
-        if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern):  # could take forever to match
+        if len(pattern) > _MAX_PATTERN or _may_take_forever(pattern):
             raise CheckpointError(
-                f"{where}: pattern {pattern!r:.100} is long, or repeats a group; expected the end of a module's name"
+                f"{where}: pattern {pattern!r:.100} is long, repeats a group, or repeats more than {_MAX_REPEATS} "
+                "times; expected the end of a module's name"
             )
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
+            _compiled(pattern)
+        except (re.error, OverflowError, RecursionError) as error:  # the others: a huge number, too many groups
             raise CheckpointError(f"{where}: pattern {pattern!r:.100} is not a regular expression: {error}") from None
         yield pattern, value
+
+
+def _may_take_forever(pattern: str) -> bool:
+    """Return whether matching may go through too many ways to divide a name among the pattern's repetitions."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "", pattern, flags=re.DOTALL)
+    repeats, optional = (len(re.findall(sign, bare)) for sign in (r"[*+{]", r"(?<!\()\?"))
+    return repeats > _MAX_REPEATS or optional > _MAX_OPTIONAL or re.search(r"\)[*+{]", pattern) is not None
 
 
 def _refuse_other_kinds(values: Mapping[str, object], where: str) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{where}: peft_type is {kind!r:.100}: only LORA is a plain sum on base's weights; merge the adapter with "
+            f"{where}: peft_type is {shown(kind)}: only LORA is a plain sum on base's weights; merge the adapter with "
             "PEFT if it can be merged, and give the result as --aligned"
         )
     start = values.get("init_lora_weights")
@@ -171,7 +193,7 @@ def _refuse_other_kinds(values: Mapping[str, object], where: str) -> None:
         if value and key in _REFUSED:
             reason = f"{key}: {_REFUSED[key]}"
         elif value and key not in _HARMLESS:
-            reason = f"{key} is set ({value!r:.60}), and its meaning is not known to this version"
+            reason = f"{plain(key)} is set ({shown(value, 60)}), and its meaning is not known to this version"
     if reason:
         raise CheckpointError(
             f"{where}: this adapter is not a plain sum on base's weights ({reason}); merge it with PEFT if it can "
@@ -182,13 +204,14 @@ def _refuse_other_kinds(values: Mapping[str, object], where: str) -> None:
 def _start_problem(start: str) -> str | None:
     for prefix, reason in _REFUSED_STARTS.items():
         if start.lower().startswith(prefix):
-            return f"init_lora_weights {start!r}: {reason}; PEFT's path_initial_model_for_weight_conversion converts it"
+            advice = "PEFT's path_initial_model_for_weight_conversion converts it"
+            return f"init_lora_weights {shown(start, 60)}: {reason}; {advice}"
     return None if start in _PLAIN_STARTS else f"init_lora_weights {start!r:.60} is not known to this version"
 
 
 def nothing_to_read(folder: Path) -> str:
     """Return why a folder without adapter_model.safetensors cannot be read, for an error."""
-    if (folder / ADAPTER_PICKLE).exists():
+    if is_file(folder / ADAPTER_PICKLE):
         return (
             f"{folder} holds its adapter as a pickle file only ({ADAPTER_PICKLE}), which can run code and is not "
             "opened; convert it to safetensors, or give --allow-pickle-index: it finds the tensors without running "
@@ -234,7 +257,7 @@ def sort_tensors(
         _refuse_second(whole.setdefault(bare, record), record)
     if len(adapters) > 1:
         raise CheckpointError(
-            f"{next(iter(tensors.values())).file}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); "
+            f"{next(iter(tensors.values())).file}: holds {len(adapters)} adapters ({', '.join(sorted(adapters)[:5])}); "
             "save each in a folder of its own"
         )
     modules = tuple(_module(name, parts, config) for name, parts in factors.items())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from expo_serve.checkpoint.records import TensorRecord
+from expo_serve.shown import plain
 
 # Names that are usual for the input embedding, and for the output projection that may be tied to it.
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?|shared)\.weight$")
@@ -133,7 +134,9 @@ def config_differences(
 
 def described(differences: Mapping[str, tuple[object, object]]) -> str:
     """Return differences of two configs for a message: ``a is 1 in base and 2 in aligned``."""
-    return ", ".join(f"{key} is {one} in base and {two} in aligned" for key, (one, two) in differences.items())
+    return ", ".join(
+        f"{key} is {plain(one)} in base and {plain(two)} in aligned" for key, (one, two) in differences.items()
+    )
 
 
 def rope_of(config: Mapping[str, object]) -> dict[str, object]:

@@ -65,9 +65,10 @@ from typing import Any
 
 import xxhash
 
-from expo_serve.checkpoint.header import MAX_DIMENSIONS
+from expo_serve.checkpoint.header import MAX_DIMENSIONS, MAX_NAME
 from expo_serve.checkpoint.records import DTYPES, FLOAT_DTYPES, QUANTISED_DTYPES, JsonObject, TensorRecord, grows_into
 from expo_serve.errors import CheckpointError
+from expo_serve.shown import plain, shown
 
 VERSION_KEY = "expo_delta"
 VERSION = "1"
@@ -168,7 +169,7 @@ def read_info(metadata: Mapping[str, str], records: Mapping[str, TensorRecord], 
     version = metadata.get(VERSION_KEY)
     if version != VERSION:
         raise CheckpointError(
-            f"{where}: packed delta of format version {version!r:.40}, this expo-serve reads version {VERSION}; "
+            f"{where}: packed delta of format version {shown(version, 40)}, this expo-serve reads version {VERSION}; "
             "use the version that wrote it, or create the delta again"
         )
     values = tuple(metadata.get(key, "") for key in _KEYS)
@@ -177,7 +178,9 @@ def read_info(metadata: Mapping[str, str], records: Mapping[str, TensorRecord], 
     try:
         info = _parse(values)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the packed delta's header does not follow its format: {error}") from None
+        raise CheckpointError(
+            f"{where}: the packed delta's header does not follow its format: {plain(str(error), 300)}"
+        ) from None
     _check_records(info, records, where)
     return info
 
@@ -191,7 +194,7 @@ def _parse(values: tuple[str, ...]) -> FileInfo:
     if not 0 < block <= MAX_BLOCK or block & (block - 1):
         raise ValueError(f"blocks of {block} values")
     tensors = {name: _tensor(name, entry) for name, entry in json.loads(values[4]).items()}
-    return FileInfo(int(values[1]), block, str(json.loads(values[3])["name"]), tensors)
+    return FileInfo(int(values[1]), block, plain(json.loads(values[3])["name"], 200), tensors)
 
 
 # Foreign JSON of any type: whatever an entry lacks raises here, and read_info turns that into a CheckpointError.
@@ -201,7 +204,7 @@ def _tensor(name: str, entry: Any) -> PackedTensor:
         name, entry["dtype"], _shape(entry["shape"]), base, entry["extrapolated"] is True, entry["table"]
     )
     if not _is_sound(tensor):
-        raise ValueError(f"tensor {name!r:.200}: {entry!r:.200}")
+        raise ValueError(f"tensor {shown(name, 200)}: {shown(entry, 200)}")
     return tensor
 
 
@@ -209,7 +212,7 @@ def _is_sound(tensor: PackedTensor) -> bool:
     """Return whether such a tensor can exist: metadata with a valid checksum may still be nonsense."""
     base = tensor.base
     strings = (tensor.dtype, tensor.table, *(base[:2] if base else ()))
-    if not all(isinstance(string, str) for string in strings):
+    if not all(isinstance(string, str) and string.isprintable() and len(string) <= MAX_NAME for string in strings):
         return False
     dtypes = {tensor.dtype, *((base[1],) if base else ())}
     allowed = FLOAT_DTYPES if tensor.extrapolated else DTYPES.keys() - QUANTISED_DTYPES
@@ -218,9 +221,9 @@ def _is_sound(tensor: PackedTensor) -> bool:
 
 def _shape(sizes: Any) -> tuple[int, ...]:
     if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**62 for size in sizes):
-        raise ValueError(f"shape {sizes!r:.100}")
+        raise ValueError(f"shape {shown(sizes)}")
     if math.prod(max(size, 1) for size in sizes) >= 2**63:  # some readers overflow before they reach a zero
-        raise ValueError(f"shape {sizes!r:.100}")
+        raise ValueError(f"shape {shown(sizes)}")
     return tuple(sizes)
 
 

@@ -25,6 +25,7 @@ from expo_serve.plan.names import (
     ties_embeddings,
     vocabulary_sizes,
 )
+from expo_serve.shown import shown
 
 _HEAD_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -39,7 +40,8 @@ def refuse_unused_rules(config: ExpoConfig, names: Iterable[str]) -> None:
     for rule in config.alpha_rules:
         if not any(rule.matches(name) for name in names):
             raise UsageError(
-                f"alpha rule {rule.text!r} matches no tensor; run expo-serve inspect --json without it to see the names"
+                f"alpha rule {shown(rule.text, 200)} matches no tensor; run expo-serve inspect --json without it to "
+                "see the names"
             )
 
 
@@ -65,8 +67,8 @@ def refuse_architectures(base: Checkpoint, other: Checkpoint) -> None:
     key = "architectures" if same_type else "model_type"
     is_delta = other.operand == "delta"
     raise PairError(
-        f"base and {other.operand} have different architectures: {key} is {base.config.get(key)!r} in base "
-        f"({base.source.name}) and {other.config.get(key)!r} in {other.operand} ({other.source.name}); "
+        f"base and {other.operand} have different architectures: {key} is {shown(base.config.get(key))} in base "
+        f"({base.source.name}) and {shown(other.config.get(key))} in {other.operand} ({other.source.name}); "
         + ("give the base that the delta was made from" if is_delta else "give two checkpoints of the same model")
     )
 
@@ -184,7 +186,7 @@ def _are_alike(base: TensorRecord, aligned: TensorRecord, sizes: tuple[set[int],
 
 
 def _shown(sizes: set[int]) -> str:
-    return " or ".join(map(str, sorted(sizes))) or "unknown"
+    return " or ".join(map(shown, sorted(sizes))) or "unknown"
 
 
 def _lacks_rows(record: TensorRecord, sizes: set[int]) -> bool:

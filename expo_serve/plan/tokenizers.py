@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from expo_serve.checkpoint.links import check_inside
+from expo_serve.checkpoint.links import check_inside, is_file
 from expo_serve.config import Source
 from expo_serve.errors import CheckpointError, count_of
 from expo_serve.plan.plan import Plan
+from expo_serve.shown import shown
 
 _VOCABULARIES = (
     "tokenizer.json", "tokenizer.model*", "tokenizer.mm.model*", "tekken.json", "*.tiktoken", "tiktoken.model",
@@ -35,7 +37,7 @@ def tokenizer_problem(plan: Plan) -> str | None:
     if has_vocabulary(source):
         return None
     side = next((operand for operand, there in plan.sources.items() if there == source), "the model")
-    settings = [name for name in _SETTINGS if Path(source.path, name).is_file()]
+    settings = [name for name in _SETTINGS if is_file(Path(source.path, name))]
     if not settings:
         return f"{side}: {source.name} has no tokenizer; copy it into that folder"
     return (
@@ -53,11 +55,12 @@ def all_warnings(plan: Plan) -> list[str]:
 def has_vocabulary(source: Source) -> bool:
     """Return whether a source holds a tokenizer's tokens, or the code of a tokenizer of its own."""
     folder = Path(source.path)
-    if any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+    files = [file for file in folder.glob("*") if is_file(file)]
+    if any(fnmatchcase(file.name, pattern) for file in files for pattern in _VOCABULARIES):
         return True
     settings = _read("tokenizer_config.json", source)
     code = settings.get("auto_map") if isinstance(settings, dict) else None
-    return isinstance(code, dict) and "AutoTokenizer" in code and any(folder.glob("*.py"))
+    return isinstance(code, dict) and "AutoTokenizer" in code and any(file.suffix == ".py" for file in files)
 
 
 def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
@@ -72,7 +75,9 @@ def vocabulary_warnings(base: Source, other: Source) -> Iterator[str]:
     ours, theirs = _tokens(base), _tokens(other)
     different = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
     if different:
-        examples = ", ".join(f"{number}: {ours[number]!r} and {theirs[number]!r}" for number in different[:_SHOWN])
+        examples = ", ".join(
+            f"{shown(number)}: {shown(ours[number])} and {shown(theirs[number])}" for number in different[:_SHOWN]
+        )
         yield (
             f"{count_of(len(different), 'token id means', 'token ids mean')} one token in base and another one beside "
             f"it; are these the tokenizers of one model? ({examples}{', ...' if len(different) > _SHOWN else ''})"
@@ -89,7 +94,7 @@ def _tokens(source: Source) -> dict[int, str]:
     added = whole.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and isinstance(number := token.get("id"), int):
-            found[number] = str(token.get("content"))
+            found[number] = _text(token.get("content"))
     return found
 
 
@@ -98,8 +103,13 @@ def _by_id(vocabulary: object) -> dict[int, str]:
     if isinstance(vocabulary, dict):
         return {number: token for token, number in vocabulary.items() if isinstance(number, int)}
     if isinstance(vocabulary, list):
-        return {number: str(item[0]) for number, item in enumerate(vocabulary) if isinstance(item, list) and item}
+        return {number: _text(item[0]) for number, item in enumerate(vocabulary) if isinstance(item, list) and item}
     return {}
+
+
+def _text(token: object) -> str:
+    """Return a token's text; for what is no text, something that tells it from others."""
+    return token if isinstance(token, str) else shown(token)
 
 
 def _read(name: str, source: Source) -> object:
