@@ -20,6 +20,13 @@
 {{- $args = concat $args (list "--served-model-name") $v.servedModelNames -}}
 {{- $args = append $args (printf "--port=%d" (int64 .root.Values.service.port)) -}}
 {{- $args = append $args (printf "--shutdown-timeout=%d" (int64 $v.drain.shutdownTimeoutSeconds)) -}}
+{{- /* A worker answers no requests, and its engine nobody but the leader's. */ -}}
+{{- if ne .role "worker" -}}
+{{- with .root.Values.status.port -}}{{- $args = append $args (printf "--status-port=%d" (int64 .)) -}}{{- end -}}
+{{- if not (kindIs "invalid" $v.engineTimeoutSeconds) -}}
+{{- $args = append $args (printf "--engine-timeout=%d" (int64 $v.engineTimeoutSeconds)) -}}
+{{- end -}}
+{{- end -}}
 {{- if gt (int64 $v.tensorParallelSize) 1 -}}
 {{- $args = append $args (printf "--tensor-parallel-size=%d" (int64 $v.tensorParallelSize)) -}}
 {{- end -}}
@@ -55,10 +62,13 @@ args:
 {{- end -}}
 {{- end }}
 
-{{/* The command that proves served name and alpha: dict url, variant; further words are appended by the caller. */}}
+{{/* The command that proves served name and alpha: dict url, variant, and state where the status port is asked. */}}
 {{- define "expo.probe" -}}
 - expo-serve
 - probe
+{{- if .state }}
+- --state
+{{- end }}
 - {{ printf "--url=%s" .url }}
 - {{ printf "--alpha=%s" .variant.alpha }}
 - {{ printf "--served-model-name=%s" .variant.modelName | quote }}

@@ -88,6 +88,10 @@ containers:
     ports:
       - name: http
         containerPort: {{ int64 .root.Values.service.port }}
+      {{- with .root.Values.status.port }}
+      - name: status
+        containerPort: {{ int64 . }}
+      {{- end }}
     {{- include "expo.probes" . | nindent 4 }}
     {{- end }}
     {{- include "expo.preStop" . | nindent 4 }}
@@ -103,22 +107,26 @@ volumes:
   {{- include "expo.volumes" . | nindent 2 }}
 {{- end }}
 
-{{/* The probes of a pod that answers requests. */}}
+{{/*
+The probes of a pod that answers requests. The status port answers also where the server has no time to, and says live while
+a pod drains. A hang is no matter of liveness there: the command itself ends a server whose engine does not answer.
+*/}}
 {{- define "expo.probes" -}}
 {{- $v := .variant -}}
-{{- $url := printf "http://127.0.0.1:%d" (int64 .root.Values.service.port) -}}
+{{- $status := .root.Values.status.port -}}
+{{- $url := printf "http://127.0.0.1:%d" (int64 (default .root.Values.service.port $status)) -}}
 startupProbe:
-  httpGet: {path: /health, port: http}
+  httpGet: {{ empty $status | ternary "{path: /health, port: http}" "{path: /ready, port: status}" }}
   periodSeconds: {{ int64 $v.startup.periodSeconds }}
   timeoutSeconds: {{ int64 $v.startup.periodSeconds }}
   failureThreshold: {{ ceil (divf (int64 $v.startup.budgetSeconds) (int64 $v.startup.periodSeconds)) | int64 }}
 readinessProbe:
   exec:
     command:
-      {{- include "expo.probe" (dict "url" $url "variant" $v) | nindent 6 }}
+      {{- include "expo.probe" (dict "url" $url "variant" $v "state" $status) | nindent 6 }}
   {{- include "expo.probeTimes" $v.readiness | nindent 2 }}
 livenessProbe:
-  httpGet: {path: /health, port: http}
+  httpGet: {{ empty $status | ternary "{path: /health, port: http}" "{path: /live, port: status}" }}
   {{- include "expo.probeTimes" $v.liveness | nindent 2 }}
 {{- end }}
 

@@ -35,6 +35,9 @@
 {{- if has .Values.weights.mountPath (include "expo.ownMounts" . | fromJsonArray) -}}
 {{- fail (printf "weights.mountPath: %s is mounted for something else; use another path, such as /models" .Values.weights.mountPath) -}}
 {{- end -}}
+{{- if eq (int64 .Values.service.port) (int64 .Values.status.port) -}}
+{{- fail (printf "status.port: %d is service.port too; give one of them another port, or status.port: null for none" (int64 .Values.status.port)) -}}
+{{- end -}}
 {{- if and .Values.route.enabled (not .Values.route.parentRefs) -}}
 {{- fail "route.parentRefs: route.enabled needs the Gateway to attach to; expected [{name: ...}]" -}}
 {{- end -}}
@@ -143,7 +146,7 @@
 {{- fail (printf "%s.autoscaling.%s: minReplicas %d is over maxReplicas %d" $.at $kind (int64 $scaling.minReplicas) (int64 $scaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
-{{- /* The command gives vLLM seven seconds beyond its --shutdown-timeout before it ends it. */ -}}
+{{- /* The command needs ten seconds at most beyond its --shutdown-timeout to end what still runs. */ -}}
 {{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10)) -}}
 {{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 10 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10))) -}}
 {{- end -}}
@@ -176,7 +179,7 @@
 {{/* What the chart sets itself must not come in by a side door. */}}
 {{- define "expo.validateExtras" -}}
 {{- $v := .variant -}}
-{{- $ours := list "pair" "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "allow" "allow-links" "allow-pickle-index" "delta-subfolder" "rounding" "rounding-seed" "served-model-name" "port" "shutdown-timeout" "host" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "n" "node-rank" "r" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
+{{- $ours := list "pair" "base" "base-revision" "aligned" "aligned-revision" "revision" "delta" "delta-revision" "alpha" "alpha-rule" "unmatched" "allow" "allow-links" "allow-pickle-index" "delta-subfolder" "rounding" "rounding-seed" "served-model-name" "port" "status-port" "shutdown-timeout" "engine-timeout" "host" "tensor-parallel-size" "tp" "pipeline-parallel-size" "pp" "nnodes" "n" "node-rank" "r" "master-addr" "headless" "distributed-executor-backend" "model" "load-format" "model-loader-extra-config" "worker-extension-cls" "uds" "config" -}}
 {{- range $v.extraArgs -}}
 {{- $flag := regexFind "^--?[A-Za-z][A-Za-z_-]*" . | trimAll "-" | replace "_" "-" -}}
 {{- if has $flag (list "api-key" "hf-token") -}}
