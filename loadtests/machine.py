@@ -87,5 +87,10 @@ def _version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
+    """What git says; nothing where there is no git, or no repository."""
     here = Path(__file__).parent
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=here)
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""The load onto a device, checked and measured by one command: see :mod:`loadtests.device_check.__main__`."""
