@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from expo_serve.config import ExpoConfig
 from expo_serve.errors import ValuesError
 from expo_serve.plan.plan import Plan
 from expo_serve.plan.prepare import prepare
-from loadtests import answers, bench, check_cost, growth, pairs, results, summary
+from loadtests import answers, bench, check_cost, growth, machine, pairs, results, summary
 from tests.models.raw import tiny_tensors, write_raw
 
 MODULES = sorted(file.stem for file in Path(loadtests.__file__).parent.glob("*.py") if file.stem != "__init__")
@@ -123,13 +122,11 @@ def test_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         measured("answers", tmp_path, monkeypatch, "--rounds", "1")
 
 
-def test_load_onto_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its way and its checks, on the CPU: figures are taken on a GPU."""
-    monkeypatch.setattr(sys, "argv", ["device_load", "--device", "cpu", "--gigabytes", "0.01", "--rounds", "1"])
-    importlib.import_module("loadtests.device_load").main()
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["same_bits_for_all_buffers"]
-    assert figures["share_that_differs_from_cpu"] == 0
+def test_machine_is_described_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    described = machine.describe()
+    assert described["commit"] == ""
+    assert described["versions"]["torch"] == torch.__version__
 
 
 def test_growth_and_summary_of_the_figures_that_are_kept(tmp_path: Path) -> None:

@@ -211,10 +211,10 @@ def test_shard_must_be_a_file_name(tmp_path: Path, shard: Any) -> None:
         opened(folder)
 
 
-def test_shard_with_a_name_that_no_file_can_have_is_missing(tmp_path: Path) -> None:
+def test_shard_with_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     folder = write_raw(tmp_path / "model")
     write_index(folder, {NAMES[0]: "\ud800"})
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="file name of a shard"):
         opened(folder)
 
 

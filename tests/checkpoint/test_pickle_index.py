@@ -668,10 +668,10 @@ _COLLIDING = b"".join(number((2**61 - 1) * count) + b"N" for count in range(1, 4
 def test_bombs_cost_little(file: Path, value: bytes) -> None:
     file.write_bytes(archive(pickled(value)))
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
         read_pickle_header(file)
-    seconds, peak = time.monotonic() - started, tracemalloc.get_traced_memory()[1]
+    seconds, peak = time.thread_time() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(caught.value.message) < 1000
     assert seconds < 10

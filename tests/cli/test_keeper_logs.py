@@ -22,6 +22,7 @@ from tests.cli.pipes import NOTICE, PIPE_BYTES, close, dropped, new_pipe
 from tests.server import free_port
 from tests.vllm_plugin.trees import assert_all_gone
 
+ROOT = Path(__file__).parents[2]
 LINES = 2000
 """Of 100 bytes, for each request."""
 FLOOD = 3 * LIMIT_BYTES // (LINES * 100)
@@ -38,7 +39,8 @@ class Watched:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output if errors is None else errors,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},  # the keeper gives the server PYTHONSAFEPATH
         )
         self._tell(json.dumps({"port": self.port, "lines": LINES}).encode() + b"\n")
         self.family: list[psutil.Process] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import tracemalloc
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -45,7 +46,9 @@ def test_first_exception_after_the_failure() -> None:
 
 def test_an_error_of_ours_comes_without_its_class() -> None:
     ours = "(Worker pid=9) ERROR 11-23 10:00:01 [x.py:1] expo_serve.errors.ValuesError: tensor 'a' holds NaN\n"
-    assert follow(WORKER + ours).root_cause() == "tensor 'a' holds NaN"
+    assert follow(ours).root_cause() is None
+    assert follow(ours).last_exception() == "tensor 'a' holds NaN"
+    assert follow(WORKER + ours).root_cause() == "torch.OutOfMemoryError: out of memory, 8 GiB"  # it came first
 
 
 def test_where_vllm_calls_none_fatal_there_is_a_last_one() -> None:
@@ -106,10 +109,9 @@ def test_exceptions_are_found_as_if_each_line_were_looked_at(lines: list[str], s
     for begin in range(0, len(text), size):
         rest = tail._look_at(rest + text[begin : begin + size])
     plain = [without_prefix(line) for line in lines]
-    exceptions = [printable(line) for line in plain if is_exception(line)]
+    exceptions = [printable(line.removeprefix("expo_serve.errors.PairError: ")) for line in plain if is_exception(line)]
     assert tail.last_exception() == (exceptions[-1] if exceptions else None)
-    ours = [line for line in plain if line.startswith("expo_serve.errors.")]
-    assert tail.root_cause() == (printable(ours[0].partition(": ")[2]) if ours else None)
+    assert tail.root_cause() is None  # no line reports a failed engine
 
 
 def test_cause_is_not_lost_behind_what_follows() -> None:
@@ -176,3 +178,16 @@ def test_anything_passes_unchanged() -> None:
 def test_cause_has_no_control_characters() -> None:
     line = "ValueError: \x1b]0;title\x07a\x1b[31mb\x1b[0m\x1b(B\x07c\u202ed\te\u2028f\x00\r\n"
     assert follow(line).last_exception() == "ValueError: ab\\x07c\\u202ed e f\\x00"
+
+
+def test_streams_into_one_file_take_turns(tmp_path: Path) -> None:
+    """Whatever the numbers of its descriptors: then none tears the other's lines."""
+    with (tmp_path / "log").open("wb") as log, (tmp_path / "other").open("wb") as other:
+        tail = LogTail()
+        for target in (log.fileno(), os.dup(log.fileno()), other.fileno()):
+            source, into = os.pipe()
+            os.close(into)
+            tail.follow(source, target)
+        first, second, third = (outlet._turn for outlet in tail._outlets)
+    assert first is second
+    assert first is not third

@@ -129,7 +129,7 @@ def test_what_vllm_shares_stays_in_the_file(tmp_path: Path) -> None:
         ("unmatched: yes", "--unmatched: expected 'refuse' or 'copy', found True"),
         ("unmatched: maybe", "--unmatched: expected 'refuse' or 'copy', found 'maybe'"),
         ("alpha-rule: 5", "--alpha-rule: an alpha rule is REGEX=VALUE"),
-        ("alpha-rule: [[x=1]]", "--alpha-rule: alpha rule"),
+        ("alpha-rule: [[x=1]]", "--alpha-rule: an alpha rule is REGEX=VALUE"),
         ("alpha-rule: [null]", "--alpha-rule: an alpha rule"),
         ("alpha-rule: {x: 1}", "--alpha-rule: an alpha rule"),
         ("alpha-rule: [{x: 1}]", "--alpha-rule: an alpha rule"),

@@ -133,6 +133,7 @@ def _references(one: Object, objects: list[Object]) -> Iterator[str]:
         case "Service":
             if len(found := selected(spec["selector"], objects)) != 1:
                 yield f"finds {found}"
+            yield from _target_ports(spec, objects)
         case "PodDisruptionBudget":
             # All pods of a group: without one of them the others are of no use.
             if len({one.rpartition("/")[0] for one in selected(spec["selector"]["matchLabels"], objects)}) != 1:
@@ -158,6 +159,17 @@ def _references(one: Object, objects: list[Object]) -> Iterator[str]:
             own = spec.get("networkConfig", {}).get("subdomainPolicy") == "UniquePerReplica"
             if one["metadata"]["name"] in services and not own:
                 yield "its controller needs a headless Service of its name, and finds another one there"
+
+
+def _target_ports(service: Object, objects: list[Object]) -> Iterator[str]:
+    """A named port that a pod does not have leaves the pod out of the Service's endpoints."""
+    for one in objects:
+        for place, template in pod_templates(one).items():
+            labels = {**template["metadata"].get("labels", {}), **_WORKER_INDEX.get(place, {})}
+            if selects(service["selector"], labels):
+                there = [port["name"] for port in template["spec"]["containers"][0].get("ports", [])]
+                wanted = [port["targetPort"] for port in service["ports"]]
+                yield from (f"no port {name!r} in {one['metadata']['name']}" for name in wanted if name not in there)
 
 
 def _scaled(target: Object, objects: list[Object]) -> Iterator[str]:

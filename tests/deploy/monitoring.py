@@ -33,9 +33,9 @@ class Query:
     expression: str
     legend: str
 
-    def filled(self, rate_interval: str = "1m") -> str:
+    def filled(self, rate_interval: str = "1m", shown: str = "1h") -> str:
         """As Grafana sends it, with every variable at "All"."""
-        text = self.expression.replace("$__rate_interval", rate_interval)
+        text = self.expression.replace("$__rate_interval", rate_interval).replace("$__range", shown)
         for name in VARIABLES:
             text = text.replace(f"${name}", ".+")
         assert "$" not in text, text

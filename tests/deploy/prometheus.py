@@ -71,15 +71,15 @@ class Prometheus:
             time.sleep(0.2)
 
 
-def discovered(template: Object, namespace: str, address: str = "127.0.0.1:1") -> dict[str, Any]:
-    """A target with the labels that Kubernetes discovery gives the port of a rendered pod template."""
+def discovered(template: Object, namespace: str, address: str = "127.0.0.1:1", port: str = "http") -> dict[str, Any]:
+    """A target with the labels that Kubernetes discovery gives a port of a rendered pod template."""
     (container,) = template["spec"]["containers"]
-    (port,) = container["ports"]
+    assert port in [one["name"] for one in container["ports"]]
     labels = {
         "__meta_kubernetes_namespace": namespace,
         "__meta_kubernetes_pod_name": "a-pod",
         "__meta_kubernetes_pod_phase": "Running",
-        "__meta_kubernetes_pod_container_port_name": port["name"],
+        "__meta_kubernetes_pod_container_port_name": port,
     }
     for kind in ("label", "annotation"):
         for name, value in template["metadata"][f"{kind}s"].items():
@@ -87,13 +87,17 @@ def discovered(template: Object, namespace: str, address: str = "127.0.0.1:1") -
     return {"targets": [address], "labels": labels}
 
 
-def scrape_job(monitor: Object) -> dict[str, Any]:
-    """What the operator makes of a monitor, without the discovery."""
-    (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+def scrape_jobs(monitor: Object) -> list[dict[str, Any]]:
+    """What the operator makes of a monitor, a job for each endpoint, without the discovery."""
+    endpoints = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+    return [_scrape_job(f"{monitor['kind']}-{endpoint['port']}", endpoint) for endpoint in endpoints]
+
+
+def _scrape_job(name: str, endpoint: Object) -> dict[str, Any]:
     own = {"namespace": "__meta_kubernetes_namespace", "pod": "__meta_kubernetes_pod_name"}
     port = {"action": "keep", "source_labels": ["__meta_kubernetes_pod_container_port_name"], "regex": endpoint["port"]}
     return {
-        "job_name": monitor["kind"],
+        "job_name": name,
         "metrics_path": endpoint["path"],
         "scrape_interval": endpoint["interval"],
         "relabel_configs": [

@@ -123,6 +123,14 @@ KEYS: dict[str, Case] = {
     "gpu-resource": (_a(gpuResource="gpu"), ("/variants/a/gpuResource", "'gpu'")),
     "quantity": (_a(scratch={"shm": "2 GB"}), ("/variants/a/scratch/shm", "2 GB")),
     "port": ({"service": {"port": 70000}}, ("/service/port", "70,000", "65,535")),
+    "status-port": ({"status": {"port": 70000}}, ("/status/port", "70,000", "65,535")),
+    "status-port-of-root": ({"status": {"port": 1023}}, ("/status/port", "1,024")),
+    "no-status": ({"status": None}, ("missing property 'status'",)),
+    "engine-timeout": (_a(engineTimeoutSeconds=-1), ("/variants/a/engineTimeoutSeconds", "-1", "want 0")),
+    "stalled": (
+        {"monitoring": {"rules": {"loadStalledMinutes": 0}}},
+        ("/monitoring/rules/loadStalledMinutes", "want 1"),
+    ),
     "root": ({"securityContext": {"runAsUser": 0}}, ("/securityContext/runAsUser", "got 0, want 1")),
     "pull-secrets": ({"imagePullSecrets": ["registry"]}, ("/imagePullSecrets/0", "got string, want object")),
     "peers": ({"networkPolicy": {"gateway": "all"}}, ("/networkPolicy/gateway", "got string, want array")),
@@ -174,6 +182,11 @@ RUNNING: dict[str, Case] = {
     "rounding-in-arguments": (_a(extraArgs=["--rounding=nearest"]), ("variants.a.extraArgs", "--rounding", "chart")),
     "seed-in-arguments": (_a(extraArgs=["--rounding_seed", "1"]), ("variants.a.extraArgs", "--rounding-seed", "chart")),
     "port-in-arguments": (_a(extraArgs=["--port=1"]), ("variants.a.extraArgs", "--port", "chart")),
+    "status-port-in-arguments": (_a(extraArgs=["--status_port=1"]), ("variants.a.extraArgs", "--status-port", "chart")),
+    "engine-timeout-in-arguments": (
+        _a(extraArgs=["--engine-timeout", "1"]),
+        ("variants.a.extraArgs", "--engine-timeout", "chart"),
+    ),
     "short-flag": (_a(extraArgs=["-tp=8"]), ("variants.a.extraArgs", "tp", "chart")),
     "key-in-environment": (
         _a(extraEnv=[{"name": "VLLM_API_KEY", "value": "x"}]),
@@ -200,96 +213,4 @@ RUNNING: dict[str, Case] = {
         _a(podLabels={"expo-serve/variant": "x"}),
         ("variants.a.podLabels", "expo-serve/variant", "leave it out"),
     ),
-}
-RELEASE: dict[str, Case] = {
-    "two-volumes": (
-        {"weights": {"volume": {"hostPath": "/srv"}}},
-        ("weights.volume", "existingClaim", "hostPath", "leave all but one out"),
-    ),
-    "download-without-volume": (
-        {"weights": {"volume": {"existingClaim": ""}, "download": {"enabled": True}}},
-        ("weights.download.enabled", "volume", "existingClaim"),
-    ),
-    "download-onto-csi": (
-        {"weights": {"volume": {"existingClaim": "", "csi": {"driver": "x"}}, "download": {"enabled": True}}},
-        ("weights.download.enabled", "volume", "existingClaim"),
-    ),
-    "hook-before-its-claim": (
-        {
-            "weights": {
-                "volume": {"existingClaim": "", "claim": {"create": True}},
-                "download": {"enabled": True, "mode": "hook"},
-            }
-        },
-        ("weights.download.mode", "hook", "claim"),
-    ),
-    "download-onto-read-only": (
-        {
-            "weights": {
-                "volume": {"existingClaim": "", "claim": {"create": True, "accessModes": ["ReadOnlyMany"]}},
-                "download": {"enabled": True},
-            }
-        },
-        ("weights.volume.claim.accessModes", "write", "ReadWriteMany"),
-    ),
-    "endpoint": ({"weights": {"download": {"endpoint": "ftp://hub"}}}, ("/weights/download/endpoint", "ftp://hub")),
-    "relative-mount": ({"weights": {"mountPath": "models"}}, ("/weights/mountPath", "models")),
-    "mount-over-the-chart's": (
-        {"defaults": {"base": "/cache/b", "aligned": "/cache/a"}, "weights": {"mountPath": "/cache"}},
-        ("weights.mountPath", "/cache"),
-    ),
-    "both-monitors": (
-        {"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
-        ("podMonitor and serviceMonitor", "twice", "one of them"),
-    ),
-    "alias-of-nobody": (
-        {"alias": {"name": "x", "weights": {"c": 1}}},
-        ("alias.weights.c", "no such variant", "found: a"),
-    ),
-    "alias-without-weight": ({"alias": {"name": "x", "weights": {"a": 0}}}, ("alias.weights", "add up to 0")),
-    "alias-without-variants": ({"alias": {"name": "x"}}, ("alias.weights", "add up to 0")),
-    "alias-below-zero": ({"alias": {"name": "x", "weights": {"a": -1}}}, ("/alias/weights/a", "-1", "want 0")),
-    "alias-over-a-million": (
-        {"alias": {"name": "x", "weights": {"a": 1000001}}},
-        ("/alias/weights/a", "maximum"),
-    ),
-    "alias-without-name": ({"alias": {"weights": {"a": 1}}}, ("alias.name", "no name")),
-    "alias-is-a-model": (
-        {"alias": {"name": "aligned-expo-0.5", "weights": {"a": 1}}},
-        ("alias.name", "aligned-expo-0.5", "variants.a"),
-    ),
-    "route-to-nowhere": ({"route": {"enabled": True}}, ("route.parentRefs", "Gateway")),
-    "route-header": (
-        {"route": {"enabled": True, "parentRefs": [{"name": "g"}], "alphaHeader": "X Alpha"}},
-        ("/route/alphaHeader", "X Alpha"),
-    ),
-    "route-host": (
-        {"route": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["https://x"]}},
-        ("/route/hostnames/0", "https://x"),
-    ),
-    "route-too-long": (
-        {
-            "variants": {f"v{number}": {"alpha": str(number)} for number in range(17)},
-            "route": {"enabled": True, "parentRefs": [{"name": "g"}]},
-        },
-        ("route.enabled", "16 rules", "17 variants"),
-    ),
-    "route-behind-a-wall": (
-        {"route": {"enabled": True, "parentRefs": [{"name": "g"}]}},
-        ("networkPolicy.gateway", "another namespace"),
-    ),
-    "ingress-wildcard": ({"ingress": {"enabled": True, "domain": "*.x.org"}}, ("/ingress/domain", "*.x.org")),
-    "tls-of-the-server": (_a(extraArgs=["--ssl-keyfile=/k"]), ("variants.a.extraArgs", "--ssl-keyfile", "TLS")),
-    "short-flag": (_a(extraArgs=["-n", "2"]), ("variants.a.extraArgs", "--n")),
-    "uncounted-gpus": (_a(extraArgs=["-dp=2"]), ("variants.a.extraArgs", "--dp", "resources.limits", "nvidia.com/gpu")),
-    "keda-to-zero": (
-        _a(autoscaling={"keda": {"enabled": True, "minReplicas": 0}}),
-        ("variants.a.autoscaling.keda.minReplicas", "expected 1"),
-    ),
-    "label-value": (_a(podLabels={"team": "-x-"}), ("variants.a.podLabels.team", "-x-")),
-    "privileged-port": ({"service": {"port": 80}}, ("/service/port", "1,024")),
-    "same-image-said-twice": (_ab({}, {"image": {"tag": "0.1.0"}, "servedModelNames": ["x"]}), ("variants.b", "image")),
-    "defaults-emptied": ({"defaults": {"memory": None}}, ("memory",)),
-    "ingress-nowhere": ({"ingress": {"enabled": True}}, ("ingress.domain", "llm.example.com")),
-    "ingress-domain": ({"ingress": {"enabled": True, "domain": "http://x"}}, ("/ingress/domain", "http://x")),
 }

@@ -7,7 +7,10 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from expo_serve.state.exposition import exposition
+from expo_serve.state.snapshot import Words, snapshot
 from tests.deploy.chart import ROOT, pick, render
 from tests.deploy.monitoring import (
     DASHBOARD,
@@ -24,7 +27,9 @@ from tests.deploy.monitoring import (
 
 LINK = ROOT / "deploy/grafana/expo-serve.json"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-ROWS = ["Deployment", "Load", "Traffic", "Capacity"]
+STARTING = 'phase=~"resolve|start|load|warm_up"'
+"""Serving lasts, and would hide them."""
+ROWS = ["Deployment", "Start", "Load", "Traffic", "Capacity"]
 
 
 def test_the_file_for_import_is_the_charts_own() -> None:
@@ -47,8 +52,10 @@ def test_variables_narrow_each_other_down() -> None:
     assert [one["name"] for one in others] == list(VARIABLES)
     for position, one in enumerate(others):
         wanted = ", ".join(f'{name}=~"${name}"' for name in VARIABLES[:position])
-        metric = f"expo_alpha{{{wanted}}}" if wanted else "expo_alpha"
-        assert one["query"]["query"] == f"label_values({metric}, {one['name']})"
+        # A pod that starts for the first time has no alpha yet, one without a status port no state.
+        either = '__name__=~"expo_alpha|expo_state_ready"'
+        metric = ", ".join(filter(None, [either, wanted]))
+        assert one["query"]["query"] == f"label_values({{{metric}}}, {one['name']})"
         assert one["datasource"] == SOURCE
         # Not ".*": series of other vLLM servers have none of these labels.
         assert (one["multi"], one["includeAll"], one["allValue"]) == (True, True, ".+")
@@ -81,7 +88,8 @@ def test_panels_do_not_overlap() -> None:
 @pytest.mark.parametrize("query", queries(), ids=lambda query: f"{query.panel}-{query.legend}")
 def test_queries_keep_to_the_chosen_deployments(query: Query) -> None:
     wanted = ", ".join(f'{name}=~"${name}"' for name in VARIABLES)
-    assert {matchers for _, matchers in selectors(query.expression)} == {wanted}
+    found = {matchers for _, matchers in selectors(query.expression)}
+    assert all(matchers.removeprefix(wanted) in ("", f", {STARTING}") for matchers in found), found
     if query.legend != "__auto":
         assert query.legend.startswith("{{variant}} (alpha {{alpha}})")
     # A legend can show no label that the query drops.
@@ -104,6 +112,19 @@ def test_it_shows_every_metric_of_the_load() -> None:
     own = set(re.findall(r'"(expo_\w+)"', source))
     assert len(own) >= 11
     assert own <= {name for query in queries() for name in metric_names(query.expression)}
+
+
+def test_it_shows_every_metric_of_the_status_port() -> None:
+    """Of a command that has loaded, answered and failed, so that there is nothing it could not know."""
+    rank = {"role": "rank", "engine": 0, "rank": 0, "began": 2.0, "updated": 3.0, "sources": {"base": [1, 2]}}
+    api = {"role": "api", "answered": 4.0, "open": 1, "cut": 1}
+    error = {"reason": "died", "message": "the engine was killed"}
+    command = {"role": "command", "started": 1.0, "started_at": 1.0, "phases": {"resolve": 1.0, "failed": 5.0}}
+    text = exposition(snapshot([command | {"error": error}, rank, api], Words(), 6.0)).decode()
+    own = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert len(own) >= 14
+    shown = {name for query in queries() for name in metric_names(query.expression)}
+    assert own == {name for name in shown if name.startswith("expo_state")}
 
 
 def _overlap(one: dict[str, int], other: dict[str, int]) -> bool:

@@ -93,6 +93,20 @@ def test_notes_have_a_row_and_a_curl_for_each_variant() -> None:
         assert f'"model": "{served[1]}"' in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["-f", str(THREE)], "deployment/demo-expo-serve-back 9000"),
+        (["-f", str(THREE), "--set", "status.port=9100"], "deployment/demo-expo-serve-back 9100"),
+        (["-f", str(THREE.with_name("nodes-ray.yaml"))], "pod/demo-expo-serve-wide-nodes-0 9000"),
+        (["-f", str(THREE), "--set", "status.port=null"], None),
+    ],
+)
+def test_notes_say_how_to_watch_a_start(arguments: list[str], what: str | None) -> None:
+    found = re.findall(r"^  kubectl -n models port-forward (.*)$", notes(*arguments), re.MULTILINE)
+    assert found == ([what] if what else [])
+
+
 def test_notes_of_nothing_say_what_to_do() -> None:
     assert "variants.mild.alpha=0.3" in notes()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from argparse import Namespace
 from typing import Any
 
 import pytest
 
-from expo_serve.cli import options, probe
-from expo_serve.cli.options import Options, add_source_flags, read_options
-from expo_serve.cli.parser import Parser
+from expo_serve.cli import options, probe, running, serve
+from expo_serve.cli.options import Options, read_options
 from tests.deploy.chart import Object, load, names, pick, pod_templates, render
 
 LWS = {"$(LWS_WORKER_INDEX)": "1", "$(LWS_LEADER_ADDRESS)": "leader"}
@@ -36,9 +36,7 @@ def _arguments(container: Object) -> list[str]:
 
 
 def _read(arguments: list[str]) -> Options:
-    parser = Parser(prog="expo-serve")
-    add_source_flags(parser)
-    return read_options(parser, arguments)
+    return read_options(serve.parser(), arguments)
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "none"])
@@ -49,6 +47,8 @@ def test_our_flags_say_what_the_values_say(name: str) -> None:
     for place, container in servers.items():
         given = _read(_arguments(container))
         annotations = _template(name, place)["metadata"]["annotations"]
+        status = [port["containerPort"] for port in container.get("ports", []) if port["name"] == "status"]
+        assert running.read_running(given).status_port == next(iter(status), None), place
         assert f"{given.config.alpha:g}" == f"{float(annotations['expo-serve/alpha']):g}", place
         assert not any(
             word.startswith(tuple(f"--{flag}" for flag in ("base", "aligned", "alpha"))) for word in given.unknown
@@ -66,7 +66,9 @@ def _template(name: str, place: str) -> Object:
 def test_all_of_our_flags_are_used() -> None:
     """What the command has and the chart does not set is left out on purpose."""
     used = {word.split("=")[0] for name in names() for one in _servers(name).values() for word in one["args"]}
-    ours = {f"--{flag}" for flag in options._SOURCE_FLAGS}
+    parser = argparse.ArgumentParser(add_help=False)
+    running.add_running_flags(parser)
+    ours = {f"--{flag}" for flag in options._SOURCE_FLAGS} | parser._option_string_actions.keys()
     assert ours <= used
 
 
@@ -82,6 +84,7 @@ def test_probes_are_calls_that_the_command_takes(name: str) -> None:
             assert command[:2] == ["expo-serve", "probe"]
             given = probe._read(command[2:])
             assert given.completion == (one["kind"] == "Pod")
+            assert given.state == (one["kind"] != "Pod")
             variant = one["metadata"]["name"].removesuffix("-test").removesuffix("-nodes")
             servers = {key.split()[0].removesuffix("-nodes"): server for key, server in _servers(name).items()}
             words = servers[variant]["args"]
@@ -89,7 +92,8 @@ def test_probes_are_calls_that_the_command_takes(name: str) -> None:
             assert f"--alpha={given.alpha}" in words
             service = pick([other for other in objects if other["metadata"]["name"] == variant], "Service")
             host = f"{variant}.models.svc" if one["kind"] == "Pod" else "127.0.0.1"
-            assert given.url == f"http://{host}:{service['spec']['ports'][0]['port']}"
+            ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+            assert given.url == f"http://{host}:{ports['status' if given.state else 'http']}"
 
 
 @functools.cache
@@ -120,7 +124,7 @@ def test_all_other_flags_are_vllms(name: str) -> None:
     for place, container in _servers(name).items():
         parsed = _parse(_read(_arguments(container)).unknown)
         assert parsed.shutdown_timeout > 0, place
-        ports = [port["containerPort"] for port in container.get("ports", [])]
+        ports = [port["containerPort"] for port in container.get("ports", []) if port["name"] == "http"]
         assert ports in ([parsed.port], [])
         assert bool(ports) != place.endswith("workerTemplate")
 

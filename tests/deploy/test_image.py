@@ -54,7 +54,7 @@ def test_image_and_chart_agree() -> None:
     shared = in_image.keys() & in_chart.keys()
     assert {name: in_image[name] for name in shared} == {name: in_chart[name] for name in shared}
     mounted = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
-    folders = [value for name, value in in_image.items() if name.endswith(("HOME", "ROOT", "DIR"))]
+    folders = [value for name, value in in_image.items() if name.endswith(("HOME", "ROOT", "DIR", "BASE"))]
     assert len(folders) > 3
     assert all(any(f"{folder}/".startswith(f"{path}/") for path in mounted) for folder in folders), (
         "read-only at run time"

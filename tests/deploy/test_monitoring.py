@@ -13,19 +13,24 @@ import yaml
 
 from tests.deploy.chart import Object, Values, load, names, pick, pod_templates, refusal, render
 from tests.deploy.monitoring import PROMETHEUS_FOLDER, check_rules, example, groups, promtool, selectors
-from tests.deploy.prometheus import Prometheus, discovered, scrape_job
+from tests.deploy.prometheus import Prometheus, discovered, scrape_jobs
 
 ALERTS = {
     "ExpoAlphaMismatch": "critical",
     "ExpoEffectiveAlphaOff": "warning",
     "ExpoStartOverBudget": "warning",
-    "ExpoPodSilent": "warning",
+    "ExpoLoadStalled": "warning",
+    "ExpoPodFailed": "warning",
+    "ExpoEngineHung": "critical",
+    "ExpoPodNotReady": "warning",
     "ExpoLoadTimeRegressed": "warning",
     "ExpoRestarts": "warning",
     "ExpoQueueLong": "warning",
     "ExpoKVCachePressure": "warning",
     "ExpoVariantAbsent": "critical",
 }
+OF_THE_STATUS_PORT = {"ExpoLoadStalled", "ExpoPodFailed", "ExpoEngineHung"}
+TESTS = sorted(PROMETHEUS_FOLDER.glob("rules*_test.yaml"))
 MONITORS = {"podMonitor": "PodMonitor", "serviceMonitor": "ServiceMonitor"}
 
 
@@ -57,39 +62,63 @@ def test_monitor_selects_the_servers_only(key: str, kind: str) -> None:
         labelled = [one["metadata"] for one in objects if one["kind"] == "Service"]
     chosen = [one for one in labelled if wanted <= one["labels"].items()]
     assert [one["labels"]["expo-serve/variant"] for one in chosen] == ["cautious", "mild"]
-    (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
-    assert (endpoint["port"], endpoint["path"], endpoint["interval"]) == ("http", "/metrics", "7s")
+    endpoints = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+    found = [(endpoint["port"], endpoint["path"], endpoint["interval"]) for endpoint in endpoints]
+    assert found == [("http", "/metrics", "7s"), ("status", "/metrics", "7s")]
+    ports = [port["name"] for port in pick(objects, "Service", "-mild")["spec"]["ports"]]
+    assert ports == [endpoint["port"] for endpoint in endpoints]
+
+
+@pytest.mark.parametrize(("key", "kind"), MONITORS.items())
+def test_without_a_status_port_the_server_alone_is_scraped(key: str, kind: str) -> None:
+    values = example() | {"status": {"port": None}, "monitoring": {key: {"enabled": True}}}
+    spec = pick(render(values), kind)["spec"]
+    assert [one["port"] for one in spec.get("podMetricsEndpoints") or spec["endpoints"]] == ["http"]
 
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
     """What a real Prometheus makes of the example's pods under each monitor and the example configuration, by job.
 
-    A second pod of mild has ended, a third one's port is another.
+    Each pod has two ports. A second pod of mild has ended, a third one's port is another.
     """
     folder = tmp_path_factory.mktemp("prometheus")
-    jobs = [scrape_job(pick(monitored(**{key: {"enabled": True}}), kind)) for key, kind in MONITORS.items()]
+    monitors = [pick(monitored(**{key: {"enabled": True}}), kind) for key, kind in MONITORS.items()]
+    jobs = [job for monitor in monitors for job in scrape_jobs(monitor)]
     (example_job,) = example_configuration()["scrape_configs"]
     objects = render(example())
     mild, cautious = (discovered(pod(objects, name), "models") for name in ("mild", "cautious"))
+    starting = [discovered(pod(objects, name), "models", "127.0.0.1:2", port="status") for name in ("mild", "cautious")]
     ended = deepcopy(mild)
     ended["labels"]["__meta_kubernetes_pod_phase"] = "Failed"
     other = deepcopy(mild)
     other["labels"]["__meta_kubernetes_pod_container_port_name"] = "metrics"
     for job in jobs:
-        job["static_configs"] = [mild, cautious, other]
-    jobs.append(without_discovery(example_job) | {"static_configs": [mild, cautious, other, ended]})
+        job["static_configs"] = [mild, cautious, *starting, other]
+    jobs.append(without_discovery(example_job) | {"static_configs": [mild, cautious, *starting, other, ended]})
     with Prometheus({"scrape_configs": jobs}, folder) as prometheus:
         prometheus.wait_for(lambda: prometheus.get("targets")["activeTargets"])
         active = prometheus.get("targets")["activeTargets"]
     return {job["job_name"]: [one["labels"] for one in active if one["scrapePool"] == job["job_name"]] for job in jobs}
 
 
-@pytest.mark.parametrize("job", [*MONITORS.values(), "expo-serve"])
-def test_labels_that_scraping_puts(job: str, targets: dict[str, list[dict[str, str]]]) -> None:
-    always = {"namespace": "models", "pod": "a-pod", "release": "demo", "instance": "127.0.0.1:1", "job": job}
-    found = sorted(targets[job], key=lambda labels: labels["variant"])
-    assert found == [always | {"variant": "cautious", "alpha": "-0.25"}, always | {"variant": "mild", "alpha": "0.3"}]
+@pytest.mark.parametrize(
+    ("job", "instances"),
+    [
+        *((f"{monitor}-http", ["127.0.0.1:1"]) for monitor in MONITORS.values()),
+        *((f"{monitor}-status", ["127.0.0.1:2"]) for monitor in MONITORS.values()),
+        ("expo-serve", ["127.0.0.1:1", "127.0.0.1:2"]),
+    ],
+)
+def test_labels_that_scraping_puts(job: str, instances: list[str], targets: dict[str, list[dict[str, str]]]) -> None:
+    always = {"namespace": "models", "pod": "a-pod", "release": "demo", "job": job}
+    found = sorted(targets[job], key=lambda labels: (labels["instance"], labels["variant"]))
+    variants = {"cautious": "-0.25", "mild": "0.3"}
+    assert found == [
+        always | {"instance": instance, "variant": variant, "alpha": alpha}
+        for instance in instances
+        for variant, alpha in variants.items()
+    ]
 
 
 def pod(objects: list[Object], variant: str) -> Object:
@@ -132,7 +161,7 @@ def test_only_the_leader_of_a_group_is_scraped() -> None:
     """Workers carry the same labels, but answer nothing: without a port there is no target."""
     group = pick(render(load("nodes-mp")), "LeaderWorkerSet")
     ports = {name: pod["spec"]["containers"][0].get("ports", []) for name, pod in pod_templates(group).items()}
-    assert [port["name"] for port in ports["leaderTemplate"]] == ["http"]
+    assert [port["name"] for port in ports["leaderTemplate"]] == ["http", "status"]
     assert ports["workerTemplate"] == []
 
 
@@ -144,7 +173,7 @@ def test_kept_rules_are_the_rendered_ones() -> None:
 
 def test_rules_pass_promtool() -> None:
     promtool("check", "rules", PROMETHEUS_FOLDER / "rules.yaml")
-    promtool("test", "rules", PROMETHEUS_FOLDER / "rules_test.yaml")
+    promtool("test", "rules", *TESTS)
 
 
 @pytest.mark.parametrize("name", names())
@@ -152,13 +181,14 @@ def test_rules_of_other_releases_pass_promtool(name: str, tmp_path: Path) -> Non
     values = load(name)
     values["monitoring"] = {"rules": {"enabled": True}}
     if values.get("variants"):
-        check_rules(groups(values), tmp_path)
+        for status in ({}, {"status": {"port": None}}):
+            check_rules(groups(values | status), tmp_path)
     else:
         assert "PrometheusRule" not in {one["kind"] for one in render(values)}
 
 
 def test_each_alert_has_a_firing_and_a_silent_case() -> None:
-    tests = yaml.safe_load((PROMETHEUS_FOLDER / "rules_test.yaml").read_text())["tests"]
+    tests = [test for path in TESTS for test in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for test in tests for case in test["alert_rule_test"]]
     firing = {case["alertname"] for case in cases if case.get("exp_alerts")}
     silent = {case["alertname"] for case in cases if not case.get("exp_alerts")}
@@ -194,8 +224,8 @@ def test_alerts_of_one_variant(variant: str) -> None:
 
 def test_figures_come_from_the_values(tmp_path: Path) -> None:
     figures = {
-        "startupBudgetRatio": 0.85, "loadRegressionRatio": 1.25, "loadRegressionDays": 3, "restartsPerHour": 4,
-        "waitingRequests": 1000000, "kvCacheUsage": 0.5, "effectiveAlphaDeviation": 0.05,
+        "startupBudgetRatio": 0.85, "loadStalledMinutes": 1000, "loadRegressionRatio": 1.25, "loadRegressionDays": 3,
+        "restartsPerHour": 4, "waitingRequests": 1000000, "kvCacheUsage": 0.5, "effectiveAlphaDeviation": 0.05,
     }  # fmt: skip
     labels = {"team": "llm", "severity": "page"}
     values = example() | {"monitoring": {"rules": {"enabled": True, "alertLabels": labels, **figures}}}
@@ -206,15 +236,25 @@ def test_figures_come_from_the_values(tmp_path: Path) -> None:
     assert expressions["ExpoAlphaMismatch"].endswith(', alpha="0.3"}) != 0.3')
     assert expressions["ExpoEffectiveAlphaOff"].endswith(") > 0.05")
     assert expressions["ExpoStartOverBudget"].endswith("> 0.85 * 1000000")
+    assert expressions["ExpoLoadStalled"].endswith("> 60000")
     assert "1.25 * avg by" in expressions["ExpoLoadTimeRegressed"]
     assert "[3d] offset 1d" in expressions["ExpoLoadTimeRegressed"]
     assert expressions["ExpoRestarts"].endswith(">= 4")
     assert float(expressions["ExpoQueueLong"].rpartition("> ")[2]) == 1000000
     assert expressions["ExpoKVCachePressure"].endswith("> 0.5")
     deployment = pick(render(values), "Deployment")
-    assert rules["ExpoPodSilent"]["for"] == rules["ExpoVariantAbsent"]["for"]
+    assert rules["ExpoPodNotReady"]["for"] == rules["ExpoVariantAbsent"]["for"]
+    assert f"[{rules['ExpoPodNotReady']['for']}]" in expressions["ExpoPodFailed"]
     assert rules["ExpoVariantAbsent"]["for"] == f"{deployment['spec']['progressDeadlineSeconds']}s"
     check_rules(groups(values), tmp_path)
+
+
+def test_without_a_status_port_no_alert_asks_for_its_metrics() -> None:
+    rules = rules_of("mild", example() | {"status": {"port": None}})
+    assert set(rules) == set(ALERTS) - OF_THE_STATUS_PORT
+    assert not [name for rule in rules.values() for name in asked(rule) if name.startswith("expo_state")]
+    assert "expo_state" not in str([rule["annotations"] for rule in rules.values()])
+    assert rules["ExpoPodNotReady"]["expr"].endswith(") == 0")
 
 
 KEDA = {"autoscaling": {"keda": {"enabled": True, "minReplicas": 0, "triggers": [{"type": "cron", "metadata": {}}]}}}

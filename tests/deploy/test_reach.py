@@ -43,7 +43,7 @@ def test_servers_reach_nothing_but_names_and_downloads_nothing_but_the_hub() -> 
 
 
 def test_requests_come_from_the_gateway_the_tests_and_prometheus() -> None:
-    (rule,) = _policy(render(load("routed")), "-mild")["ingress"]
+    rule, _ = _policy(render(load("routed")), "-mild")["ingress"]
     assert rule["ports"] == [{"port": "http", "protocol": "TCP"}]
     namespaces = [
         peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
@@ -56,6 +56,33 @@ def test_requests_come_from_the_gateway_the_tests_and_prometheus() -> None:
     assert tests.items() <= labels.items()
     server = _pod(render(load("routed")), "-mild")["metadata"]["labels"]
     assert not tests.items() <= server.items(), "another variant could come in as a test"
+
+
+@pytest.mark.parametrize(
+    ("gateway", "prometheus", "peers"),
+    [
+        ([], [{"podSelector": {"matchLabels": {"app": "p"}}}], [{}, {"app": "p"}]),
+        ([], [], [{}]),
+        (
+            [{"podSelector": {"matchLabels": {"app": "g"}}}],
+            [{"podSelector": {"matchLabels": {"app": "p"}}}],
+            [{"app": "p"}],
+        ),
+        ([{"podSelector": {"matchLabels": {"app": "g"}}}], [], None),
+    ],
+)
+def test_the_status_port_is_for_who_scrapes_and_no_gateway(
+    gateway: list[Object], prometheus: list[Object], peers: list[Object] | None
+) -> None:
+    """A rule without peers would let all in."""
+    policy = {"networkPolicy": {"gateway": gateway, "prometheus": prometheus}}
+    rules = _policy(render(merged(load("one"), policy)), "-mild")["ingress"]
+    assert [rule["ports"] for rule in rules[1:]] == ([] if peers is None else [[{"port": "status", "protocol": "TCP"}]])
+    assert [[peer["podSelector"].get("matchLabels", {}) for peer in rule["from"]] for rule in rules[1:]] == (
+        [] if peers is None else [peers]
+    )
+    (only,) = _policy(render(merged(load("one"), {**policy, "status": {"port": None}})), "-mild")["ingress"]
+    assert only == rules[0]
 
 
 def test_ranks_on_several_machines_talk_to_each_other_and_to_no_other_variant() -> None:

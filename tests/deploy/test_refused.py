@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.deploy import chart, refusals
+from tests.deploy import chart, refusals, refusals_release
 from tests.deploy.chart import Values, merged, refusal, render
 
 CASES = [
     pytest.param(*case, id=f"{group}-{name}")
     for group in ("NAMES", "ALPHA", "SOURCES", "KEYS", "RUNNING", "RELEASE")
-    for name, case in getattr(refusals, group).items()
+    for name, case in getattr(refusals_release if group == "RELEASE" else refusals, group).items()
 ]
 DELTA_IMAGE = {
     "variants": {"a": {"alpha": "0.5", "delta": "/delta/x", "deltaImage": {"reference": "registry.example/delta:1"}}}
@@ -67,6 +67,8 @@ def test_a_cluster_that_is_too_old_is_refused() -> None:
         {"variants": {"v" * (52 - len("demo-expo-serve-")): {"alpha": "0.5"}}},
         {"variants": {"a": {"alpha": "0.5"}}, "alias": {"name": "x", "weights": {"a": 1000000}}},
         {"variants": {"a": {"alpha": "0.5", "extraArgs": ["--max-model-len", "-1", "--disable-log-requests"]}}},
+        {"service": {"port": 9000}, "status": {"port": None}},
+        {"service": {"port": 9000}, "status": {"port": 8000}},
         {"variants": {"a": {"alpha": "0.5", "base": "/models", "aligned": "/models/sub/dir"}}},
     ],
 )

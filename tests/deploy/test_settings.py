@@ -32,16 +32,56 @@ def environment(pod: Object) -> dict[str, Any]:
     return {one["name"]: one.get("value", one.get("valueFrom")) for one in container(pod)["env"]}
 
 
-def test_probes_that_need_no_key_ask_health() -> None:
-    """Any other route answers 401 where there is a key, and the pod would be killed for it."""
-    server = container(single())
-    for kind in ("startupProbe", "livenessProbe"):
-        assert server[kind]["httpGet"] == {"path": "/health", "port": "http"}
+@pytest.mark.parametrize(("port", "paths"), [(9000, ("/ready", "/live")), (None, ("/health", "/health"))])
+def test_probes_that_need_no_key_ask_the_status_port_or_health(port: int | None, paths: tuple[str, str]) -> None:
+    """Any other route of the server answers 401 where there is a key, and the pod would be killed for it."""
+    server = container(single({"status": {"port": port}}))
+    asked = [server[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness")]
+    assert asked == [{"path": path, "port": "status" if port else "http"} for path in paths]
     startup, liveness, readiness = (server[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness"))
+    assert ("--state" in readiness["exec"]["command"]) == bool(port)
     assert startup["timeoutSeconds"] <= startup["periodSeconds"]
     assert liveness["periodSeconds"] * liveness["failureThreshold"] > 3 * (
         readiness["periodSeconds"] * readiness["failureThreshold"]
     )
+
+
+def test_a_status_port_is_a_flag_a_port_of_the_pod_and_one_of_the_service() -> None:
+    for port in (9000, 12345, None):
+        objects = render(merged(load("one"), {"status": {"port": port}}))
+        server = container(pick(objects, "Deployment")["spec"]["template"])
+        flags = [word for word in server["args"] if word.startswith("--status-port")]
+        assert flags == ([f"--status-port={port}"] if port else [])
+        ports = {"http": 8000} | ({"status": port} if port else {})
+        assert {one["name"]: one["containerPort"] for one in server["ports"]} == ports
+        service = pick(objects, "Service")["spec"]["ports"]
+        assert {one["name"]: (one["port"], one["targetPort"]) for one in service} == {
+            name: (number, name) for name, number in ports.items()
+        }
+
+
+def test_only_the_pods_that_answer_requests_have_a_status_port_and_a_watchdog() -> None:
+    values = merged(load("nodes-mp"), {"defaults": {"engineTimeoutSeconds": 7}})
+    spec = pick(render(values), "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    leader, worker = (container(spec[role]) for role in ("leaderTemplate", "workerTemplate"))
+    assert {"--status-port=9000", "--engine-timeout=7"} <= set(leader["args"])
+    assert [word for word in worker["args"] if word.startswith(("--status", "--engine"))] == []
+    assert not {"ports", "startupProbe", "readinessProbe", "livenessProbe"} & worker.keys()
+
+
+@pytest.mark.parametrize(
+    ("defaults", "own", "flags"),
+    [
+        ({}, {}, []),
+        ({}, {"engineTimeoutSeconds": 0}, ["--engine-timeout=0"]),
+        ({"engineTimeoutSeconds": 600}, {}, ["--engine-timeout=600"]),
+        ({"engineTimeoutSeconds": 600}, {"engineTimeoutSeconds": None}, []),
+    ],
+)
+def test_the_engines_time_reaches_the_command(defaults: Object, own: Object, flags: list[str]) -> None:
+    (name,) = load("one")["variants"]
+    server = container(single({"defaults": defaults, "variants": {name: own}}))
+    assert [word for word in server["args"] if word.startswith("--engine-timeout")] == flags
 
 
 def test_the_last_line_of_the_log_tells_why_it_ended() -> None:

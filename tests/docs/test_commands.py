@@ -14,13 +14,15 @@ from expo_serve.checkpoint.published import find_pair
 from expo_serve.cli.options import add_source_flags, read_options
 from expo_serve.cli.parser import Parser
 from expo_serve.config import parse_config
+from loadtests.device_check import __main__ as device_check
 from tests.deploy.chart import refusal, render
+from tests.deploy.gpu_kit import kit
 from tests.docs.cli_page import COMMANDS, flags_of
 from tests.docs.pages import ALL, README, ROOT, Page, page
 
 VLLM_FLAGS = {
     "--api-key", "--chat-template", "--compilation-config", "--data-parallel-size", "--default-chat-template-kwargs",
-    "--distributed-executor-backend",
+    "--distributed-executor-backend", "--host", "--uds",
     "--enable-ep-weight-filter", "--enable-expert-parallel", "--enable-lora", "--enforce-eager", "--headless",
     "--hf-overrides", "--language-model-only", "--load-format", "--master-addr", "--max-lora-rank", "--max-loras",
     "--max-model-len", "--mm-encoder-only", "--model", "--model-impl", "--model-loader-extra-config", "--nnodes",
@@ -32,6 +34,11 @@ VLLM_FLAGS = {
 """Flags of vLLM that the pages show; the real parser knows all of them (a test)."""
 OTHER_FLAGS = {"--no-deps", "--device", "--help"}
 """Flags of other programs that prose mentions."""
+SCRIPT_FLAGS = {
+    "loadtests.device_check": set(device_check.parser()._option_string_actions),
+    "deploy/gpu/kit.py": set(kit.parser()._option_string_actions),
+}
+"""Flags of our own scripts, by module or file."""
 SET_BY_EXPO = {"--model", "--load-format", "--model-loader-extra-config", "--worker-extension-cls"}
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -58,9 +65,12 @@ def problems(command: str) -> list[str]:
             return [*sorted(flags_in(rest) - VLLM_FLAGS), *([model] if model.startswith("-") else [])]
         case ["make", target, *_]:
             return [] if target in TARGETS else [target]
-        case ["python", "-m", module, *_]:
+        case ["python" | "python3", "-m", module, *rest]:
             path = ROOT / module.replace(".", "/")
-            return [] if path.with_suffix(".py").exists() or (path / "__main__.py").exists() else [module]
+            is_there = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+            return sorted(flags_in(rest) - SCRIPT_FLAGS.get(module, flags_in(rest))) if is_there else [module]
+        case ["python3", file, *rest] if file in SCRIPT_FLAGS:
+            return sorted(flags_in(rest) - SCRIPT_FLAGS[file])
         case ["helm" | "pip", *_]:
             return []
     return [command]
@@ -74,9 +84,10 @@ def test_commands_in_code_blocks_exist(one: Page) -> None:
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.name)
 def test_commands_and_flags_in_prose_exist(one: Page) -> None:
     ours = set().union(*(flags_of(command) for command in COMMANDS))
+    scripts = set().union(*SCRIPT_FLAGS.values()) if one.name == "docs/gpu.md" else set()
     for span in one.spans:
         if re.match(r"--[a-z]", span):
-            assert not flags_in(shlex.split(span)) - ours - VLLM_FLAGS - OTHER_FLAGS, span
+            assert not flags_in(shlex.split(span)) - ours - VLLM_FLAGS - OTHER_FLAGS - scripts, span
         if re.match(r"(make|python -m) \w", span):
             assert not problems(span), span
 
@@ -92,6 +103,8 @@ def test_commands_and_flags_in_prose_exist(one: Page) -> None:
         ("vllm serve A --no-such", ["--no-such"]),
         ("make dmeo", ["dmeo"]),
         ("python -m loadtests.no_such", ["loadtests.no_such"]),
+        ("python -m loadtests.device_check --no-such", ["--no-such"]),
+        ("python3 deploy/gpu/kit.py --no-such", ["--no-such"]),
         ("expo_serve --base B", ["expo_serve --base B"]),
     ],
 )

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from expo_serve import errors, metrics
 from expo_serve.cli.inspection import InspectedMemory, InspectedSource, InspectedTensor, Inspection
-from expo_serve.errors import ExpoError
+from expo_serve.errors import REASONS, ExpoError
 from expo_serve.report import DeploymentReport
+from expo_serve.state.exposition import exposition
+from expo_serve.state.snapshot import PHASES, Words, snapshot
 from tests.docs import cli_page
 from tests.docs.pages import page, rows
 
@@ -33,12 +37,12 @@ def test_every_flag_has_an_explanation() -> None:
 
 def report() -> DeploymentReport:
     """The example of the page; unknown, missing and mistyped fields are errors."""
-    (example,) = OBSERVABILITY.code("json")
+    example, _ = OBSERVABILITY.code("json")
     return DeploymentReport.model_validate_json(example)
 
 
 def test_example_of_the_report_is_one() -> None:
-    (example,) = OBSERVABILITY.code("json")
+    example, _ = OBSERVABILITY.code("json")
     assert json.loads(report().model_dump_json()) == json.loads(example)
 
 
@@ -67,6 +71,37 @@ def test_metrics_are_those_of_the_page() -> None:
     }
     table = rows(OBSERVABILITY.section("Metrics"))
     assert {name.strip("`"): set(re.findall(r"`(\w+)`", labels)) for name, labels, _ in table} == found
+
+
+def started() -> dict[str, Any]:
+    """The state of a start with everything in it."""
+    command = {"role": "command", "started": 1.0, "started_at": 1.0, "phases": {"resolve": 1.0, "start": 1.0}}
+    sources = {side: [1, 2] for side in ("base", "aligned")}
+    rank = {"role": "rank", "engine": 0, "rank": 0, "began": 1.0, "updated": 1.0, "sources": sources}
+    error = {"reason": "load", "message": "m"}
+    return snapshot([command, rank, {"role": "api", "answered": 1.0, "error": error}], Words(), 2.0)
+
+
+def shape(value: Any) -> Any:
+    """Keys of JSON, all the way down."""
+    return {key: shape(inner) for key, inner in value.items()} if isinstance(value, dict) else None
+
+
+def test_example_of_the_state_is_one() -> None:
+    _, example = OBSERVABILITY.code("json")
+    assert shape({**started(), "error": None}) == shape(json.loads(example))
+    for name in (*PHASES, *REASONS):
+        assert f"`{name}`" in OBSERVABILITY.section("The state from second 0")
+
+
+def test_metrics_of_the_state_are_those_of_the_page() -> None:
+    families = text_string_to_metric_families(exposition(started()).decode())
+    found = {family.name: {label for sample in family.samples for label in sample.labels} for family in families}
+    named = {}
+    for names, labels, *_ in rows(OBSERVABILITY.section("The state from second 0")):
+        for name in re.findall(r"`(expo_state\w+)`", names):
+            named[name] = set(re.findall(r"`(\w+)`", labels))
+    assert named == found
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

@@ -87,9 +87,28 @@ def test_other_tensors_and_other_times_run_at_once(model: torch.nn.Linear, backg
 
 def test_an_operation_that_looks_waits(model: torch.nn.Linear, background: Background) -> None:
     weight = model.weight.data.fill_(0)
-    with WriteTracker(model, background.wait):
+    with WriteTracker(model, background.wait_for):
         background.submit(weight, lambda: add(weight, 7, 0.1))
         assert weight.view(-1)[5].item() == 7
+
+
+def test_an_operation_on_other_memory_goes_on(model: torch.nn.Linear, background: Background) -> None:
+    """Models ask their own tensors on the way, which expert is where for one: that must not stop the threads."""
+    weight, asked = model.weight.data.fill_(0), torch.arange(4)
+    may_go_on = threading.Event()
+
+    def write() -> None:
+        assert may_go_on.wait(10)
+        add(weight, 7, 0.0)
+
+    with WriteTracker(model, background.wait_for):
+        background.submit(weight, write)
+        assert asked[2].item() == 2
+        other = torch.stack([asked, asked])
+        assert not may_go_on.is_set()
+        may_go_on.set()
+        assert [*torch.unbind(weight.view(-1))][5].item() == 7
+    assert other.shape == (2, 4)
 
 
 def test_a_model_loaded_in_the_background_has_the_same_bits(
@@ -98,7 +117,7 @@ def test_a_model_loaded_in_the_background_has_the_same_bits(
     torch.manual_seed(3)
     base, aligned = torch.randn(128, 64), torch.randn(128, 64)
     case = Lazies(tmp_path).make(base, aligned, 0.7, background.submit)
-    with WriteTracker(model, background.wait) as tracker:
+    with WriteTracker(model, background.wait_for) as tracker:
         for start in range(0, 128, 32):
             model.weight.data[start : start + 32].copy_(case.lazy[start : start + 32])
         model.bias.data.fill_(0)

@@ -76,8 +76,8 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "to": lambda t: t.to(torch.float16),
     "clone of a part": lambda t: t[:, 2:5].clone(),
     "clone of rows": lambda t: t[2:4].clone(),
-    "contiguous clone of a transpose": lambda t: t.t().clone(memory_format=torch.contiguous_format),
-    "contiguous": lambda t: t.t().contiguous(),
+    "contiguous clone of repeated elements": lambda t: t.expand(2, 6, 8).clone(memory_format=torch.contiguous_format),
+    "contiguous windows": lambda t: t.unfold(0, 2, 1).contiguous(),
     "reshape of a transpose": lambda t: t.t().reshape(-1),
     "flip": lambda t: t.flip(0),
     "repeat": lambda t: t.repeat(2, 1),
@@ -153,6 +153,36 @@ def test_write_into_a_lazy_tensor_stays(case: Case, write: Callable[[torch.Tenso
     write(case.expected)
     assert same_bits(copied(case.lazy), case.expected)
     assert same_bits(copied(before), case.expected[2:])
+
+
+PARTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "columns": lambda t: t[:, 2:5],
+    "transpose": torch.t,
+    "every second row": lambda t: t[::2],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("write", [lambda t: t, lambda t: t[0].fill_(7), lambda t: t.add_(1).t().mul_(2)])
+def test_contiguous_clone_stays_lazy(
+    case: Case, part: Callable[[torch.Tensor], torch.Tensor], write: Callable[[torch.Tensor], object]
+) -> None:
+    clone, expected = part(case.lazy).contiguous(), part(case.expected).contiguous()
+    assert isinstance(clone, LazyTensor)
+    assert case.counts.count()["materialized"] == 0
+    chunk = clone.chunk(2)[1]
+    write(clone)
+    write(expected)
+    for lazy, plain in ((clone, expected), (chunk, expected.chunk(2)[1]), (clone.view(-1), expected.view(-1))):
+        assert lazy.stride() == plain.stride()
+        assert same_bits(copied(lazy), plain)
+    assert same_bits(copied(clone.view(torch.int16)), expected.view(torch.int16))
+    assert same_bits(copied(case.lazy), case.expected)
+
+
+@pytest.mark.parametrize("view", [lambda t: t.expand(2, 6, 8), lambda t: t.unfold(0, 2, 1)], ids=["expand", "windows"])
+def test_clone_of_repeated_elements_is_real(case: Case, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert not isinstance(view(case.lazy).contiguous(), LazyTensor)
 
 
 @pytest.mark.parametrize("view", [lambda t: t, torch.t], ids=["whole", "transpose"])

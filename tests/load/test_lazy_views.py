@@ -120,7 +120,11 @@ def _windows(draw: Draw, shape: torch.Size) -> View:
     return (lambda t: t.unfold(dim, 2, 1)) if shape[dim] >= 2 else (lambda t: t)
 
 
-_ON_ANY = [_expand, _unsqueeze, _squeeze]
+def _relay(draw: Draw, shape: torch.Size) -> View:
+    return lambda t: t.contiguous()
+
+
+_ON_ANY = [_expand, _unsqueeze, _squeeze, _relay]
 _ON_DIMENSIONS = [
     *(_narrow, _chunk, _split, _select, _unbind, _transpose, _permute, _reshape, _flat_view),
     *(_slice, _diagonal, _windows),

@@ -127,7 +127,9 @@ def outcomes(plan: Plan) -> dict[str, torch.Tensor | str]:
     for name, planned in plan.tensors.items():
         parameter = torch.empty(planned.result.shape, dtype=meta_tensor(planned.result).dtype)
         try:
-            found[name] = parameter.copy_(lazy_tensor(planned, LoadSession(reader, counts)))
+            session = LoadSession(reader, counts)
+            found[name] = parameter.copy_(lazy_tensor(planned, session))
+            session.stages.wait()
         except ValuesError:
             found[name] = "not finite"
     return found

@@ -16,6 +16,7 @@ import yaml
 from expo_serve.cli import options
 from expo_serve.cli.options import Options, add_source_flags, read_options
 from expo_serve.cli.parser import Parser
+from expo_serve.cli.running import add_running_flags
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.sweep import canary
 from expo_serve.sweep.canary import variant_name
@@ -107,6 +108,7 @@ def read(words: list[str]) -> Options:
     """Parse a command line of the server, which refuses what it would refuse then."""
     parser = Parser(prog="expo-serve")
     add_source_flags(parser)
+    add_running_flags(parser)
     return read_options(parser, words)
 
 
@@ -344,7 +346,7 @@ def refused_by_the_chart() -> list[str]:
     return sorted(names)
 
 
-OF_EXPO = {*options._SOURCE_FLAGS, *options._SET_BY_US, "revision", "pair"}
+OF_EXPO = {*options._SOURCE_FLAGS, *options._SET_BY_US, "revision", "pair", "status-port", "engine-timeout"}
 """Flags that are never among those for vLLM."""
 
 

@@ -146,7 +146,9 @@ def test_model_that_refuses_everything_leaves_no_failures(running: RewardModel) 
 
 def test_engine_that_dies(running: RewardModel) -> None:
     """The last of those that share the server."""
-    engine = next(one for one in psutil.Process().children(recursive=True) if "EngineCore" in one.cmdline()[0])
+    assert running._server is not None
+    family = psutil.Process(running._server._keeper.pid).children(recursive=True)  # not those of other tests' servers
+    engine = next(one for one in family if "EngineCore" in one.cmdline()[0])
     engine.kill()
     results = running.score([scored(0, "Why?", "So.")])
     with pytest.raises(ServeError, match=r"^the reward model \S+ [a-z ]+ \(.+\): .+ \(its log: \S+\)$"):

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from loadtests.results import RESULTS, save
-from tests.deploy.chart import Object, render
+from tests.deploy.chart import Object, Values, render
 from tests.deploy.kube.podman import DOCKER, Podman, bring, bring_podman
 from tests.deploy.kube.pods import Pod, playing, secret
 from tests.server import run_command
 
 KEY = "a-key-for-tests"
+SECRET = "expo-key"
 READY_SECONDS = 300
 ALPHAS = {"strong": "0.5", "weak": "-0.5"}
 
@@ -57,14 +58,13 @@ def figures() -> Figures:
 
 
 @pytest.fixture(scope="session")
-def deployments(image: str, demo_pair: tuple[Path, Path]) -> list[Object]:
-    """Of the two variants, as rendered."""
+def release(image: str, demo_pair: tuple[Path, Path]) -> Values:
+    """The values of a release of the demo's pair on CPU, without variants."""
     base, aligned = demo_pair
     inspect = ["inspect", "--base", str(base), "--aligned", str(aligned), "--alpha", "0", "--json"]
     weight_bytes = json.loads(run_command(*inspect).stdout)["memory"]["weight_bytes"]
     repository, tag = image.split(":")
-    values = {
-        "variants": {name: {"alpha": alpha} for name, alpha in ALPHAS.items()},
+    return {
         "defaults": {
             "device": "cpu",
             "base": f"/models/{base.name}",
@@ -74,9 +74,15 @@ def deployments(image: str, demo_pair: tuple[Path, Path]) -> list[Object]:
         },
         "image": {"repository": repository, "tag": tag},
         "weights": {"volume": {"hostPath": str(base.parent)}},
-        "apiKey": {"existingSecret": "expo-key"},
+        "apiKey": {"existingSecret": SECRET},
     }
-    return [one for one in render(values) if one["kind"] == "Deployment"]
+
+
+@pytest.fixture(scope="session")
+def deployments(release: Values) -> list[Object]:
+    """Of the two variants, as rendered."""
+    variants = {name: {"alpha": alpha} for name, alpha in ALPHAS.items()}
+    return [one for one in render(release | {"variants": variants}) if one["kind"] == "Deployment"]
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +92,7 @@ def pods(
     """Both, ready by their own probes; by variant."""
     folder = tmp_path_factory.mktemp("pods")
     started = time.monotonic()
-    with secret(podman, folder, "expo-key", **{"api-key": KEY}), playing(podman, deployments, folder) as running:
+    with secret(podman, folder, SECRET, **{"api-key": KEY}), playing(podman, deployments, folder) as running:
         by_variant = {pod.variant: pod for pod in running}
         for variant, pod in by_variant.items():
             pod.wait_ready(READY_SECONDS)

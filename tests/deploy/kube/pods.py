@@ -38,11 +38,20 @@ class Pod:
         self.memory = Memory(self)
 
     @functools.cached_property
-    def url(self) -> str:
-        """At the pod's own address, as a Service would ask it."""
+    def address(self) -> str:
+        """The pod's own, as a Service would send to it."""
         infra = self.podman.run("pod", "inspect", "--format", "{{.InfraContainerID}}", self.name).stdout.strip()
-        address = self.podman.ask("{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", infra)
-        return f"http://{address}:{self.container['ports'][0]['containerPort']}"
+        return self.podman.ask("{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", infra)
+
+    def port(self, name: str) -> int:
+        """The number of one of its ports."""
+        (number,) = (port["containerPort"] for port in self.container["ports"] if port["name"] == name)
+        return int(number)
+
+    @property
+    def url(self) -> str:
+        """The server's root."""
+        return f"http://{self.address}:{self.port('http')}"
 
     @functools.cached_property
     def pid(self) -> int:
@@ -59,10 +68,17 @@ class Pod:
         probe = self.container[f"{kind}Probe"]
         if "exec" in probe:
             return self.execute(*probe["exec"]["command"])[0] == 0
+        url = f"http://{self.address}:{self.port(probe['httpGet']['port'])}{probe['httpGet']['path']}"
         try:
-            return httpx.get(f"{self.url}{probe['httpGet']['path']}", timeout=probe["timeoutSeconds"]).is_success
+            return httpx.get(url, timeout=probe["timeoutSeconds"]).is_success
         except httpx.TransportError:
             return False
+
+    def state(self) -> Object:
+        """What its status port says."""
+        answer = httpx.get(f"http://{self.address}:{self.port('status')}/state", timeout=10)
+        state: Object = answer.raise_for_status().json()
+        return state
 
     def wait_ready(self, timeout: float) -> None:
         """Until the startup probe has passed, then the other two."""

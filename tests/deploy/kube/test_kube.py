@@ -6,11 +6,8 @@ The tests follow one another: the last ones stop the pods.
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -18,6 +15,7 @@ import pytest
 
 from loadtests.results import RESULTS, save
 from tests.deploy.consistency import quantity
+from tests.deploy.kube.clients import QUESTION, Stream
 from tests.deploy.kube.conftest import ALPHAS, KEY, Figures
 from tests.deploy.kube.podman import Podman
 from tests.deploy.kube.pods import Pod
@@ -25,7 +23,6 @@ from tests.deploy.kube.pods import Pod
 pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 VARIANTS = list(ALPHAS)
-QUESTION = "What should I know about planting a tree?"
 TOKENS = 120
 LEAST_LEFT = 20
 """Tokens of the stream that are still to come when SIGTERM is there."""
@@ -126,7 +123,8 @@ def test_nothing_stays_of_a_command_from_outside(pods: dict[str, Pod]) -> None:
 def test_sigterm_lets_a_stream_end(podman: Podman, pods: dict[str, Pod], figures: Figures) -> None:
     pod = pods["strong"]
     grace = pod.spec["terminationGracePeriodSeconds"]
-    stream = Stream(pod, "aligned-expo-0.5")
+    stream = Stream(pod.url, KEY, "aligned-expo-0.5", TOKENS)
+    stream.start()
     stream.wait_for(5)
     started = time.monotonic()
     stop = podman.start("stop", "--time", str(grace), pod.server)
@@ -140,43 +138,9 @@ def test_sigterm_lets_a_stream_end(podman: Podman, pods: dict[str, Pod], figures
         "grace_seconds": grace,
         "tokens_after_sigterm": TOKENS - seen,
     }
-    assert (stream.reason, stream.done, len(stream.pieces)) == ("length", True, TOKENS)
+    assert stream.problem() is None
     assert TOKENS - seen >= LEAST_LEFT
     assert podman.ask("{{.State.ExitCode}}", pod.server) == "0", pod.log()
-
-
-class Stream(threading.Thread):
-    """A streamed answer of ``TOKENS`` tokens, read as it comes."""
-
-    def __init__(self, pod: Pod, name: str) -> None:
-        super().__init__(daemon=True)
-        self.pieces: list[str] = []
-        self.reason: str | None = None
-        self.done = False
-        self._url = f"{pod.url}/v1/completions"
-        self._body: dict[str, Any] = {"model": name, "prompt": QUESTION, "temperature": 0, "stream": True}
-        self._body |= {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
-        self.start()
-
-    def run(self) -> None:
-        """To the end of the answer."""
-        key = {"Authorization": f"Bearer {KEY}"}
-        with httpx.stream("POST", self._url, json=self._body, headers=key, timeout=60) as answer:
-            for line in answer.iter_lines():
-                if line == "data: [DONE]":
-                    self.done = True
-                elif line:
-                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                    self.pieces += choice["token_ids"]
-                    self.reason = choice["finish_reason"]
-
-    def wait_for(self, tokens: int, timeout: float = 60) -> None:
-        """Until so many tokens are there."""
-        deadline = time.monotonic() + timeout
-        while len(self.pieces) < tokens:
-            assert time.monotonic() < deadline
-            assert self.is_alive()
-            time.sleep(0.02)
 
 
 def test_memory_stood_under_the_request(pods: dict[str, Pod], figures: Figures) -> None:

@@ -1,0 +1,117 @@
+"""The status port, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import httpx
+import psutil
+import pytest
+
+from expo_serve.state.shared import SharedState
+
+MAX_BYTES = 30 << 20
+
+
+class Port(NamedTuple):
+    """A running status process."""
+
+    state: SharedState
+    process: subprocess.Popen[bytes]
+    url: str
+
+
+@pytest.fixture
+def port() -> Iterator[Port]:
+    """The status process of a command that is starting."""
+    state = SharedState.create()
+    now = time.monotonic()
+    state.reporter("command", started=now, started_at=time.time(), alpha="0.5", phases={"resolve": now})
+    listener = socket.create_server(("127.0.0.1", 0))
+    descriptors = (listener.fileno(), state.descriptor)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "expo_serve.state.server", *map(str, descriptors)],
+        stdin=subprocess.PIPE,
+        pass_fds=descriptors,
+    )
+    try:
+        yield Port(state, process, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    finally:
+        process.kill()
+        process.wait()
+        listener.close()
+        state.close()
+
+
+def test_routes(port: Port) -> None:
+    assert httpx.get(f"{port.url}/live").json() == {"live": True, "phase": "resolve"}
+    ready = httpx.get(f"{port.url}/ready")
+    assert ready.status_code == 503
+    assert ready.json() == {"ready": False, "phase": "resolve", "reason": "the server starts: resolve"}
+    keeper = port.state.reporter("keeper")
+    keeper.enter("serving")
+    assert httpx.get(f"{port.url}/ready?x=/y").status_code == 200
+    assert httpx.get(f"{port.url}/state").json()["phase_seconds"].keys() == {"resolve", "serving"}
+    assert httpx.head(f"{port.url}/state").content == b""
+    metrics = httpx.get(f"{port.url}/metrics")
+    assert 'expo_state_phase{phase="serving"} 1.0' in metrics.text
+    assert metrics.headers["content-type"].startswith("text/plain")
+    (status,) = port.state.reports("status")
+    assert status["scraped"] <= time.monotonic()
+    keeper.enter("failed")
+    assert httpx.get(f"{port.url}/live").status_code == 503
+
+
+def test_nothing_of_a_request_comes_back(port: Port) -> None:
+    for method, path, status in (("GET", "/secret", 404), ("POST", "/state", 501)):
+        answer = httpx.request(method, f"{port.url}{path}", headers={"X-Secret": "secret"})
+        assert answer.status_code == status
+        assert json.loads(answer.text)["error"]["code"] == status
+        assert "secret" not in answer.text + str(answer.headers)
+    host, number = port.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(number))) as connection:
+        connection.sendall(b"GARBAGE secret <b>\r\n\r\n")
+        assert b"secret" not in connection.recv(4096)
+
+
+def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> None:
+    host, number = port.url.removeprefix("http://").split(":")
+    silent = [socket.create_connection((host, int(number))) for _ in range(40)]
+    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+    more = [socket.create_connection((host, int(number))) for _ in range(60)]  # beyond what is held open
+    time.sleep(0.5)
+    for connection in silent:
+        connection.close()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    else:
+        raise AssertionError("it did not answer again")
+    for connection in more:
+        connection.close()
+
+
+def test_it_is_small_and_imports_nothing_big(port: Port) -> None:
+    httpx.get(f"{port.url}/metrics")
+    assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
+
+
+def test_it_ends_with_the_command_only(port: Port) -> None:
+    httpx.get(f"{port.url}/live")
+    for number in (1, 2, 3, 15):
+        os.kill(port.process.pid, number)
+    assert httpx.get(f"{port.url}/live").status_code == 200
+    assert port.process.stdin is not None
+    port.process.stdin.close()
+    assert port.process.wait(5) == 0
