@@ -109,4 +109,4 @@ lock: ## make the locks anew from requirements/*.in and pyproject.toml, for ever
 	$(PYTHON) requirements/lock.py
 
 clean: ## remove the environment, the demo's models and what benchmarks left
-	rm -rf .venv .pythons .demo .bench .deploy .browser .site build dist deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
+	rm -rf .venv .pythons .demo .bench .kit .deploy .browser .site build dist deploy/docker/wheels/*.whl deploy/docker/wheels/.stamp
