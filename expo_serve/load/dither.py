@@ -7,6 +7,7 @@ without the loops. torch has no unsigned arithmetic of 32 bits everywhere, so wo
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from expo_serve.load.selection import Selection
 _SHARED = 1 << 33
 """Elements from one change of the key to the next."""
 _STEP, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
-_FP16_BITS_OF_INF = 0x7C00
 
 
 def noise(selection: Selection, key: int, device: torch.device) -> torch.Tensor:
@@ -39,28 +39,49 @@ def noise(selection: Selection, key: int, device: torch.device) -> torch.Tensor:
     return _of_any(selection, key, device)
 
 
-def round_dithered(values: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def round_dithered(values: torch.Tensor, random: torch.Tensor, out: torch.Tensor) -> None:
     """Round to one of the two nearest values of a dtype, to the farther one with the probability of the nearer's share.
 
     Args:
         values: of any floating-point dtype; fp64 is rounded to fp32 first, to nearest.
         random: int16 of the same shape, on the same device, see :func:`noise`.
-        dtype: bf16 or fp16.
+        out: bf16 or fp16, of the same shape, on the same device, with any strides.
     """
     single = values.float()
-    if single.is_cpu and (rounded := _rounded_by_loop(single, random, dtype)) is not None:
-        return rounded
-    bits, added = single.view(torch.int32), random.view(torch.uint16).to(torch.int32)
-    if dtype == torch.bfloat16:
-        # A NaN gets nothing: one of all ones, which is what devices compute, would overflow to -0.0.
-        added.masked_fill_(single.ne(single), 0).add_(bits)
-        return _upper_halves(added).view(dtype)
-    size = single.abs()
-    normal = ((size.view(torch.int32) - (112 << 23)) + (added >> 3)) >> 13
-    fixed = ((size.clamp(max=2.0**-14) * 2.0**40).to(torch.int32) + added) >> 16
-    rounded = torch.where(size < 2.0**-14, fixed, normal).clamp_(max=_FP16_BITS_OF_INF)
-    rounded.masked_fill_(single.isfinite().logical_not_(), _FP16_BITS_OF_INF)
-    return (rounded | (bits >> 16) & 0x8000).to(torch.int16).view(dtype)
+    if single.is_cpu and (rounded := _rounded_by_loop(single, random, out.dtype)) is not None:
+        out.copy_(rounded)
+    elif out.dtype == torch.bfloat16:
+        _round_to_bf16(single, random, out)
+    else:
+        _round_to_fp16(single, random, out)
+
+
+def _round_to_bf16(values: torch.Tensor, random: torch.Tensor, out: torch.Tensor) -> None:
+    """Add the random bits to the lower half of each value, and keep the upper one."""
+    added = random.view(torch.uint16).to(torch.int32)
+    # A NaN gets nothing: one of all ones, which is what devices compute, would overflow to -0.0.
+    added.masked_fill_(values.ne(values), 0).add_(values.view(torch.int32))
+    out.copy_(_upper_halves(added).view(torch.bfloat16))
+
+
+def _round_to_fp16(values: torch.Tensor, random: torch.Tensor, out: torch.Tensor) -> None:
+    """Count the units in the last place of fp16 that are in each value, in fp64, where all of this is exact.
+
+    By their bits, subnormal values would have to be rounded apart from others: three times as many operations, each of
+    which costs a launch.
+    """
+    # The power of two at or below each value, at least that of the smallest normal one; a unit is 2**-10 of it.
+    powers = values.view(torch.int32).bitwise_and(0xFF << 23).clamp_(min=113 << 23, max=254 << 23).view(torch.float32)
+    wide = torch.empty(values.shape, dtype=torch.float64, device=values.device)
+    shares = torch.copysign(random.view(torch.uint16), values, out=wide)
+    counts = shares.addcdiv_(values, powers, value=2.0**26).div_(2.0**16, rounding_mode="trunc")
+    torch.addcmul(_minus_zero(values.device), counts, powers, value=2.0**-10, out=out)
+
+
+@cache
+def _minus_zero(device: torch.device) -> torch.Tensor:
+    """Return -0.0, to which any value can be added without a change of its sign."""
+    return torch.full((), -0.0, dtype=torch.float64, device=device)
 
 
 def _upper_halves(words: torch.Tensor) -> torch.Tensor:
@@ -129,10 +150,12 @@ def _key_of(key: int, index: int) -> tuple[int, int]:
 
 
 def _hash(words: torch.Tensor, second: int | torch.Tensor) -> torch.Tensor:
-    """Hash counters, to which the first half of the key is added already, in place."""
+    """Hash counters, to which the first half of the key is added already; they are lost."""
     _fold(words)
-    words.mul_(_signed(_FIRST))
-    words.add_(_signed(second) if isinstance(second, int) else second)
+    if isinstance(second, int):
+        words = torch.rsub(words, _signed(second), alpha=-_signed(_FIRST))
+    else:
+        words.mul_(_signed(_FIRST)).add_(second)
     words.bitwise_xor_((words >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
     _fold(words)
     return words

@@ -83,10 +83,13 @@ def combine_unchecked(
     else:
         widest = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
         wide = torch.lerp(base.to(widest), aligned.to(widest), 1 + alpha)
-    if noise is None and dest.dtype == dtype:
-        return dest.copy_(wide)
-    value = wide.to(dtype) if noise is None else round_dithered(wide, noise, dtype)
-    dest.copy_(value)
+    value = dest if dest.dtype == dtype else torch.empty_like(dest, dtype=dtype)
+    if noise is None:
+        value.copy_(wide)
+    else:
+        round_dithered(wide, noise, value)
+    if value is not dest:
+        dest.copy_(value)
     return value
 
 

@@ -213,12 +213,15 @@ def test_launches_a_piece(
     size = torch.Size((64, 64))
     sides = {UP: numbers(*size)}, {UP: moved(numbers(*size), 3)}
     pair = Lazies(tmp_path).plan(*sides, 0.5, rounding)
+    base, aligned = ({UP: numbers(*size, seed=seed, dtype=torch.float16)} for seed in (0, 1))
+    half_pair = Lazies(tmp_path / "halves").plan(base, aligned, 0.5, rounding)
     with blocks_of(1 << 20):
         packed = Packs(tmp_path / "packs").make(*sides).by_delta(0.5)
     lora = plan_delta(*adapted, 0.5, rounding=rounding)
     dithered = 16
     more = 0 if rounding == "nearest" else dithered
-    bounds = ((pair, UP, 6 + more), (lora, BASE_WEIGHT, 8 + RANK + more), (packed, UP, 20 + dithered))
+    pairs = ((pair, UP, 6 + more), (half_pair, UP, 6 + more))
+    bounds = (*pairs, (lora, BASE_WEIGHT, 8 + RANK + more), (packed, UP, 20 + dithered))
     for plan, name, most in bounds:
         with monkeypatch.context() as patch:
             patch.setattr(device_low_rank, "has_the_rules_bits", lambda device: True)
