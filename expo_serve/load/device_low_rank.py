@@ -7,7 +7,7 @@ where it does not, or where the host has no such loop, the host computes the pro
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -75,7 +75,9 @@ def has_the_rules_bits(device: torch.device) -> bool:
     rows, rank, columns = _PROBED
     chance = torch.Generator(device="cpu").manual_seed(1)
     with torch.no_grad():
-        left, right = (torch.randn(shape, generator=chance, device="cpu") for shape in ((rows, rank), (rank, columns)))
+        # vLLM makes the model's dtype the default one while it loads.
+        numbers = partial(torch.randn, generator=chance, dtype=torch.float32, device="cpu")
+        left, right = numbers(rows, rank), numbers(rank, columns)
         wanted = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
         Factors(left, right, 0.3).product(range(rows), range(columns), wanted)
         return torch.equal(product(left.to(device), right.to(device), 0.3).cpu(), wanted)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -123,10 +123,14 @@ def fuses_addition(device: torch.device) -> bool:
 
     On the CPU it does so for whole vectors only. A device runs one program for every element: a look at some shows it.
     """
-    if device.type == "cpu":
-        return False
+    return device.type != "cpu" and _adds_with_one_rounding(device)
+
+
+def _adds_with_one_rounding(device: torch.device) -> bool:
     chance = torch.Generator(device="cpu").manual_seed(2)
-    one, other = (torch.randn(_PROBED, generator=chance, device="cpu").to(device) for _ in range(2))
+    # vLLM makes the model's dtype the default one while it loads.
+    numbers = partial(torch.randn, _PROBED, generator=chance, dtype=torch.float32, device="cpu")
+    one, other = (numbers().to(device) for _ in range(2))
     found = (torch.equal(torch.add(one, other, alpha=w), _fused_step(one, other, w)) for w in (1.5, 1.7, -0.3, 1e-3))
     return all(found)
 

@@ -158,11 +158,30 @@ def test_a_damaged_adapter_is_refused(adapted: tuple[Path, Path], tmp_path: Path
         there.copied(there.lazy(plan.tensors[BASE_WEIGHT]))
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    """vLLM loads a model with the model's dtype as the default one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_a_device_that_fuses_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "add", lambda one, other, alpha: formula._fused_step(one, other, alpha))
+    assert formula._adds_with_one_rounding(cpu)
+    monkeypatch.setattr(torch, "add", lambda one, other, alpha: one + alpha * other)
+    assert not formula._adds_with_one_rounding(cpu)
+
+
+@pytest.mark.usefixtures("default_dtype")
 def test_the_cpu_is_probed_and_does_not_fuse_or_has_the_bits() -> None:
     """Whatever this processor does, the probe decides by bits."""
     has_the_rules_bits.cache_clear()
-    left, right = torch.randn(9, 4), torch.randn(4, 33)
-    wanted = torch.empty(9, 33)
+    left, right = torch.randn(9, 4).float(), torch.randn(4, 33).float()
+    wanted = torch.empty(9, 33, dtype=torch.float32)
     Factors(left, right, 0.5).product(range(9), range(33), wanted)
     if has_the_rules_bits(torch.device("cpu")):
         assert torch.equal(device_low_rank.product(left, right, 0.5), wanted)
