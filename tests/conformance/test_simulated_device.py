@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from tests.conformance.family import Family
 from tests.conformance.running import load
 from tests.load.simulator import Simulator
 from tests.models import reference_checkpoint
+from tests.simulated import onto
 
 ALPHA = 0.5
 QUICK = {
@@ -29,15 +28,6 @@ QUICK = {
     "MixtralForCausalLM",
 }
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engines")]
-
-
-@contextmanager
-def onto(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let models be loaded onto a simulated device, whose stream their own operations are on."""
-    small: dict[str, Any] = {"threads": 2, "stage_bytes": 1 << 14, "turns": 4}
-    with monkeypatch.context() as patch, simulator.model():
-        patch.setattr(loader, "stages_for", lambda *_: simulator.stages(**small))
-        yield
 
 
 def given(family: Family) -> dict[str, Any]:

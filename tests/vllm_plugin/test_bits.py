@@ -44,10 +44,12 @@ def test_demo_pair_rounded_to_nearest(demo_pair: tuple[Path, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.usefixtures("destination")
 def test_served_in_another_dtype(dtype: str, tmp_path: Path) -> None:
     assert_same_bits(*build_pair(tmp_path), 0.5, tmp_path, dtype=dtype)
 
 
+@pytest.mark.usefixtures("destination")
 def test_base_in_fp32_and_other_shards(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, base_dtype=torch.float32, base_shard_size="60KB", aligned_shard_size="100KB")
     assert len(list(base.glob("*.safetensors"))) != len(list(aligned.glob("*.safetensors"))) > 1
@@ -55,6 +57,7 @@ def test_base_in_fp32_and_other_shards(tmp_path: Path) -> None:
         assert_same_bits(base, aligned, alpha, tmp_path)
 
 
+@pytest.mark.usefixtures("destination")
 def test_planted_values(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     largest = torch.finfo(torch.bfloat16).max
@@ -68,6 +71,7 @@ def test_planted_values(tmp_path: Path) -> None:
         assert_same_bits(base, aligned, alpha, tmp_path)
 
 
+@pytest.mark.usefixtures("destination")
 def test_grown_vocabulary(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     for name in ("config.json", "model.safetensors"):
@@ -94,6 +98,7 @@ def test_draft_model_loads_as_it_is(tmp_path: Path) -> None:
     assert differing({name: found[name] for name in expected}, expected) == []
 
 
+@pytest.mark.usefixtures("destination")
 def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     for folder in (base, aligned):
@@ -105,6 +110,7 @@ def test_a_parameter_without_a_weight_is_an_error(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("destination")
 def test_nan_names_tensor_and_file(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     tensors = load_file(base / "model.safetensors")

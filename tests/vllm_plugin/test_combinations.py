@@ -110,6 +110,7 @@ def test_a_rank_reads_only_its_share(ranks: dict[str, list[tuple[RankAnswer, Ran
 @covers("quantised: int8_per_channel_weight_only", "bits")
 @covers("quantised: nvfp4_per_token", "bits")
 @pytest.mark.parametrize("method", ["int8_per_channel_weight_only", "nvfp4_per_token"])
+@pytest.mark.usefixtures("destination")
 def test_quantised(method: str, tmp_path: Path) -> None:
     arguments = combination(f"quantised: {method}").arguments()
     differ, _ = load_both(*build_served_pair(tmp_path), tmp_path, **arguments)
@@ -119,6 +120,7 @@ def test_quantised(method: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @covers("quantised: fp8, fp8_per_tensor", "bits")
 @pytest.mark.parametrize("method", ["fp8", "fp8_per_tensor"])
+@pytest.mark.usefixtures("destination")
 def test_quantised_by_a_kernel_that_the_cpu_build_lacks(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,7 @@ def test_quantised_by_a_kernel_that_the_cpu_build_lacks(
 
 
 @pytest.mark.parametrize("missing", ["self_attn.k_proj", "self_attn.o_proj"])
+@pytest.mark.usefixtures("destination")
 def test_a_quantised_layer_without_a_weight_is_an_error(missing: str, tmp_path: Path) -> None:
     base, aligned = build_served_pair(tmp_path)
     for folder in (base, aligned):
@@ -164,6 +167,7 @@ def mtp_arguments() -> dict[str, Any]:
 
 @pytest.mark.slow
 @covers("MTP head in the checkpoint", "bits")
+@pytest.mark.usefixtures("destination")
 def test_a_head_on_both_sides_is_extrapolated(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, "qwen2")
     add_mtp_head(base, 1)
@@ -175,6 +179,7 @@ def test_a_head_on_both_sides_is_extrapolated(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @covers("MTP head in the checkpoint", "bits")
+@pytest.mark.usefixtures("destination")
 def test_a_head_on_the_aligned_side_only_is_copied(tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path, "qwen2")
     call_mimo(base)
@@ -185,6 +190,7 @@ def test_a_head_on_the_aligned_side_only_is_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("destination")
 def test_a_head_beside_tied_embeddings_gets_the_targets(tmp_path: Path) -> None:
     """vLLM gives the draft the target's lm_head, so that the checkpoint need not hold it twice."""
     base, aligned = build_pair(tmp_path, "qwen2")
@@ -203,6 +209,7 @@ def test_a_head_beside_tied_embeddings_gets_the_targets(tmp_path: Path) -> None:
     "name",
     ["multimodal", *(pytest.param(part, marks=pytest.mark.slow) for part in ("encoder only", "language model only"))],
 )
+@pytest.mark.usefixtures("destination")
 def test_multimodal(name: str, tmp_path: Path) -> None:
     base, aligned = build_multimodal_pair(tmp_path, shard_size="60KB")
     differ, report = load_both(base, aligned, tmp_path, **combination(name).arguments())
@@ -240,6 +247,7 @@ def test_config_and_loader_travel(tmp_path: Path) -> None:
 
 
 @covers("weights loaded again", "bits")
+@pytest.mark.usefixtures("destination")
 def test_one_loader_twice(tmp_path: Path) -> None:
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -264,6 +272,7 @@ def test_one_loader_twice(tmp_path: Path) -> None:
 
 
 @covers("weights loaded again", "bits")
+@pytest.mark.usefixtures("destination")
 def test_reload_in_place(tmp_path: Path) -> None:
     """From alpha 0 to 0.5 by vLLM's ``reload_weights``; packed matrices are compared by what they compute."""
     from vllm.model_executor.model_loader.reload import inplace

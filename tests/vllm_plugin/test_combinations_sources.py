@@ -116,6 +116,7 @@ def test_mistrals_own_format_beside_the_checkpoint_is_left_out(tmp_path: Path) -
 
 @covers("further weights from elsewhere", "bits")
 @pytest.mark.parametrize("settings", [{}, {"allow_patterns_overrides": ["ext*.safetensors"]}])
+@pytest.mark.usefixtures("destination")
 def test_secondary_weights(llama: Operands, settings: dict[str, Any], tmp_path: Path) -> None:
     names = llama.yielded(model_with(secondary_weights=[further(tmp_path / "further", **settings)]))
     assert set(names[-2:]) == {"head.one", "head.two"}
@@ -234,6 +235,7 @@ class LateModel(torch.nn.Module):
                 self.norm.data.copy_(weight)
 
 
+@pytest.mark.usefixtures("destination")
 def test_layers_that_are_finished_later_are_in_the_report(
     llama: Operands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def by_delta(delta: Path) -> dict[str, Any]:
     [("packed", "mixtral", 0.5), ("packed", "llama-tied", 0), ("lora", "mixtral", 0.5), ("lora", "llama", 0),
      ("full", "llama", 1.7)],
 )  # fmt: skip
+@pytest.mark.usefixtures("destination")
 def test_bits(tmp_path: Path, kind: str, family: str, alpha: float) -> None:
     case = Case(tmp_path, kind, family)
     report = assert_same_bits(case.merged(alpha), *case.pinned(alpha))
@@ -80,12 +81,14 @@ def test_demo_pair_packed(demo_pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("destination")
 def test_plain_vllm_with_base_as_the_model(tmp_path: Path, kind: str) -> None:
     case = Case(tmp_path, kind)
     report = assert_same_bits(case.merged(0.5), case.base, by_delta(case.delta))
     assert {side: source.name for side, source in report.sources.items()} == {"base": "base", "delta": kind}
 
 
+@pytest.mark.usefixtures("destination")
 def test_plain_vllm_with_the_packed_delta_as_the_model(tmp_path: Path) -> None:
     case = Case(tmp_path, "packed")
     report = assert_same_bits(case.merged(0.5), case.delta, by_expo(case.base, 0.5))
@@ -112,6 +115,7 @@ def with_more_rows(case: Case) -> Path:
     return case.delta
 
 
+@pytest.mark.usefixtures("destination")
 def test_adapter_with_a_larger_vocabulary(tmp_path: Path) -> None:
     case = Case(tmp_path, "lora")
     with_more_rows(case)
@@ -123,6 +127,7 @@ def test_adapter_with_a_larger_vocabulary(tmp_path: Path) -> None:
     assert_not_loaded(case.base, by_delta(case.delta), r"vocab_size 264.*--hf-overrides")
 
 
+@pytest.mark.usefixtures("destination")
 def test_a_wrong_base_is_found_while_loading(tmp_path: Path) -> None:
     case = Case(tmp_path, "packed")
     _, ours = case.pinned(0.5)

@@ -45,6 +45,7 @@ def threads_left() -> list[str]:
     return [name for name in names if name.startswith("expo-") and name != "expo-compile"]
 
 
+@pytest.mark.usefixtures("destination")
 def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, aligned = build_pair(tmp_path)
     with monkeypatch.context() as patch:
@@ -56,6 +57,7 @@ def test_a_read_error_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     load_expo(base, aligned)
 
 
+@pytest.mark.usefixtures("destination")
 def test_a_file_that_shrinks_while_it_is_loaded_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, aligned = build_pair(tmp_path)
 

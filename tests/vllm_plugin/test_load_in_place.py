@@ -65,6 +65,7 @@ def build(family: str, folder: Path) -> tuple[Path, Path]:
         pytest.param("Qwen3NextForCausalLM", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("destination")
 def test_one_process(family: str, tmp_path: Path) -> None:
     """Tied embeddings, experts and state spaces too: each keeps more than plain parameters."""
     base, aligned = build(family, tmp_path)
@@ -76,6 +77,7 @@ def test_one_process(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("destination")
 def test_delta(tmp_path: Path) -> None:
     base, _ = build("LlamaForCausalLM-tied", tmp_path)
     adapter = write_lora(base, tmp_path / "adapter")
@@ -105,6 +107,7 @@ def reload(model: torch.nn.Module, alpha: float) -> LoadReport:
     return ExpoModelLoader(config.load_config).reload(model, config.model_config, put)
 
 
+@pytest.mark.usefixtures("destination")
 def test_reload_a_value_that_is_not_finite(tmp_path: Path) -> None:
     """A file that is damaged after the first load fails the next one, by name."""
     base, aligned = build_pair(tmp_path)
@@ -119,6 +122,7 @@ def test_reload_a_value_that_is_not_finite(tmp_path: Path) -> None:
             reload(model, 0.3)
 
 
+@pytest.mark.usefixtures("destination")
 def test_reload_of_other_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM itself only logs a layer that got nothing."""
     from expo_serve.vllm_plugin.loader import ExpoModelLoader

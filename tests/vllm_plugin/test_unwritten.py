@@ -37,6 +37,7 @@ def drop(folder: Path, part: str) -> None:
     ],
     ids=["its head", "a matrix of every layer", "its embedding", "its norm, quantised"],
 )
+@pytest.mark.usefixtures("destination")
 def test_model_without(part: str, arguments: dict[str, Any], names: str, tmp_path: Path) -> None:
     base, aligned = build_pair(tmp_path)
     for folder in (base, aligned):
