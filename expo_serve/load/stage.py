@@ -7,12 +7,11 @@ its bytes on the device. What was not expected is read when it is asked for, in 
 
 Only the combining touches memory of the model, and it is enqueued before the copy into the lazy tensor returns, on the
 model's own stream: see :mod:`.device_queue`. Nothing waits for the device but a thread that wants to read into memory
-that is still being copied. Whether all values were finite comes back later, and is looked at with each further copy.
+that is still being copied. Whether all values were finite comes back later: see :mod:`.findings`.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -24,20 +23,19 @@ import torch
 from expo_serve.errors import ExpoError
 from expo_serve.load import device_low_rank, sizes
 from expo_serve.load.device_queue import Mark, Queue
+from expo_serve.load.findings import Findings
 from expo_serve.load.lora import LowRankOperands
 from expo_serve.load.operands import Recipe
 from expo_serve.load.packed import PackedOperands
 from expo_serve.load.packed_transfer import PackedTransfer
 from expo_serve.load.selection import FileSpan, Selection, cut
 from expo_serve.load.threads import Countdown, DaemonPool, Prefetch, Task
-from expo_serve.load.transfer import StoredTransfer, Transfer, check_on_host
+from expo_serve.load.transfer import StoredTransfer, Transfer
 
 _KEPT_TURNS = 2
 """Turns for what was not expected: one is read while the other is copied and combined."""
 _MOST_PIECES = 64
 """In a turn."""
-_FINDINGS = 64
-"""Turns whose sums may be on their way back to the host."""
 
 
 @dataclass(eq=False)
@@ -75,15 +73,6 @@ class _Piece:
         return self.transfer.recipe.dtype.is_floating_point and self.transfer.recipe.fail is not None
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """The sums of a turn, on their way back to the host."""
-
-    mark: Mark
-    sums: torch.Tensor
-    pieces: Sequence[_Piece]
-
-
 class Stage:
     """Loads pieces onto one device; only the thread that loads the model may use it.
 
@@ -111,10 +100,7 @@ class Stage:
         """In the order in which they are expected; those that are being read come first."""
         self._unread: deque[_Piece] = deque()
         """Of those that are expected."""
-        self._sums = queue.host_memory(_FINDINGS * _MOST_PIECES * 4).view(torch.float32).view(_FINDINGS, -1)
-        self._findings: deque[_Finding] = deque()
-        self._found = 0
-        self._failure: ExpoError | None = None
+        self._findings = Findings(queue, _MOST_PIECES)
         self._readers = DaemonPool(threads, "expo-stage", on_all_cores=False)  # they read into memory of this node
         self._thread = threading.get_ident()
 
@@ -129,7 +115,7 @@ class Stage:
             ExpoError: a file cannot be read, or a value of an earlier piece was not finite.
         """
         assert threading.get_ident() == self._thread, "a stage belongs to the thread that loads the model"
-        self._look()
+        self._findings.look()
         todo = [(out, self._piece(recipe, chosen)) for out, chosen in self._cut(dest, selection, recipe)]
         unread = deque(piece for _, piece in todo if piece.turn is None)
         try:
@@ -183,7 +169,7 @@ class Stage:
         Raises:
             ExpoError: a value was not finite.
         """
-        self._look(wait=True)
+        self._findings.look(wait=True)
 
     def close(self) -> None:
         """Let the threads end, and give the memory back once nothing uses it."""
@@ -193,7 +179,7 @@ class Stage:
                 mark.wait()
         self._expected.clear()
         self._unread.clear()
-        self._findings.clear()
+        self._findings.forget()
         self._free.clear()
         self._readers.close()
 
@@ -288,38 +274,10 @@ class Stage:
         assert turn is not None
         turn.left -= 1
         if turn.left == 0:
-            self._bring_findings(turn)
+            if checked := {piece.number: piece.transfer for piece in turn.pieces if piece.is_checked}:
+                turn.combined.append(self._findings.bring(turn.sums, checked))
             turn.pieces = []
             self._free.append(turn)
-
-    def _bring_findings(self, turn: _Turn) -> None:
-        """Enqueue the copying of a turn's sums to the host."""
-        pieces = [piece for piece in turn.pieces if piece.is_checked]
-        if not pieces:
-            return
-        if len(self._findings) == _FINDINGS:
-            self._look_at(self._findings.popleft())
-        sums = self._sums[self._found % _FINDINGS, : len(turn.pieces)]
-        self._found += 1
-        mark = self._queue.run(partial(_copy_sums, sums, turn.sums), None)
-        turn.combined.append(mark)
-        self._findings.append(_Finding(mark, sums, pieces))
-
-    def _look(self, *, wait: bool = False) -> None:
-        """Look at what the device has found so far. A failure is kept."""
-        while self._findings and (wait or self._findings[0].mark.is_passed()):
-            self._look_at(self._findings.popleft())
-        if self._failure:
-            raise self._failure
-
-    def _look_at(self, finding: _Finding) -> None:
-        finding.mark.wait()
-        for piece in finding.pieces:
-            if not math.isfinite(finding.sums[piece.number].item()):
-                try:
-                    check_on_host(piece.transfer.recipe, piece.transfer.selection)
-                except ExpoError as error:
-                    self._failure = self._failure or error
 
 
 def _nothing() -> None:
@@ -384,7 +342,3 @@ def _combine(out: torch.Tensor, piece: _Piece, memory: torch.Tensor, sums: torch
         if piece.is_checked:
             wide = torch.promote_types(value.dtype, torch.float32)  # the sum of fp16 values overflows soon
             sums[piece.number].copy_(value.sum(dtype=wide), non_blocking=True)
-
-
-def _copy_sums(host: torch.Tensor, device: torch.Tensor) -> None:
-    host.copy_(device[: host.numel()], non_blocking=True)
