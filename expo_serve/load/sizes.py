@@ -26,6 +26,8 @@ size                        value      reason
                                        longer than starting the copy.
 ``STAGE_TURNS``             6          Two for what was not expected, of which one is read while the other is copied
                                        and combined; the others hold what is read ahead.
+``ANNOUNCED_TENSORS``       128        Tensors that exist before the model asks for them: what it will take of them
+                                       can be read ahead, with experts of 0.4 MB for all turns.
 ``MAX_DEVICE_SHARE``        1/64       Of a device's memory for all staging buffers together.
 ``PACKED_SPAN_BYTES``       8 MiB      Decoded at a time where elements are scattered over the blocks of a packed delta.
 ``LOW_RANK_BOX_VALUES``     2 Mi       Of a low-rank product, computed at a time where elements are scattered.
@@ -65,6 +67,7 @@ REQUEST_BYTES = 1 << 20
 READ_AHEAD_BYTES = 1 << 20
 STAGE_BYTES = 16 << 20
 STAGE_TURNS = 6
+ANNOUNCED_TENSORS = 128
 MAX_DEVICE_SHARE = 64
 PACKED_SPAN_BYTES = 8 << 20
 LOW_RANK_BOX_VALUES = 2 << 20

@@ -22,6 +22,7 @@ from expo_serve.checkpoint.source import HubAccess, is_on_network
 from expo_serve.checkpoint.wrappers import bare_names, possible_names
 from expo_serve.config import ExpoConfig, parse_config
 from expo_serve.errors import CheckpointError, ConfigError, LoadError, count_of
+from expo_serve.load import sizes
 from expo_serve.load.counts import Counts, ReadActivity
 from expo_serve.load.coverage import WriteTracker, unwatched
 from expo_serve.load.fill import compile_kernels
@@ -46,8 +47,6 @@ from expo_serve.vllm_plugin.unwritten import check_taken, check_written
 LOAD_FORMAT = "expo"
 REPORT_ATTRIBUTE = "expo_load_report"
 _COUNTS_ATTRIBUTE = "expo_load_counts"
-_MADE_AHEAD = 128
-"""Lazy tensors that exist before they are asked for: what they will be asked for can be read ahead."""
 _MADE_TOGETHER = 16
 """Lazy tensors made at a time: to leave the dispatch modes and to enter them again takes as long as making one."""
 logger = compat.init_logger("vllm.expo_serve.loader")
@@ -71,7 +70,7 @@ class ModelLoad:
         made: deque[LazyTensor] = deque()
         waiting = iter([self.plan.tensors[name] for name in self.given])
         while True:
-            if len(made) < _MADE_AHEAD:
+            if len(made) < sizes.ANNOUNCED_TENSORS:
                 with unwatched():
                     made.extend(self._announced(tensor) for tensor in islice(waiting, _MADE_TOGETHER))
             if not made:

@@ -22,8 +22,6 @@ from expo_serve.load.threads import DaemonPool
 from loadtests.device_model.clock import Clock, Rates, VirtualQueue
 
 BF16 = torch.bfloat16
-_MADE_AHEAD = 128
-"""Tensors that exist before they are given to the model, as in expo_serve/vllm_plugin/loader.py."""
 
 
 @dataclass(frozen=True)
@@ -223,12 +221,12 @@ def drive(
 
 
 def _announced(workload: Iterable[Given], stages: Stages, storage: Storage, form: Format) -> Iterator[_Coming]:
-    """Yield the tensors, each when as many more have been announced as the loader makes ahead."""
+    """Yield the tensors, each when as many more have been announced as the loader announces."""
     waiting: deque[_Coming] = deque()
     for given in workload:
         recipe = Recipe(_Operands(storage, form, given.shape), BF16, 0.5, ValuesError)
         waiting.append(one := _Coming(given, recipe))
         stages.announce(one)
-        if len(waiting) > _MADE_AHEAD:
+        if len(waiting) > sizes.ANNOUNCED_TENSORS:
             yield waiting.popleft()
     yield from waiting
