@@ -231,9 +231,13 @@ class Keeper:
                 return
             self._status = json.loads(line) if line else {}
         elif not self._serving and "port" in self._status:
-            self._serving = _answers(self._status)
+            self._serving = self._has_loaded() if self._status.get("headless") else _answers(self._status)
             if self._serving:
                 self._reporter.enter("serving")
+
+    def _has_loaded(self) -> bool:
+        """Return whether all ranks here have their weights: what can be known where another machine has the port."""
+        return bool(snapshot(self._state.reports(), Words(), time.monotonic())["phase"] == "warm_up")
 
     def _watch(self) -> int | None:
         """Notice an engine or worker that died or failed while the front end stays alive."""

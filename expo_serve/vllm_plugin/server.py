@@ -248,7 +248,7 @@ def compiler_problem() -> str | None:
 
 
 def _write_status(status_fd: int, args: Namespace) -> None:
-    status = {key: getattr(args, key, None) for key in ("host", "port", "uds", "shutdown_timeout")}
+    status = {key: getattr(args, key, None) for key in ("host", "port", "uds", "headless", "shutdown_timeout")}
     with os.fdopen(status_fd, "w") as status_file:
         status_file.write(json.dumps(status) + "\n")
 

@@ -106,7 +106,9 @@ def begin(demo_pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[...
     servers: list[Operated] = []
 
     def start(*flags: str) -> Operated:
-        servers.append(Operated(demo_pair, tmp_path, *flags))
+        folder = tmp_path / str(len(servers))
+        folder.mkdir()
+        servers.append(Operated(demo_pair, folder, *flags))
         return servers[-1]
 
     try:
@@ -271,6 +273,26 @@ def test_killed_process_is_named(begin: Callable[..., Operated], part: str) -> N
     assert_all_gone(family)
     assert "was killed by SIGKILL" in last_line(server)
     assert part.startswith("VLLM") == (part in last_line(server))
+
+
+@pytest.mark.slow
+def test_two_machines_of_which_one_has_no_port(begin: Callable[..., Operated]) -> None:
+    """The second one serves once it has its weights, and ends as cleanly as the first."""
+    common = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    first, second = (
+        begin(*common, "--pipeline-parallel-size", "2", "--node-rank", str(rank), *flags)
+        for rank, flags in enumerate(([], ["--headless"]))
+    )
+    first.wait_ready(480)
+    second.wait_for(lambda: second.status("/ready").status_code == 200, 5)
+    assert [rank["rank"] for server in (first, second) for rank in server.state()["load"]["ranks"]] == [0, 1]
+    assert first.post("/v1/completions", {"model": "m", "prompt": [1], "max_tokens": 1}).status_code == 200
+    families = [server.family() for server in (first, second)]
+    for server in (first, second):
+        server.process.terminate()
+    assert [server.process.wait(60) for server in (first, second)] == [0, 0]
+    for family in families:
+        assert_all_gone(family)
 
 
 @pytest.mark.slow
