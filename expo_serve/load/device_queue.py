@@ -98,7 +98,7 @@ class CudaQueue:
                 assert isinstance(mark, _CudaMark)
                 self._copies.wait_event(mark.event)
             dest.copy_(source, non_blocking=True)
-            return _mark(self._copies)
+            return _mark(self._copies, self.device)
 
     def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
         stream = torch.cuda.current_stream(self.device)
@@ -109,7 +109,7 @@ class CudaQueue:
             work()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(0, error) from None
-        return _mark(stream)
+        return _mark(stream, self.device)
 
     def _out_of_memory(self, size: int, error: Exception) -> LoadError:
         what = f"{size / 1e6:.0f} MB of buffers" if size else "some 100 MB for what it computes"
@@ -122,18 +122,20 @@ class CudaQueue:
 @dataclass(frozen=True)
 class _CudaMark:
     event: torch.cuda.Event
+    device: torch.device
 
     def wait(self) -> None:
-        self.event.synchronize()
+        with torch.cuda.device(self.device):  # a thread that has none would make itself a context on the first device
+            self.event.synchronize()
 
     def is_passed(self) -> bool:
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
-def _mark(stream: Any) -> _CudaMark:
+def _mark(stream: Any, device: torch.device) -> _CudaMark:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a wait lets the core go
     event.record(stream)
-    return _CudaMark(event)
+    return _CudaMark(event, device)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,6 @@ without the loops. torch has no unsigned arithmetic of 32 bits everywhere, so wo
 from __future__ import annotations
 
 import sys
-from functools import cache
 
 import numpy as np
 import torch
@@ -75,13 +74,7 @@ def _round_to_fp16(values: torch.Tensor, random: torch.Tensor, out: torch.Tensor
     wide = torch.empty(values.shape, dtype=torch.float64, device=values.device)
     shares = torch.copysign(random.view(torch.uint16), values, out=wide)
     counts = shares.addcdiv_(values, powers, value=2.0**26).div_(2.0**16, rounding_mode="trunc")
-    torch.addcmul(_minus_zero(values.device), counts, powers, value=2.0**-10, out=out)
-
-
-@cache
-def _minus_zero(device: torch.device) -> torch.Tensor:
-    """Return -0.0, to which any value can be added without a change of its sign."""
-    return torch.full((), -0.0, dtype=torch.float64, device=device)
+    torch.mul(counts.mul_(powers), 2.0**-10, out=out)
 
 
 def _upper_halves(words: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,12 @@ class Fill:
 
 
 def _combine_piece(out: torch.Tensor, piece: Selection, operands: dict[Operand, torch.Tensor], recipe: Recipe) -> None:
+    if not out.is_cpu:  # on a device without a stage: it gets the host's result
+        result = torch.empty(out.shape, dtype=recipe.dtype, device="cpu")
+        _combine_piece(result, piece, operands, recipe)
+        with torch.no_grad():
+            out.copy_(result)
+        return
     noise = recipe.noise(piece, out.device)
     with torch.no_grad():
         if recipe.fail is None:

@@ -62,9 +62,14 @@ class Forecast:
         """Note a tensor that the model will be given after the ones that are noted."""
         self._coming.append(tensor)
 
-    def took(self, copy: Copy) -> None:
-        """Note what the model takes of the tensor that it has."""
-        self._now.append(copy)
+    def took(self, tensor: Coming, copy: Copy) -> None:
+        """Note what the model takes of a tensor.
+
+        Only what it takes while it has that tensor, the first of those that come, says what to read ahead: layers that
+        are quantised, or loaded anew, take all of theirs with the last one, when the others are done with.
+        """
+        if self._coming and self._coming[0] is tensor:
+            self._now.append(copy)
 
     def skip(self, tensor: Coming) -> None:
         """Forget the first of the tensors that come: the model is done with it, and nothing is to be told."""

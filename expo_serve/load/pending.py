@@ -83,7 +83,7 @@ class PendingTensor:
             if chosen.numel:
                 session.stages.fill(part, chosen, recipe)
                 session.account(recipe, chosen)
-        session.stages.took(dest, selection)
+        session.stages.took(self, dest, selection)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -12,7 +12,9 @@ that is still being copied. Whether all values were finite comes back later: see
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,6 @@ from functools import partial
 
 import torch
 
-from expo_serve.errors import ExpoError
 from expo_serve.load import device_low_rank, sizes
 from expo_serve.load.device_queue import Mark, Queue
 from expo_serve.load.findings import Findings
@@ -29,7 +30,7 @@ from expo_serve.load.operands import Recipe
 from expo_serve.load.packed import PackedOperands
 from expo_serve.load.packed_transfer import PackedTransfer
 from expo_serve.load.selection import FileSpan, Selection, cut
-from expo_serve.load.threads import Countdown, DaemonPool, Prefetch, Task
+from expo_serve.load.threads import LOOK_SECONDS, Countdown, DaemonPool, Prefetch, Task
 from expo_serve.load.transfer import StoredTransfer, Transfer
 
 _KEPT_TURNS = 2
@@ -46,10 +47,12 @@ class _Turn:
     device: torch.Tensor
     sums: torch.Tensor
     """fp32, on the device: the sum of each piece's values."""
+    combined: list[Mark]
+    """Ends of what uses the memory on the device. The loading thread may change it while all has arrived, and the last
+    reader before that."""
     pieces: list[_Piece] = field(default_factory=list)
     left: int = 0
     """Pieces that have been neither combined nor given up."""
-    combined: list[Mark] = field(default_factory=list)
     uploaded: list[Mark] = field(default_factory=list)
     arrived: threading.Event = field(default_factory=threading.Event)
     """Set when all has been read, and its copying enqueued."""
@@ -66,10 +69,11 @@ class _Piece:
     """In its turn."""
     failure: BaseException | None = None
     """Why it could not be read."""
+    is_combined: bool = False
 
     @property
     def is_checked(self) -> bool:
-        """Return True if its sum is to be looked at."""
+        """Return True if its values have to be finite."""
         return self.transfer.recipe.dtype.is_floating_point and self.transfer.recipe.fail is not None
 
 
@@ -106,7 +110,9 @@ class Stage:
 
     def _new_turn(self) -> _Turn:
         host, device = self._queue.host_memory, self._queue.device_memory
-        return _Turn(host(self.turn_bytes), device(self.turn_bytes), device(4 * _MOST_PIECES).view(torch.float32))
+        turn = host(self.turn_bytes), device(self.turn_bytes), device(4 * _MOST_PIECES).view(torch.float32)
+        # What the model has freed, and its stream still uses, may be what was allocated.
+        return _Turn(*turn, combined=[self._queue.run(_nothing, None)])
 
     def fill(self, dest: torch.Tensor, selection: Selection, recipe: Recipe) -> None:
         """Read, copy and combine elements into ``dest`` on the device; returns before the device is done.
@@ -156,11 +162,10 @@ class Stage:
                 self._unread.remove(piece)
         self._give_up(pieces)
 
-    def _give_up(self, pieces: Iterable[_Piece]) -> None:
+    def _give_up(self, pieces: Iterable[_Piece], until: float = math.inf) -> None:
         """Set the memory of pieces free, once nothing is written to it any more."""
         for piece in pieces:
-            if piece.turn is not None:
-                piece.turn.arrived.wait()
+            if piece.turn is not None and _has_arrived(piece.turn, until):
                 self._release(piece)
 
     def wait(self) -> None:
@@ -171,9 +176,13 @@ class Stage:
         """
         self._findings.look(wait=True)
 
-    def close(self) -> None:
-        """Let the threads end, and give the memory back once nothing uses it."""
-        self._give_up(self._expected.values())
+    def close(self, seconds: float | None = None) -> None:
+        """Let the threads end, and give the memory back once nothing uses it.
+
+        Args:
+            seconds: the most to wait for reads, which keep their memory if they take longer; None to wait for all.
+        """
+        self._give_up(self._expected.values(), math.inf if seconds is None else time.monotonic() + seconds)
         for turn in self._free:
             for mark in (*turn.uploaded, *turn.combined):
                 mark.wait()
@@ -222,6 +231,14 @@ class Stage:
         """Let the threads read a turn."""
         turn.left = len(turn.pieces)
         turn.arrived.clear()
+        try:
+            self._begin_to_read(turn)
+        except BaseException as error:  # a signal: nobody may wait for what has not begun
+            _fail(turn, error)
+            turn.arrived.set()
+            raise
+
+    def _begin_to_read(self, turn: _Turn) -> None:
         tasks = [(piece, task) for piece in turn.pieces for task in self._reads(piece, turn)]
         spans = [span for piece in turn.pieces for span in _spans(piece)]
         arrived = Countdown(max(1, len(tasks)), partial(self._upload, turn))
@@ -244,20 +261,19 @@ class Stage:
         try:
             read = [piece for piece in turn.pieces if piece.failure is None]
             ranges = _joined(piece.place + at for piece in read for one in piece.transfer.ranges() for at in one)
-            turn.uploaded = [
-                self._queue.upload(turn.device[start:end], turn.host[start:end], turn.combined) for start, end in ranges
-            ]
+            after, turn.uploaded = turn.combined, []
+            for start, end in ranges:
+                turn.uploaded.append(self._queue.upload(turn.device[start:end], turn.host[start:end], after))
+                turn.combined = []  # the upload's end comes after them
         except BaseException as error:  # noqa: BLE001 - whoever asks for a piece of it raises it
-            for piece in turn.pieces:
-                piece.failure = piece.failure or error
-        turn.combined = []
+            _fail(turn, error)
         turn.arrived.set()
 
     def _combine(self, out: torch.Tensor, piece: _Piece) -> None:
         """Enqueue the combining of a piece, behind its copying."""
         turn = piece.turn
         assert turn is not None
-        turn.arrived.wait()
+        _has_arrived(turn)
         if piece.failure:
             self._release(piece)
             raise piece.failure
@@ -265,7 +281,8 @@ class Stage:
         for mark in turn.uploaded[:-1]:
             self._queue.run(_nothing, mark)
         after = turn.uploaded[-1] if turn.uploaded else None
-        turn.combined.append(self._queue.run(partial(_combine, out, piece, memory, turn.sums), after))
+        turn.combined.append(self._queue.run(partial(_compute, out, piece, memory, turn.sums), after))
+        piece.is_combined = True
         self._release(piece)
 
     def _release(self, piece: _Piece) -> None:
@@ -274,14 +291,33 @@ class Stage:
         assert turn is not None
         turn.left -= 1
         if turn.left == 0:
-            if checked := {piece.number: piece.transfer for piece in turn.pieces if piece.is_checked}:
-                turn.combined.append(self._findings.bring(turn.sums, checked))
+            if checked := [piece for piece in turn.pieces if piece.is_checked and piece.is_combined]:
+                transfers = {piece.number: piece.transfer for piece in checked}
+                turn.combined.append(self._findings.bring(turn.sums, transfers))
             turn.pieces = []
             self._free.append(turn)
 
 
 def _nothing() -> None:
     """Do nothing: only the order counts."""
+
+
+def _has_arrived(turn: _Turn, until: float = math.inf) -> bool:
+    """Wait for a turn, but not without end: a signal that comes just before a wait is looked at after it only.
+
+    Args:
+        turn: which has been given to the threads.
+        until: the latest time by the monotonic clock.
+    """
+    while not turn.arrived.wait(max(0.0, min(LOOK_SECONDS, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+    return True
+
+
+def _fail(turn: _Turn, error: BaseException) -> None:
+    for piece in turn.pieces:
+        piece.failure = piece.failure or error
 
 
 def _do(task: Task, piece: _Piece, turn: _Turn, arrived: Countdown) -> None:
@@ -311,7 +347,7 @@ def _joined(places: Iterable[int]) -> list[tuple[int, int]]:
 def _spans(piece: _Piece) -> list[FileSpan]:
     try:
         return piece.transfer.recipe.operands.spans(piece.transfer.selection)
-    except ExpoError as error:  # of a table that cannot be read
+    except Exception as error:  # noqa: BLE001 - it may be expected only: whoever asks for the piece raises it
         piece.failure = error
         return []
 
@@ -335,7 +371,7 @@ def _transfer_of(recipe: Recipe, selection: Selection, device: torch.device, roo
     return StoredTransfer(recipe, selection)
 
 
-def _combine(out: torch.Tensor, piece: _Piece, memory: torch.Tensor, sums: torch.Tensor) -> None:
+def _compute(out: torch.Tensor, piece: _Piece, memory: torch.Tensor, sums: torch.Tensor) -> None:
     """Enqueue the combining of a piece, and the sum that shows whether its values are finite."""
     with torch.no_grad():
         value = piece.transfer.combine(out, memory)

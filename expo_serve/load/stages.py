@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 
@@ -13,6 +14,9 @@ from expo_serve.load.operands import Recipe
 from expo_serve.load.selection import Selection
 from expo_serve.load.stage import Stage
 from expo_serve.load.threads import Prefetch, default_threads
+
+_PATIENCE_SECONDS = 5.0
+"""After a failure: for reads that nobody wants any more."""
 
 
 class Stages:
@@ -46,14 +50,16 @@ class Stages:
         self._is_open = True
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._is_open = False
-        for stage in self._stages.values():
-            if stage:
-                stage.close()
-        if self._prefetch:
-            self._prefetch.close()
-        self._stages = {}
+        stages, self._stages = self._stages, {}
+        # What fails now is a consequence of what has failed before.
+        with suppress(Exception) if failure else nullcontext(), ExitStack() as closing:
+            if self._prefetch:
+                closing.callback(self._prefetch.close)
+            for stage in stages.values():
+                if stage:
+                    closing.callback(stage.close, _PATIENCE_SECONDS if failure else None)
 
     def onto(self, device: torch.device) -> Stage | None:
         """Return the stage of a device; None where results are made on the host and copied, and outside the context.
@@ -72,9 +78,9 @@ class Stages:
         assert stage is not None
         stage.fill(dest, selection, recipe)
 
-    def took(self, dest: torch.Tensor, selection: Selection) -> None:
-        """Note a copy out of the tensor that the model has, as :meth:`Forecast.took` does."""
-        self._forecast.took(Copy(selection, dest.device, dest.stride()))
+    def took(self, tensor: Coming, dest: torch.Tensor, selection: Selection) -> None:
+        """Note a copy out of a tensor, as :meth:`Forecast.took` does."""
+        self._forecast.took(tensor, Copy(selection, dest.device, dest.stride()))
 
     def announce(self, tensor: Coming) -> None:
         """Note a tensor that the model will be given after those that are noted."""

@@ -33,7 +33,7 @@ _DEVICE_THREADS = 2, 8
 """At least and at most: a core copies some 7 GB/s out of the page cache, and a link takes 25 to 55 GB/s."""
 _RESULTS_AHEAD = 2
 """Results of :func:`in_order` that wait for their turn, for each thread."""
-_LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 """How often a wait looks for signals."""
 _JOIN_SECONDS = 5.0
 
@@ -240,7 +240,7 @@ class Background:
         """Wait for a task, but not without end: a signal that comes just before a wait is looked at after it only."""
         while True:
             with suppress(Empty):
-                return self._done.get(timeout=_LOOK_SECONDS)
+                return self._done.get(timeout=LOOK_SECONDS)
 
     @contextmanager
     def _keeping_failure(self) -> Iterator[None]:

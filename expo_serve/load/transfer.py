@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from expo_serve.checkpoint.records import Operand
+from expo_serve.errors import LoadError
 from expo_serve.load.formula import NotFiniteError, combine_into, combine_unchecked
 from expo_serve.load.operands import Memory, Recipe
 from expo_serve.load.reader import Buffer
@@ -134,9 +135,10 @@ def aligned(size: int) -> int:
 
 
 def check_on_host(recipe: Recipe, selection: Selection) -> None:
-    """Find out why the device's sum of a piece is not finite, by computing the piece again; it may be an overflow.
+    """Find out why the device's sum of a piece is not finite, by computing the piece again: the sum may overflow.
 
     Raises:
+        LoadError: no value is so large that the sum could; the device has computed other values.
         ExpoError: a value is not finite, or a file cannot be read.
     """
     if recipe.fail is None:
@@ -152,3 +154,8 @@ def check_on_host(recipe: Recipe, selection: Selection) -> None:
             combine_into(value, operands, recipe.dtype, recipe.alpha, recipe.noise(selection, value.device))
     except NotFiniteError as error:
         raise recipe.fail(str(error)) from None
+    if value.abs().sum(dtype=torch.float64).item() < torch.finfo(torch.float32).max / 2:
+        raise LoadError(
+            f"tensor {recipe.name!r}: a device has computed values that are not finite, where the host's are; please "
+            "report this, with what `python -m loadtests.device_check --stage 1` prints"
+        )

@@ -216,7 +216,7 @@ def drive(
                 think(rates.copy_call_seconds)
                 dest = torch.empty(selection.shape, dtype=BF16, device="meta")
                 stage.fill(dest, selection, one.recipe)
-                stages._forecast.took(Copy(selection, queue.device, dest.stride()))
+                stages._forecast.took(one, Copy(selection, queue.device, dest.stride()))
             stages.finish(one)
 
 

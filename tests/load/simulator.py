@@ -1,8 +1,9 @@
 """A device on the CPU that is as late as it may be: two streams, whose work is done when somebody has to wait for it.
 
 Work waits in its stream until a wait, or the model's next operation, forces it; or, with a seed, until chance lets some
-of it be done, in any order that the events between the streams allow. Memory that has been copied from is poisoned. So
-whoever reads or writes too early, or forgets a wait, is found out by wrong bits.
+of it be done, in any order that the events between the streams allow. Memory that has been copied from is poisoned, and
+memory that is allocated was the model's until now. So whoever reads or writes too early, or forgets a wait, is found
+out by wrong bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from expo_serve.load.lazy import LazyTensor
 from expo_serve.load.stages import Stages
 from expo_serve.load.torch_internals import without_modes
 
-POISON = 0x7F
+POISON = 0xFF
+"""NaN, in any dtype of floating point."""
 CPU = torch.device("cpu")
 
 
@@ -62,6 +65,8 @@ class Simulator:
     device: torch.device = CPU
     allocated: int = 0
     """Bytes of the device."""
+    uploaded: int = 0
+    """Bytes that were copied."""
     calls: list[str] = field(default_factory=list)
     works: list[Callable[[], None]] = field(default_factory=list)
     """All that was given to the model's stream."""
@@ -79,9 +84,11 @@ class Simulator:
         return torch.full((size,), POISON, dtype=torch.uint8, device="cpu")
 
     def device_memory(self, size: int) -> torch.Tensor:
-        """Return poisoned memory."""
+        """Return memory that the model has freed, and that its stream writes to later."""
         self.allocated += size
-        return self.host_memory(size)
+        memory = self.host_memory(size)
+        self._enqueue("earlier", self._model, partial(_poison, memory), [])
+        return memory
 
     def total_memory(self) -> int:
         """Return what there is."""
@@ -89,6 +96,7 @@ class Simulator:
 
     def upload(self, dest: torch.Tensor, source: torch.Tensor, after: Sequence[Mark]) -> Mark:
         """Enqueue a copy."""
+        self.uploaded += dest.numel()
 
         def work() -> None:
             dest.copy_(source)
@@ -145,6 +153,10 @@ class Simulator:
         """Return stages that take every copy to this device, also copies to the CPU."""
         queue: Queue = self
         return Stages(queue_of=lambda _: queue, **options)
+
+
+def _poison(memory: torch.Tensor) -> None:
+    memory.fill_(POISON)
 
 
 def _is_ready(item: _Item) -> bool:

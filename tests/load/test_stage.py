@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_serve.config import Method
-from expo_serve.errors import CheckpointError, ExpoError, ValuesError
+from expo_serve.errors import CheckpointError, ExpoError, LoadError, ValuesError
 from expo_serve.load import stage as stage_module
+from expo_serve.load import stages as stages_module
 from expo_serve.load.counts import Counts
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
@@ -25,7 +28,7 @@ from expo_serve.load.sizes import STAGE_BYTES, STAGE_TURNS
 from expo_serve.load.stage import Stage
 from expo_serve.load.stages import Stages
 from expo_serve.plan.plan import Plan, PlannedTensor
-from tests.faults import before_reads, fail_from
+from tests.faults import Read, before_reads, fail_from
 from tests.load.lazies import NAME, Lazies, numbers
 from tests.load.rigs import Rig, rig
 from tests.load.simulator import Simulator
@@ -119,6 +122,15 @@ def load(there: Rig, plan: Plan, take: Callable[[str, Any], Any]) -> dict[str, t
             there.stages.finish(tensor.pending)
     there.stages.wait()
     return found
+
+
+def late_layers(lazies: Lazies) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """A plan of layers whose first matrix is larger than the others (grouped queries)."""
+    rows = {"q": 64, "k": 16, "v": 16}
+    names = {f"model.layers.{layer}.{part}": size for layer in range(LAYERS) for part, size in rows.items()}
+    base = {name: numbers(size, 8, seed=place) for place, (name, size) in enumerate(names.items())}
+    aligned = {name: value + numbers(*value.shape, seed=99) / 8 for name, value in base.items()}
+    return lazies.plan(base, aligned), {name: extrapolate(base[name], aligned[name], 0.5) for name in base}
 
 
 def slices(name: str, tensor: Any) -> Any:
@@ -335,3 +347,88 @@ def test_what_goes_to_two_places_in_each_layer(lazies: Lazies) -> None:
             for _ in range(2):
                 assert same_bits(torch.zeros_like(expected[name]).copy_(tensor), expected[name])
             there.stages.finish(tensor.pending)
+
+
+def test_layer_that_takes_all_of_its_tensors_with_the_last_one(lazies: Lazies) -> None:
+    """As vLLM does where it quantises while it loads, and when it loads anew: what came so says nothing of the next."""
+    plan, expected = late_layers(lazies)
+    with rig(stage_bytes=2000, turns=4) as there:
+        lazy = {name: there.lazy(planned) for name, planned in plan.tensors.items()}
+        for tensor in lazy.values():
+            there.stages.announce(tensor.pending)
+        found: dict[str, torch.Tensor] = {}
+        waiting: dict[str, torch.Tensor] = {}
+        for name, tensor in lazy.items():
+            waiting[name] = tensor
+            if name.endswith("v"):
+                found |= {other: there.copied(one) for other, one in waiting.items()}
+                waiting = {}
+            there.stages.finish(tensor.pending)
+    for name, value in expected.items():
+        assert same_bits(found[name], value)
+    size = sum(record.nbytes for planned in plan.tensors.values() for record in planned.records)
+    assert there.simulator.uploaded <= 1.05 * size
+
+
+def layer_by_layer(there: Rig, plan: Plan, happen: Callable[[], object]) -> None:
+    """Load all layers; something happens after the first of them."""
+    lazy = [there.lazy(planned) for planned in plan.tensors.values()]
+    for tensor in lazy:
+        there.stages.announce(tensor.pending)
+    for number, tensor in enumerate(lazy):
+        there.copied(tensor)
+        if number == 3:
+            happen()
+        there.stages.finish(tensor.pending)
+
+
+def test_what_cannot_be_begun_is_nobodys_wait(lazies: Lazies, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), rig(stage_bytes=1000, turns=4) as there:
+        layer_by_layer(there, layers(lazies)[0], lambda: monkeypatch.setattr(Stage, "_reads", interrupt))
+
+
+def test_failed_load_does_not_wait_for_a_read_that_hangs(lazies: Lazies, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, is_over = Event(), Event()
+
+    def read(_: Read) -> None:
+        if hangs.is_set():
+            is_over.wait(60)
+
+    def hang() -> None:
+        """What is read ahead hangs, and what the model asks for next fails for another reason."""
+        hangs.set()
+        monkeypatch.setattr(Stage, "fill", refuse)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("the model refuses something")
+
+    before_reads(monkeypatch, read)
+    monkeypatch.setattr(stages_module, "_PATIENCE_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="the model refuses"), rig(stage_bytes=1000, turns=4) as there:
+        layer_by_layer(there, layers(lazies)[0], hang)
+    is_over.set()
+    assert time.monotonic() - began < 30
+
+
+def test_values_that_only_the_device_makes_not_finite(lazies: Lazies, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = one(lazies, numbers(4, 4), numbers(4, 4, seed=1))
+    compute = stage_module._compute
+
+    def spoil(out: torch.Tensor, *others: Any) -> None:
+        compute(out, *others)
+        out.fill_(torch.nan)
+        others[-1].fill_(torch.nan)
+
+    monkeypatch.setattr(stage_module, "_compute", spoil)
+    with rig() as there, pytest.raises(LoadError, match="where the host's are; please report this"):
+        there.copied(there.lazy(planned))
+
+
+def test_sum_that_overflows_is_no_error(lazies: Lazies) -> None:
+    largest = torch.full((64, 64), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    with rig(stage_bytes=1 << 15) as there:
+        assert same_bits(there.copied(there.lazy(one(lazies, largest, largest))), largest)
