@@ -31,6 +31,8 @@ _SHORT_PLACE = "/tmp"
 _SILENT_SECONDS = 30.0
 """After which a keeper that writes nothing counts as hung; it writes every second."""
 _SILENT_AT_END_SECONDS = 10.0
+_ASLEEP_SECONDS = 5.0
+"""Without a look at the keeper: this process has been frozen, and so has the keeper."""
 _SHOWN_SECONDS = 20.0
 """For which a failed start stays on the status port: longer than the usual interval of Prometheus, 15 s."""
 
@@ -113,13 +115,17 @@ class Family:
 
     def _wait(self, keeper: subprocess.Popen[bytes]) -> int:
         """Wait for the keeper; meanwhile reap what else ends, as process 1 of a container has to."""
-        began = time.monotonic()
+        awake_since = looked = time.monotonic()
         with _end_of(keeper) as end:
             while keeper.poll() is None:
                 with suppress(InterruptedError):
                     select.select(end, [], [], _TICK_SECONDS)
                 self._reap()
-                if self._is_silent(began):
+                now = time.monotonic()
+                if now - looked > _ASLEEP_SECONDS:
+                    awake_since = now
+                looked = now
+                if self._is_silent(awake_since):
                     keeper.kill()
         return keeper.wait()
 
@@ -150,13 +156,14 @@ class Family:
         while not done.wait(_TICK_SECONDS):
             self._reap()
 
-    def _is_silent(self, began: float) -> bool:
+    def _is_silent(self, awake_since: float) -> bool:
         written = [report["alive"] for report in self.state.reports("keeper") if "alive" in report]
         limit = _SILENT_AT_END_SECONDS if self._signals else _SILENT_SECONDS
-        return time.monotonic() - max(written, default=began) > limit
+        return bool(time.monotonic() - max([awake_since, *written]) > limit)
 
     def _code(self, code: int) -> int:
         if code >= 0:
+            self._end_rest()
             return code
         is_hung = time.monotonic() - self._last_written() > _SILENT_AT_END_SECONDS
         processes.end_descendants(os.getpid())
@@ -165,6 +172,11 @@ class Family:
             return 128 + self._signals[0]
         what = "did not move any more" if is_hung else f"was killed by {signal.Signals(-code).name}"
         raise ServeError(f"the process that watches vLLM {what}; vLLM was ended")
+
+    def _end_rest(self) -> None:
+        """End what a keeper that has failed itself has left; what cannot be ended, it has named."""
+        with suppress(ServeError):
+            processes.end_descendants(os.getpid(), spare=self._status.pid if self._status else 0, limit=1.0)
 
     def _last_written(self) -> float:
         return max((report.get("alive", 0.0) for report in self.state.reports("keeper")), default=time.monotonic())

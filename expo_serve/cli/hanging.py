@@ -18,6 +18,8 @@ from expo_serve.state.shared import SharedState
 STACK_SIGNAL = signal.SIGUSR2
 """Upon which vLLM's processes write their stacks to the log (:func:`expo_serve.vllm_plugin.register`)."""
 _STACK_SECONDS = 1.0
+_ASLEEP_SECONDS = 6.0
+"""Without a look: all processes have been frozen (a paused container), and the engine could not answer."""
 _PY_SPY_SECONDS = 10.0
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waits in the kernel", "Z": "has ended"}
 
@@ -41,6 +43,8 @@ class Hanging:
     def __init__(self, state: SharedState) -> None:
         self._state = state
         self._warned = False
+        self._looked = time.monotonic()
+        self._awake_since = 0.0
 
     def look(self, titles: Mapping[int, str]) -> Hang | None:
         """Return what hangs if the engine has been silent for twice ``--engine-timeout``.
@@ -68,7 +72,11 @@ class Hanging:
 
     def _silent_seconds(self) -> float:
         answered = [server["answered"] for server in self._state.reports("api") if "answered" in server]
-        return time.monotonic() - min(answered) if answered else 0.0
+        now = time.monotonic()
+        if now - self._looked > _ASLEEP_SECONDS:
+            self._awake_since = now
+        self._looked = now
+        return now - max(min(answered), self._awake_since) if answered else 0.0
 
     def _suspects(self, titles: Mapping[int, str]) -> list[tuple[int, str]]:
         """Return the processes that seem to hang, with their names: those that are stopped before all others."""

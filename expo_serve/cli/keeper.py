@@ -18,7 +18,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
+
 from expo_serve import errors
 from expo_serve.cli import processes
+from expo_serve.cli.answering import answers, remove_socket
 from expo_serve.cli.family import SIGNALS
 from expo_serve.cli.hanging import Hanging, show_stacks
 from expo_serve.cli.kernel_kills import OutOfMemory, describe_exit
@@ -127,9 +129,13 @@ class Keeper:
             processes.end_descendants(os.getpid(), self._survey.segments)
         except ServeError as error:
             return error.message
+        except Exception as error:  # noqa: BLE001 - the command tries again
+            return f"processes of vLLM may be left behind: {type(error).__name__}: {error}"
         finally:
             if self._folder:
                 shutil.rmtree(self._folder, ignore_errors=True)
+            if self._status and self._status.get("uds"):
+                remove_socket(self._status["uds"])
         return None
 
     def _start(self) -> None:
@@ -176,7 +182,7 @@ class Keeper:
 
     def _verdict(self) -> int:
         """Return the exit code after the server's first process has ended."""
-        if self.signals:
+        if self.signals and self._give_up_at is None:
             return self._stopped_code()
         code = self._server.returncode
         if code == UsageError.exit_code and not self._serving:
@@ -210,6 +216,9 @@ class Keeper:
         """Go on with the stop that a signal asked for. A second signal ends everything at once."""
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
+        if self._give_up_at is not None:  # it has failed already
+            self._blame("vLLM's engine failed")
+            return 1
         if self._stop_under_way is None:
             seconds = float((self._status or {}).get("shutdown_timeout") or 0.0)
             self._stop_under_way = Stop(self._server, self._state, seconds if self._serving else None)
@@ -231,13 +240,15 @@ class Keeper:
                 return
             self._status = json.loads(line) if line else {}
         elif not self._serving and "port" in self._status:
-            self._serving = self._has_loaded() if self._status.get("headless") else _answers(self._status)
+            self._serving = self._has_loaded() if self._status.get("ranks") else answers(self._status)
             if self._serving:
                 self._reporter.enter("serving")
 
     def _has_loaded(self) -> bool:
         """Return whether all ranks here have their weights: what can be known where another machine has the port."""
-        return bool(snapshot(self._state.reports(), Words(), time.monotonic())["phase"] == "warm_up")
+        assert self._status is not None
+        state = snapshot(self._state.reports(), Words(), time.monotonic())
+        return bool(state["phase"] == "warm_up") and len(state["load"]["ranks"]) >= self._status["ranks"]
 
     def _watch(self) -> int | None:
         """Notice an engine or worker that died or failed while the front end stays alive."""
@@ -260,11 +271,15 @@ class Keeper:
 
     def _look_for_deaths(self, now: float) -> None:
         known = self._survey.titles  # before those that live, as it grows in the background
-        living = {process.pid for process in processes.descendants(os.getpid())}
+        try:
+            living = {process.pid for process in processes.descendants(os.getpid())}
+        except (psutil.Error, OSError):  # no file descriptor free, for example: the next time
+            return
         if lost := {title for pid, title in known.items() if pid not in living}:
             state = "while serving" if self._serving else "before serving"
             self._cause, self._reason = f"vLLM's process {', '.join(sorted(lost))} died {state}", "died"
             self._give_up_at = now + _END_BY_ITSELF_SECONDS
+            self._reporter.update(has_lost=True)
             return
         self._survey.go_on()
 
@@ -285,22 +300,6 @@ def _with_folder(folder: str | None) -> dict[str, str]:
 def _title_prefix() -> str:
     """Return the prefix of the titles of vLLM's processes (``VLLM::EngineCore``, ``VLLM::Worker_TP0``)."""
     return os.environ.get(*PROCESS_NAME_PREFIX) + "::"
-
-
-def _answers(status: dict[str, Any]) -> bool:
-    """Return whether vLLM accepts connections at its address."""
-    host = {None: "127.0.0.1", "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-    try:
-        if status["uds"]:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(0.5)
-                connection.connect(status["uds"])
-        else:
-            address = (host.get(status["host"], status["host"]), status["port"])
-            socket.create_connection(address, timeout=0.5).close()
-    except OSError:
-        return False
-    return True
 
 
 def main(kind: type[Keeper] = Keeper) -> int:

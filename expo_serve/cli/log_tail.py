@@ -103,7 +103,10 @@ class LogTail:
         rest = b""
         while chunk := os.read(source, _CHUNK_BYTES):
             outlet.put(chunk)
-            rest = self._look_at(rest + chunk)
+            try:
+                rest = self._look_at(rest + chunk)
+            except Exception:  # noqa: BLE001 - whatever it is, vLLM must not wait for somebody who reads
+                rest = b""
         if rest:
             self._look_at(rest + b"\n")
 

@@ -52,7 +52,12 @@ def reap_orphans(keep: int = 0) -> list[int]:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """Return all living descendants of a process."""
+    """Return all living descendants of a process.
+
+    Raises:
+        psutil.Error: the system does not show its processes.
+        OSError: it cannot at the moment, for lack of file descriptors for example.
+    """
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -88,7 +93,9 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 4.0, limit: float = _END_SECONDS) -> None:
+def end_descendants(
+    pid: int, segments: Iterable[Path] = (), wait: float = 4.0, limit: float = _END_SECONDS, spare: int = 0
+) -> None:
     """Kill every descendant of a process, and remove the shared memory that they leave.
 
     Python's resource trackers are spared at first: once all other processes are gone, they clean up and end. They
@@ -99,13 +106,16 @@ def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 4.0, 
         segments: shared memory of descendants that have already ended, from :class:`Survey`.
         wait: seconds after the end of all others after which the resource trackers are killed too.
         limit: seconds after which processes that do not even begin to end are left behind.
+        spare: id of a process that is not ended.
 
     Raises:
         ServeError: some are left behind; it names them.
     """
     segments = set(segments)
     began = spared = time.monotonic()
-    while (living := descendants(pid)) and not _is_in_vain(living, time.monotonic() - began, limit):
+    while (living := [one for one in descendants(pid) if one.pid != spare]) and not _is_in_vain(
+        living, time.monotonic() - began, limit
+    ):
         segments |= _in_time(partial(_segments, living), set())
         trackers: set[psutil.Process] = _in_time(partial(_trackers, living), set())
         others = [process for process in living if process not in trackers]
@@ -118,7 +128,8 @@ def end_descendants(pid: int, segments: Iterable[Path] = (), wait: float = 4.0, 
         psutil.wait_procs(victims or living, timeout=0.2)
         reap_orphans()
     for segment in segments:
-        segment.unlink(missing_ok=True)
+        with suppress(OSError):
+            segment.unlink()
     if living:
         raise _left_behind(living, time.monotonic() - began)
 
@@ -199,8 +210,9 @@ class Survey:
             self._thread.start()
 
     def _read(self) -> None:
-        self.titles = self.titles | titled(self._pid, self._prefix)
-        self.segments = self.segments | _segments(descendants(self._pid))
+        with suppress(psutil.Error, OSError):  # no file descriptor free, for example: the next time
+            self.titles = self.titles | titled(self._pid, self._prefix)
+            self.segments = self.segments | _segments(descendants(self._pid))
 
 
 def _segments(living: Iterable[psutil.Process]) -> set[Path]:

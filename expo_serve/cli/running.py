@@ -13,6 +13,8 @@ DEFAULT_ENGINE_TIMEOUT = 120.0
 """In seconds. An engine answers between two steps of the model. Steps of the largest prefills that vLLM schedules take
 seconds on an accelerator, and up to a minute on a slow CPU; vLLM itself gives a step up after 300 s."""
 _MAX_SECONDS = 86_400.0
+_HOST_SPELLINGS = ("--host", "--hos", "--ho")
+"""vLLM's parser accepts abbreviations; a shorter one could also mean other flags."""
 
 
 class Running(NamedTuple):
@@ -78,6 +80,6 @@ def host_of(options: Options) -> str:
     found = options.file_options.get("host")
     for argument, following in zip(options.arguments, [*options.arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
-        if flag == "--host":
+        if flag in _HOST_SPELLINGS:
             found = value if equals else following
     return str(found or "")

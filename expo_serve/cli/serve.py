@@ -40,7 +40,11 @@ Other commands (see expo-serve COMMAND --help):
 Exit codes: 0 success, also after SIGTERM while serving; 2 the command line or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.
 """
-_REFUSED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+_REFUSED_VARIABLES = {
+    "VLLM_SERVER_DEV_MODE": "opens routes that change weights, but alpha is pinned for a server",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens routes that change weights, but alpha is pinned for a server",
+    "VLLM_USE_RUST_FRONTEND": "starts a front end without /v1/expo, the drain and the checks of keys and alpha",
+}
 
 
 def main(arguments: list[str], started: float) -> int:
@@ -83,14 +87,14 @@ def _read(arguments: list[str]) -> Options:
 
 
 def refuse_variables() -> None:
-    """Refuse variables of vLLM's that let clients change weights.
+    """Refuse variables of vLLM's that let clients change weights, or go around what this server promises.
 
     Raises:
         UsageError: names the variable.
     """
-    for name in _REFUSED_VARIABLES:
+    for name, reason in _REFUSED_VARIABLES.items():
         if os.environ.get(name, "").strip().lower() not in ("", "0", "false"):
-            raise UsageError(f"{name} opens routes that change weights, but alpha is pinned for a server; unset it")
+            raise UsageError(f"{name} {reason}; unset it")
 
 
 def _serve(family: Family, options: Options, started: float) -> int:

@@ -29,12 +29,12 @@ class Stop:
 
     def __init__(self, server: subprocess.Popen[bytes], state: SharedState, drain_seconds: float | None) -> None:
         self._server, self._state = server, state
-        self._began = time.monotonic()
+        if drain_seconds is not None:
+            state.draining = time.monotonic()
+        self._began = time.monotonic()  # after that: a request that was let in before is in what is reported later
         self._drain_seconds = drain_seconds
         self._terminated = 0
         self._terminate_at = 0.0
-        if drain_seconds is not None:
-            state.draining = self._began
         self.cut = 0
         """Requests that were cut."""
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,7 +31,7 @@ Answer = tuple[int, str, bytes]
 
 
 class StatusServer(ThreadingHTTPServer):
-    """Answers on a socket that listens already; connections beyond a bound are closed.
+    """Answers on a socket that listens already; beyond a bound of connections the oldest is closed.
 
     Args:
         listener: the socket.
@@ -46,21 +47,28 @@ class StatusServer(ThreadingHTTPServer):
         self.socket = listener
         self._state = state
         self._reporter = state.reporter("status")
-        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._open: dict[socket.socket, None] = {}
+        """The connections, the oldest first."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection in a thread, if one is free."""
-        if self._free.acquire(blocking=False):
+        """Handle a connection in a thread; the oldest of too many has to go."""
+        self._open[request] = None
+        if len(self._open) > _MAX_CONNECTIONS:
+            oldest = list(self._open)[0]  # noqa: RUF015 - a list is made at once, while threads take others out
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        try:
             super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        except BaseException:  # no thread can be started
+            del self._open[request]
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Handle a connection, whatever comes of it."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            del self._open[request]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a client that goes away is no event."""
@@ -70,9 +78,9 @@ class StatusServer(ThreadingHTTPServer):
         words = Words(self._state.draining, self._state.engine_timeout)
         return snapshot(self._state.reports(), words, time.monotonic())
 
-    def note_scrape(self) -> None:
-        """Note that the metrics have been read, for which the end of a failed start waits."""
-        self._reporter.update(scraped=time.monotonic())
+    def note_scrape(self, when: float) -> None:
+        """Note that the metrics of a time have been read, for which the end of a failed start waits."""
+        self._reporter.update(scraped=when)
 
 
 def _live(server: StatusServer) -> Answer:
@@ -91,8 +99,9 @@ def _state(server: StatusServer) -> Answer:
 
 
 def _metrics(server: StatusServer) -> Answer:
+    now = time.monotonic()
     text = exposition(server.snapshot())
-    server.note_scrape()
+    server.note_scrape(now)
     return 200, _TEXT, text
 
 

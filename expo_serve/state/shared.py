@@ -38,7 +38,9 @@ _ROOM = _SLOT_BYTES - _HEAD.size
 _WORDS = {"draining": 8, "cutting": 16, "engine_timeout": 24}
 _ATTEMPTS = 5
 _MAX_TEXT = 1200
-"""Characters of a message; several fit into a slot."""
+"""Bytes of a message; several fit into a slot."""
+_IDENTITY = ("role", "pid", "engine", "rank", "began")
+"""What a report never loses."""
 _MAX_ANCESTORS = 32
 
 
@@ -201,7 +203,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Add a warning."""
-        self.update(warnings=[*self._fields.get("warnings", []), message[:_MAX_TEXT]])
+        self.update(warnings=[*self._fields.get("warnings", []), _cut(message)])
 
     def fail(self, reason: str, message: str) -> None:
         """Note the error that ends the start or the server; the first one stays.
@@ -211,7 +213,7 @@ class Reporter:
             message: one line.
         """
         if "error" not in self._fields:
-            self.update(error={"reason": reason, "message": message[:_MAX_TEXT]})
+            self.update(error={"reason": reason, "message": _cut(message)})
 
 
 _own: SharedState | None = None
@@ -234,13 +236,25 @@ def _start(slot: int) -> int:
     return (slot + 1) * _SLOT_BYTES
 
 
+def _cut(text: str) -> str:
+    return text.encode(errors="replace")[:_MAX_TEXT].decode(errors="ignore")
+
+
 def _encode(fields: dict[str, Any]) -> bytes:
-    """Return the JSON of a report, without its oldest warnings where there are too many."""
-    content = json.dumps(fields).encode()
+    """Return the JSON of a report; where it is too long, without the oldest warnings, then without what is longest."""
+    content = _json(fields)
     while len(content) > _ROOM and fields.get("warnings"):
         fields = {**fields, "warnings": fields["warnings"][1:]}
-        content = json.dumps(fields).encode()
-    return content if len(content) <= _ROOM else json.dumps({"role": fields["role"]}).encode()
+        content = _json(fields)
+    while len(content) > _ROOM:
+        largest = max(fields.keys() - set(_IDENTITY), key=lambda name: len(_json(fields[name])))
+        fields = {name: value for name, value in fields.items() if name != largest}
+        content = _json(fields)
+    return content
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
 def _ancestors() -> Iterator[int]:

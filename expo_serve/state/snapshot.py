@@ -22,7 +22,14 @@ _SAME_MOMENT_SECONDS = 1.0
 """vLLM, which waits for the same end, may be the first to tell; it gives its own processes longer before it kills."""
 _OF_VLLM = (signal.SIGTERM, signal.SIGINT)
 """With which vLLM asks its processes to end."""
-_PATH = re.compile(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s/:,;'\"()]+/)*([^\s/:,;'\"()]*)")
+_PATH = re.compile(
+    r"""
+    (?P<quote>['"]) (?: (?:file:|~|\.{1,2})?/ | [^'"/]+/[^'"/]+/ ) (?: [^'"]*/ )? (?P<quoted>[^'"]*) (?P=quote)
+    | (?<![\w:/.~-]) (?: (?:file:|~|\.{1,2})?/ | [\w.-]+/[\w.-]+/ ) (?: [^\s'"]*/ )? (?P<last>[^\s'"]*)
+    """,
+    re.VERBOSE,
+)
+"""In quotes, where it may have spaces, or not; a relative one has two slashes, as a hub id has one."""
 
 Report = Mapping[str, Any]
 
@@ -49,7 +56,8 @@ def snapshot(reports: Sequence[Report], words: Words, now: float) -> dict[str, A
     phase = max(begun, key=PHASES.index, default="resolve")
     silent = _silence(servers, now)
     is_hung = silent is not None and 0 < words.engine_timeout < silent
-    reason = _not_ready(phase, is_hung, silent)
+    has_lost = any(report.get("has_lost") for report in reports if report["role"] == "keeper")
+    reason = _not_ready(phase, is_hung, silent) or ("a process of vLLM has died" if has_lost else None)
     error = reported_error(reports)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -72,7 +80,13 @@ def snapshot(reports: Sequence[Report], words: Words, now: float) -> dict[str, A
 
 def without_paths(text: str) -> str:
     """Return a message with the last part of each path in it only."""
-    return _PATH.sub(lambda found: found[1] or "/", text)
+    return _PATH.sub(_last_part, text)
+
+
+def _last_part(found: re.Match[str]) -> str:
+    if quote := found["quote"]:
+        return f"{quote}{found['quoted'] or '/'}{quote}"
+    return found["last"] or "/"
 
 
 def _newest_ranks(reports: Iterable[Report]) -> list[Report]:

@@ -41,7 +41,7 @@ def refuse_taken(host: str | None, port: int, uds: str | None) -> None:
     if uds:
         _refuse_taken_path(uds)
         return
-    if not 0 <= port <= 65535:
+    if not 0 < port <= 65535:
         raise UsageError(f"--port: expected a port from 1 to 65535, found {port}")
     problem = _problem_of(host or "", port)
     if problem:

@@ -35,6 +35,8 @@ _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _TICK_SECONDS = 0.1
 _REPORT_SECONDS = 1.0
 _SLOW_CLIENT_SECONDS = 2.0
+_UNREAD_SECONDS = 1
+"""After all requests have been answered or cut: for clients to read the rest."""
 
 
 class OpenRequest:
@@ -104,6 +106,7 @@ class Gate:
         self._reported = 0.0
         self._watchdog: Watchdog | None = None
         self._engine_client: Any = None
+        self._app_state: Any = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -121,9 +124,14 @@ class Gate:
         """Whether vLLM knows that its engine is dead: the server will end."""
         return bool(getattr(self._engine_client, "errored", False))
 
-    def watch(self, engine_client: Any) -> None:
-        """Follow the drain and the engines from now on; called in the event loop."""
-        self._engine_client = engine_client
+    def watch(self, engine_client: Any, app_state: Any) -> None:
+        """Follow the drain and the engines from now on; called in the event loop.
+
+        Args:
+            engine_client: vLLM's client of the engines.
+            app_state: of the application; vLLM puts uvicorn's server there.
+        """
+        self._engine_client, self._app_state = engine_client, app_state
         if self._state is not None:
             look = Computing(self._state).look if compat.current_platform.is_cpu() else None
             self._watchdog = Watchdog(engine_client, self._state.engine_timeout, self.reporter, look)
@@ -132,6 +140,8 @@ class Gate:
     async def _follow(self, state: SharedState) -> None:
         """Report, and cut what is open when it is time to."""
         while True:
+            if self.is_draining:
+                self._bound_shutdown()
             if state.cutting:
                 self._cut_all()
             now = time.monotonic()
@@ -139,6 +149,11 @@ class Gate:
                 self._reported = now
                 self.reporter.update(open=len(self.open), cut=self._cut, reported=now)
             await asyncio.sleep(_TICK_SECONDS)
+
+    def _bound_shutdown(self) -> None:
+        """Let uvicorn end although a client does not read: the answer that is left in its buffers is given up."""
+        if (server := getattr(self._app_state, "server", None)) is not None:
+            server.config.timeout_graceful_shutdown = _UNREAD_SECONDS
 
     def _cut_all(self) -> None:
         for request in self.open:
@@ -175,7 +190,7 @@ class DrainMiddleware:
     def _refusal(self, path: str) -> str | None:
         if self._gate.is_draining and (path in HEALTH_ROUTES or path not in UNCOUNTED_ROUTES):
             return "the server is stopping and takes no new requests"
-        if self._gate.has_died and path not in UNCOUNTED_ROUTES:
+        if self._gate.has_died and (path in HEALTH_ROUTES or path not in UNCOUNTED_ROUTES):
             return "the engine has ended, and so does the server"
         if path in HEALTH_ROUTES and self._gate.is_hung:
             return "the engine does not answer"

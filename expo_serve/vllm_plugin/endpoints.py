@@ -88,7 +88,7 @@ class ExpoEndpointPlugin:
         gauges.set(report)
         state.expo_report = report
         gate.reporter.update(names=names)
-        gate.watch(engine_client)
+        gate.watch(engine_client, state)
         if sweeping.channel is not None:
             sweeping.listen(sweeping.channel, _AlphaSwitch(engine_client, state, gauges))
 

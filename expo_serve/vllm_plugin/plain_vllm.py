@@ -8,7 +8,7 @@ from typing import Any
 
 from expo_serve.checkpoint.source import HubAccess
 from expo_serve.config import ExpoConfig
-from expo_serve.errors import ConfigError
+from expo_serve.errors import ConfigError, UsageError
 from expo_serve.plan.delta import format_of
 from expo_serve.plan.packed import PackedDelta
 from expo_serve.plan.plan import Plan
@@ -16,6 +16,11 @@ from expo_serve.plan.prepare import locate
 
 _EXTRA = "--model-loader-extra-config"
 # Keys that tell where a config comes from, or that vLLM gets by its own flags.
+_OTHER_FRONT_ENDS = {
+    "grpc": "a gRPC server has no /v1/expo, no drain and no check of keys and alpha",
+    "grpc_port": "a gRPC server has no /v1/expo, no drain and no check of keys and alpha",
+    "data_parallel_multi_port_external_lb": "its supervisor takes a server that drains for a dead one, and ends all",
+}
 _IGNORED_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 
 
@@ -67,6 +72,20 @@ def check_config(plan: Plan, model_config: Any) -> None:
                 f"{_EXTRA}: with this delta the model's config must have {key} {wanted}, found {found}: give "
                 f"--hf-overrides '{{\"{key}\": {str(wanted).lower()}}}', or use expo-serve --base ... --delta ..."
             )
+
+
+def refuse_other_front_ends(args: Any) -> None:
+    """Refuse flags that start another front end than vLLM's API server, or another supervisor than expo-serve's.
+
+    Args:
+        args: vLLM's arguments.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name, reason in _OTHER_FRONT_ENDS.items():
+        if getattr(args, name, None) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')}: {reason}; leave it out")
 
 
 def refuse_elastic_experts(is_elastic: bool) -> None:

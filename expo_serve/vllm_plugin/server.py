@@ -7,8 +7,9 @@
      "sweep_fd": int, of a sweep's server only}
 
 or ``{"help": topic}`` for a page of vLLM's own help. Once vLLM has accepted the flags and before the engine starts,
-this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``. ``state_fd`` is the
-memory that the command's processes share (:mod:`expo_serve.state.shared`).
+this process writes one line to ``status_fd``: ``{"host", "port", "uds", "shutdown_timeout"}``, and with
+``--headless`` ``"ranks"``, how many this machine has. ``state_fd`` is the memory that the command's processes share
+(:mod:`expo_serve.state.shared`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, NoReturn
 
 from expo_serve import errors
 from expo_serve.config import ExpoConfig
@@ -35,7 +36,7 @@ from expo_serve.state.shared import adopt, report_as
 from expo_serve.vllm_plugin import compat, sweeping
 from expo_serve.vllm_plugin.address import refuse_taken
 from expo_serve.vllm_plugin.caches import refuse_shared_stores
-from expo_serve.vllm_plugin.plain_vllm import refuse_elastic_experts
+from expo_serve.vllm_plugin.plain_vllm import refuse_elastic_experts, refuse_other_front_ends
 from expo_serve.vllm_plugin.refused import sentence_of
 from expo_serve.vllm_plugin.worker import EXTENSION
 
@@ -103,6 +104,7 @@ def serve(request: dict[str, Any]) -> None:
         compat.configure_logging_from_args(args)
         command.validate(args)
         refuse_elastic_experts(args.enable_elastic_ep)
+        refuse_other_front_ends(args)
         if not args.headless:  # engines for another machine's API server open no port
             refuse_taken(args.host, args.port, args.uds)
         _write_status(request["status_fd"], args)
@@ -126,11 +128,16 @@ def _refusals_in_one_line() -> Iterator[None]:
 
 
 def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
-    """Return vLLM's serve command and its arguments; a wrong flag of vLLM ends the process, as in vLLM itself."""
+    """Return vLLM's serve command and its arguments.
+
+    Raises:
+        UsageError: vLLM's parser refuses a flag.
+    """
     command = compat.ServeSubcommand()
     parser = compat.FlexibleArgumentParser(prog="expo-serve")
     subparser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     subparser.set_defaults(shutdown_timeout=DEFAULT_DRAIN_SECONDS)
+    subparser.error = parser.error = _refuse  # else it prints and exits
     if "help" in request:
         parser.parse_args(["serve", f"--help={request['help']}"])
     config = ExpoConfig.model_validate(request["config"])
@@ -143,6 +150,10 @@ def parse(request: dict[str, Any]) -> tuple[Any, Namespace]:
     required_keys(args.api_key, os.environ)
     refuse_shared_stores(args.kv_transfer_config, args.ec_transfer_config)
     return command, args
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(message)
 
 
 def our_arguments(config: ExpoConfig, served_model_name: str | None) -> list[str]:
@@ -247,8 +258,18 @@ def compiler_problem() -> str | None:
     return None
 
 
+def ranks_here(args: Namespace) -> int:
+    """Return how many ranks a machine has on which no API server runs: all machines have as many."""
+    ranks = args.tensor_parallel_size * args.pipeline_parallel_size * args.prefill_context_parallel_size
+    if args.nnodes > 1:
+        return int(ranks * args.data_parallel_size // args.nnodes)
+    return int(ranks * (args.data_parallel_size_local or 1))
+
+
 def _write_status(status_fd: int, args: Namespace) -> None:
-    status = {key: getattr(args, key, None) for key in ("host", "port", "uds", "headless", "shutdown_timeout")}
+    status = {key: getattr(args, key, None) for key in ("host", "port", "uds", "shutdown_timeout")}
+    if args.headless:
+        status["ranks"] = ranks_here(args)
     with os.fdopen(status_fd, "w") as status_file:
         status_file.write(json.dumps(status) + "\n")
 

@@ -60,13 +60,15 @@ class Watchdog:
 
     async def run(self) -> None:
         """Ask again and again, until the engines are gone."""
-        self._reporter.update(answered=self._answered)
+        if self._timeout:
+            self._reporter.update(answered=self._answered)
         while self._timeout:
             try:
                 await self._ask_patiently()
             except Exception as error:  # noqa: BLE001 - vLLM notices itself that an engine is dead
                 logger.warning("expo: the engine could not be asked whether it lives: %s", error)
-                return
+                if getattr(self._client, "errored", True):
+                    return
             await asyncio.sleep(self._interval)
 
     async def _ask_patiently(self) -> None:

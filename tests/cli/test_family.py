@@ -31,6 +31,18 @@ MAX_BYTES = 80 << 20
 SECONDS = 30
 
 
+BLIND = """
+import sys, threading
+if "expo_serve.cli.keeper" in sys.orig_argv:
+    def go_blind():
+        import psutil
+        def refuse(*_, **__):
+            raise OSError(24, "Too many open files")
+        psutil.Process.children = refuse
+    threading.Timer(2, go_blind).start()
+"""
+
+
 class Command:
     """A running command and its status port."""
 
@@ -161,6 +173,36 @@ def test_hung_engine(start: Callable[..., Command]) -> None:
     assert code == 1
     assert any("not ready; it is ended after 2 s" in line for line in lines)
     assert re.search(r"has not answered for [\d]+ s: vLLM's API server \(process \d+\) hung", lines[-1])
+
+
+def test_all_frozen_for_a_while_is_no_hang(start: Callable[..., Command]) -> None:
+    """As by `docker pause`: time goes on, and nobody could answer."""
+    command = start(3.0).wait_ready()
+    for process in command.family:
+        process.suspend()
+    time.sleep(8)
+    for process in command.family:  # the server, which has to answer, last
+        process.resume()
+        time.sleep(0.3)
+    command.wait_for(lambda state: bool(state["ready"]))
+    command.process.terminate()
+    assert command.end() == (0, [])
+
+
+def test_keeper_that_cannot_see_its_processes(
+    start: Callable[..., Command], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is free, for example: the server serves on, and the command ends what the keeper cannot."""
+    place = tmp_path_factory.mktemp("site")
+    (place / "sitecustomize.py").write_text(BLIND)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", f"{place}:{ROOT}")
+    command = start().wait_ready()
+    command.wait_for(lambda state: state["uptime_seconds"] > 6)
+    assert command.state()["ready"]
+    command.process.terminate()
+    code, lines = command.end()
+    assert code == 1
+    assert "may be left behind: OSError" in lines[-1]
 
 
 @pytest.mark.parametrize("name", ["expo_serve.cli.keeper", "tests.cli.drain_server"])

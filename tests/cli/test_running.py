@@ -54,7 +54,14 @@ def test_refused(arguments: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "host"),
-    [([], ""), (["--host", "h"], "h"), (["--host=h"], "h"), (["--host", "a", "--host=b"], "b"), (["--host"], "")],
+    [
+        ([], ""),
+        (["--host", "h"], "h"),
+        (["--host=h"], "h"),
+        (["--host", "a", "--host=b"], "b"),
+        (["--host"], ""),
+        (["--ho", "h"], "h"),
+    ],
 )
 def test_host(arguments: list[str], host: str) -> None:
     assert host_of(options(*arguments)) == host

@@ -135,7 +135,19 @@ def test_too_much_to_say_costs_the_oldest_warnings(state: SharedState) -> None:
     assert len(report["error"]["message"]) == 1200
     assert report["error"]["reason"] == "pair"
     reporter.update(value="y" * 5000)
-    assert state.reports() == [{"role": "command"}]
+    (report,) = state.reports()
+    assert report.keys() == {"role", "pid", "error", "warnings"}
+    assert report["warnings"] == []
+
+
+def test_long_words_of_any_script_cost_nothing_else(state: SharedState) -> None:
+    reporter = state.reporter("rank", engine=0, rank=1, began=1.0)
+    reporter.fail("load", "模" * 2000 + "\udc80")
+    reporter.warn("é" * 2000)
+    reporter.update(large="模" * 5000)
+    (report,) = state.reports()
+    assert report["error"]["message"] == "模" * 400
+    assert report.keys() == {"role", "pid", "engine", "rank", "began", "error", "warnings"}
 
 
 def test_more_processes_than_slots_are_not_shown(state: SharedState) -> None:

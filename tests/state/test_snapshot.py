@@ -122,10 +122,20 @@ def test_first_that_a_signal_has_killed(ended: list[list[Any]], killed: tuple[in
         ("a:/b/c", "a:/b/c"),
         ("--base=/a/b", "--base=b"),
         ("no path", "no path"),
+        ("file '/srv/My Models/team secret/x/f': gone", "file 'f': gone"),
+        ("/data/v1:final/private/x and /mnt/a,b/c/d", "x and d"),
+        ("file:///home/alice/x, //home/u/y", "x, y"),
+        ("models/private/x, 'models/my private/y' and 'org/name'", "x, 'y' and 'org/name'"),
     ],
 )
 def test_paths_are_not_shown(text: str, shown: str) -> None:
     assert without_paths(text) == shown
+
+
+def test_process_that_has_died_makes_it_not_ready() -> None:
+    reports = [COMMAND, API, {**SERVING, "has_lost": True}]
+    state = snapshot(reports, Words(), 140.0)
+    assert (state["phase"], state["ready"], state["reason"]) == ("serving", False, "a process of vLLM has died")
 
 
 @given(st.lists(st.sampled_from(["/", "~", ".", "a", " ", ":", "/b/c"])))

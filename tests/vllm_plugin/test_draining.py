@@ -43,6 +43,7 @@ class App:
 
     def __init__(self, state: SharedState | None) -> None:
         self.go_on = asyncio.Event()
+        self.state = SimpleNamespace()
         self.gate = Gate(state)
         self.ended: list[str] = []
         inner = Starlette(
@@ -147,7 +148,7 @@ async def watched(app: App) -> None:
     """Have the gate followed, beside an engine that always answers."""
     core = SimpleNamespace(call_utility_async=_answer)
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-    app.gate.watch(SimpleNamespace(engine_core=core, vllm_config=config))
+    app.gate.watch(SimpleNamespace(engine_core=core, vllm_config=config), app.state)
 
 
 async def _answer(*_: object) -> list[bool]:
@@ -259,11 +260,14 @@ class Engines:
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.asked: list[str] = []
+        self.fails = self.errored = False
         self.engine_core = SimpleNamespace(call_utility_async=self._call)
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
 
     async def _call(self, utility: str, *arguments: Any) -> Any:
         self.asked.append(utility)
+        if self.fails:
+            raise RuntimeError("of this test")
         await self.goes_on.wait()
         return [True]
 
@@ -323,8 +327,33 @@ async def test_watchdog_leaves_a_dead_engine_to_vllm(state: SharedState) -> None
     async def dead(*_: object) -> None:
         raise RuntimeError("EngineCore encountered an issue")
 
-    engines.engine_core = SimpleNamespace(call_utility_async=dead)
+    engines.engine_core, engines.errored = SimpleNamespace(call_utility_async=dead), True
     await asyncio.wait_for(Watchdog(engines, 5.0, state.reporter("api")).run(), 1)
+
+
+async def test_watchdog_goes_on_after_a_question_that_fails(state: SharedState) -> None:
+    engines = Engines()
+    engines.fails = True
+    watchdog = Watchdog(engines, 0.4, state.reporter("api"))
+    task = asyncio.create_task(watchdog.run())
+    await asyncio.sleep(0.7)
+    assert app_says_hung(watchdog)
+    engines.fails = False
+    await asyncio.sleep(0.3)
+    assert not app_says_hung(watchdog)
+    task.cancel()
+
+
+async def test_answer_that_nobody_reads_does_not_hold_uvicorn_up(state: SharedState) -> None:
+    """It waits for its connections without end, unless it is told otherwise."""
+    app = App(state)
+    app.state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
+    await watched(app)
+    await asyncio.sleep(0.2)
+    assert app.state.server.config.timeout_graceful_shutdown is None
+    state.draining = time.monotonic()
+    await asyncio.sleep(0.3)
+    assert app.state.server.config.timeout_graceful_shutdown == 1
 
 
 async def test_dead_engine_asks_to_try_elsewhere(state: SharedState) -> None:
@@ -334,9 +363,9 @@ async def test_dead_engine_asks_to_try_elsewhere(state: SharedState) -> None:
     await settle()
     app.gate._engine_client.errored = True
     app.go_on.set()
-    asked = app.ask("/late")
-    await asyncio.wait([late.task, stream.task, broken.task, asked.task], timeout=5)
-    assert [request.status for request in (late, stream, broken, asked)] == [200, 200, 503, 503]
+    asked, probed = app.ask("/late"), app.ask("/v1/expo")
+    await asyncio.wait([late.task, stream.task, broken.task, asked.task, probed.task], timeout=5)
+    assert [request.status for request in (late, stream, broken, asked, probed)] == [200, 200, 503, 503, 503]
     assert json.loads(broken.body)["error"]["code"] == 503
     assert broken.headers["retry-after"] == "1"
 
@@ -346,7 +375,7 @@ async def test_hung_engine_makes_health_say_no(state: SharedState) -> None:
     engines = Engines()
     engines.goes_on.clear()
     state.engine_timeout = 0.2
-    app.gate.watch(engines)
+    app.gate.watch(engines, app.state)
     await asyncio.sleep(0.3)
     for path, status in (("/health", 503), ("/metrics", 200), ("/late", None)):
         asked = app.ask(path)

@@ -15,6 +15,7 @@ import pytest
 from expo_serve.config import ExpoConfig, Pinned, Source
 from expo_serve.errors import UsageError
 from expo_serve.vllm_plugin import server
+from expo_serve.vllm_plugin.plain_vllm import refuse_other_front_ends
 
 KNOWN = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--port"}
 
@@ -60,11 +61,44 @@ def test_flags_of_vllm_are_understood_beside_ours() -> None:
 
 
 @pytest.mark.engine
-def test_a_wrong_flag_of_vllm_is_answered_by_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        server.parse(request("--no-such-flag", "1"))
-    assert caught.value.code == 2
-    assert "unrecognized arguments: --no-such-flag 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such-flag", "1"], "^unrecognized arguments: --no-such-flag 1$"),
+        (["--max-model-len", "many"], "^argument --max-model-len: .*many"),
+    ],
+)
+def test_a_wrong_flag_of_vllm_is_an_error_of_ours(flags: list[str], words: str) -> None:
+    """Which the status port can show."""
+    with pytest.raises(UsageError, match=words):
+        server.parse(request(*flags))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (["--tensor-parallel-size", "2", "--pipeline-parallel-size", "4", "--nnodes", "2"], 4),
+        (["--tensor-parallel-size", "2", "--data-parallel-size", "4", "--nnodes", "2"], 4),
+        (["--data-parallel-size", "4", "--data-parallel-size-local", "2", "--data-parallel-start-rank", "2"], 2),
+        ([], 1),
+    ],
+)
+def test_ranks_of_a_machine_without_a_port(flags: list[str], ranks: int) -> None:
+    assert server.ranks_here(server.parse(request(*flags, "--headless"))[1]) == ranks
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "flags", [["--grpc"], ["--grpc-port", "5000"], ["--data-parallel-multi-port-external-lb"], ["--api-server-count=1"]]
+)
+def test_front_ends_that_go_around_ours_are_refused(flags: list[str]) -> None:
+    _, args = server.parse(request(*flags))
+    if "api" in flags[0]:
+        refuse_other_front_ends(args)
+        return
+    with pytest.raises(UsageError, match=f"^{flags[0]}: .*; leave it out$"):
+        refuse_other_front_ends(args)
 
 
 @pytest.mark.engine
