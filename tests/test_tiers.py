@@ -109,12 +109,20 @@ def test_run_ends_as_pytest_does(tmp_path: Path, seconds: str, fails: int, code:
     assert ("4 tests were not reached within 0 s" in result.stdout) == (seconds == "0")
 
 
+def _marks_slow(conftest: Path) -> bool:
+    """Whether a fixture of a folder runs tests in a slow way too."""
+    return conftest.exists() and "pytest.mark.slow" in conftest.read_text()
+
+
 def test_durations_are_those_of_the_slow_tests() -> None:
     """Of what runs every time nobody asks. ``pytest -m slow --store-durations`` writes them."""
     durations = read()
     families = {f"tests/conformance/test_families.py::test_family[{family.name}]": family.name for family in FAMILIES}
     assert {name for test, name in families.items() if test not in durations} == CORE.keys()
-    texts = {test: (ROOT / test.partition("::")[0]).read_text() for test in durations}
-    assert [test for test, text in texts.items() if "pytest.mark.slow" not in text] == []
+    files = {test: ROOT / test.partition("::")[0] for test in durations}
+    texts = {test: file.read_text() for test, file in files.items()}
+    marking = {test for test, text in texts.items() if "pytest.mark.slow" in text}
+    marking |= {test for test, file in files.items() if _marks_slow(file.with_name("conftest.py"))}
+    assert texts.keys() - marking == set()
     names = {test: test.split("::")[1].partition("[")[0] for test in durations}
     assert [test for test, text in texts.items() if f"def {names[test]}(" not in text] == []
