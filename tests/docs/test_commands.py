@@ -22,7 +22,8 @@ from tests.docs.pages import ALL, README, ROOT, Page, page
 
 VLLM_FLAGS = {
     "--api-key", "--chat-template", "--compilation-config", "--data-parallel-size", "--default-chat-template-kwargs",
-    "--distributed-executor-backend", "--data-parallel-multi-port-external-lb", "--grpc", "--grpc-port", "--host", "--uds",
+    "--distributed-executor-backend", "--data-parallel-multi-port-external-lb", "--grpc", "--grpc-port", "--host",
+    "--uds",
     "--enable-ep-weight-filter", "--enable-expert-parallel", "--enable-lora", "--enforce-eager", "--headless",
     "--hf-overrides", "--language-model-only", "--load-format", "--master-addr", "--max-lora-rank", "--max-loras",
     "--max-model-len", "--mm-encoder-only", "--model", "--model-impl", "--model-loader-extra-config", "--nnodes",
