@@ -7,6 +7,7 @@ memory of each process is sampled, and a line through the rounds' means says whe
 answers must be those of the beginning, and SIGTERM must end all with code 0.
 
     python -m loadtests.chaos.soak --minutes 120
+    python -m loadtests.chaos.soak --minutes 30 --control    the same traffic against plain vLLM alone: how it grows
 
 Exits 1 if a request failed, an answer changed, or the end was not clean.
 """
@@ -30,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.chaos.drift import Sampler
 from loadtests.chaos.outcomes import Answer, Outcome
-from loadtests.chaos.soak_report import as_figures, summary
+from loadtests.chaos.soak_report import as_figures, memory, memory_table, summary
 from loadtests.chaos.streams import Streams
 from loadtests.chaos.surroundings import MODELS, place_for
 from loadtests.chaos.traffic import LEVELS, compared, mixed
@@ -126,6 +127,29 @@ def soak(minutes: float, seed: int, work: Path) -> Soak:
         )
 
 
+def control(minutes: float, seed: int, work: Path) -> dict[str, Any]:
+    """Load plain vLLM alone, with the same traffic: what its processes hold is what vLLM makes them hold."""
+    with ended(Server(_PLAIN_FLAGS, work / "plain.log", command=_PLAIN)) as plain:
+        plain.wait_ready(_READY_SECONDS)
+        _fill_cache(plain)
+        began = time.monotonic()
+        with (
+            Sampler(lambda: _roles(plain)) as sampler,
+            Streams(plain.url, mixed([MODEL, ADAPTER]), seed, _PATIENCE_SECONDS) as streams,
+        ):
+            blocks: list[tuple[float, float]] = []
+            while time.monotonic() < began + minutes * 60:
+                blocks.append((_levels(minutes, streams), time.monotonic()))
+                print(f"{time.strftime('%H:%M:%S')} round {len(blocks)}: {len(streams.answers)} requests", flush=True)
+            streams.pause()
+        return {
+            "minutes": round((time.monotonic() - began) / 60, 1),
+            "rounds": len(blocks),
+            "requests": len(streams.answers),
+            "memory": {"plain": memory(sampler, blocks)},
+        }
+
+
 def _fill_cache(server: Server) -> None:
     """Use each block of the KV cache once: a block's memory is resident from its first use on, which is no growth."""
     families = text_string_to_metric_families(server.get("/metrics").text)
@@ -140,14 +164,9 @@ def _fill_cache(server: Server) -> None:
 def _rounds(minutes: float, seed: int, streams: Streams, victim: Victim, plain: Server) -> list[Round]:
     """Go through the levels again and again; the last round ends when the time is over, or soon after."""
     deadline = time.monotonic() + minutes * 60
-    level_seconds = min(_LONGEST_LEVEL, minutes * 60 / len(LEVELS) / 4)
     rounds: list[Round] = []
     while time.monotonic() < deadline:
-        rounds.append(one := Round(time.monotonic()))
-        for level in LEVELS:
-            streams.go_on(level)
-            time.sleep(level_seconds)
-        one.ended = time.monotonic()
+        rounds.append(one := Round(_levels(minutes, streams), time.monotonic()))
         if not streams.pause():
             raise RuntimeError("a client has waited for its answer for too long")
         servers = {"expo": victim, "plain": plain}
@@ -156,6 +175,15 @@ def _rounds(minutes: float, seed: int, streams: Streams, victim: Victim, plain: 
             one.compared[name] = _measure(servers[name], idle, seed + len(rounds))
         print(f"{time.strftime('%H:%M:%S')} round {len(rounds)}: {_told(streams, one)}", flush=True)
     return rounds
+
+
+def _levels(minutes: float, streams: Streams) -> float:
+    """Go through all numbers of clients; returns when that began."""
+    began, seconds = time.monotonic(), min(_LONGEST_LEVEL, minutes * 60 / len(LEVELS) / 4)
+    for level in LEVELS:
+        streams.go_on(level)
+        time.sleep(seconds)
+    return began
 
 
 def _measure(server: Server, idle: Server, seed: int) -> dict[str, float]:
@@ -198,6 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5, help="how long (default 5)")
     parser.add_argument("--seed", type=int, default=1, help="of the requests (default 1)")
+    parser.add_argument("--control", action="store_true", help="load plain vLLM alone, and show its memory")
     parser.add_argument("--key", default="demo", help="under which the figures are kept (default demo)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for what servers write")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
@@ -205,9 +234,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no server stays behind
     work = options.work.absolute() / f"soak-{os.getpid()}"
     work.mkdir(parents=True)
-    figures = as_figures(soak(options.minutes, options.seed, work), options.seed)
-    save("soak", options.key, figures, options.results)
-    print(summary(figures))
+    if options.control:
+        figures = {**control(options.minutes, options.seed, work), "broken": []}
+        save("soak", f"{options.key}-control", figures, options.results)
+        print(memory_table(figures))
+    else:
+        figures = as_figures(soak(options.minutes, options.seed, work), options.seed)
+        save("soak", options.key, figures, options.results)
+        print(summary(figures))
     if figures["broken"]:
         print(f"\nThe logs: {work}")
         return 1

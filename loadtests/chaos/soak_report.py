@@ -39,7 +39,7 @@ def as_figures(soak: Soak, seed: int) -> dict[str, Any]:
         "ports_that_said_no": soak.noes,
         "greedy_answers": {"compared": soak.compared, "changed": soak.changed},
         "latency_seconds": latency(soak.answers),
-        "memory": {name: _memory(sampler, blocks) for name, sampler in soak.samplers.items()},
+        "memory": {name: memory(sampler, blocks) for name, sampler in soak.samplers.items()},
         "throughput": _throughput(soak.rounds),
         "requests_cut": soak.state.get("requests", {}).get("cut"),
         "warnings": soak.state.get("warnings"),
@@ -89,7 +89,8 @@ def _percentiles(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _memory(sampler: Sampler, blocks: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def memory(sampler: Sampler, blocks: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return what each process held, from block to block."""
     return {role: drift(samples, blocks) for role, samples in sorted(sampler.samples.items())}
 
 
@@ -116,7 +117,7 @@ def summary(figures: dict[str, Any]) -> str:
         f"exit code {figures['exit_code']}",
         *errors["first"],
     ]
-    tables = (_latency_table(figures), _memory_table(figures), _throughput_table(figures))
+    tables = (_latency_table(figures), memory_table(figures), _throughput_table(figures))
     return "\n\n".join(["\n".join(lines), *tables, *figures["broken"]])
 
 
@@ -137,7 +138,8 @@ def _shown_percentiles(found: dict[str, float] | None) -> str:
     return ", ".join(f"{value:.3f}" for value in found.values()) if found else "-"
 
 
-def _memory_table(figures: dict[str, Any]) -> str:
+def memory_table(figures: dict[str, Any]) -> str:
+    """Return what each process held, and whether it grew."""
     rows = []
     for server, roles in figures["memory"].items():
         for role, found in roles.items():
