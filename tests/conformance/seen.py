@@ -35,7 +35,7 @@ CORE = {
     "FalconForCausalLM-multi-query": "concatenated, so materialized",
     "FalconForCausalLM-new": "the other layout of one architecture's query, key and value",
     "GPT2LMHeadModel": "matrices stored transposed (Conv1D)",
-    "GptOssForCausalLM": "all experts in one tensor, with biases; materialized",
+    "GptOssForCausalLM": "all experts in one tensor, with biases; copied in parts",
     "GraniteMoeHybridForCausalLM": "Mamba 2 beside attention and experts",
     "GraniteSpeechPlusForConditionalGeneration": "sound: convolutions and batch norms",
     "JambaForSequenceClassification": "Mamba 1, computed in fp32; a parameter that vLLM leaves unfilled",
