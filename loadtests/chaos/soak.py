@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +85,8 @@ class Soak:
     rounds: list[Round]
     answers: list[Answer]
     samplers: dict[str, Sampler]
-    noes: dict[str, int]
-    """How often each port did not say yes."""
+    noes: dict[str, dict[str, int]]
+    """How often each port did not say yes, by the status that it answered with; ``None`` where no answer came."""
     changed: int
     compared: int
     code: int
@@ -118,7 +119,8 @@ def soak(minutes: float, seed: int, work: Path) -> Soak:
         ):
             rounds = _rounds(minutes, seed, streams, victim, plain)
         over = time.monotonic()
-        noes = {port: sum(look.code != 200 for look in watch.looks(port, began, over)) for port in ("health", "ready")}
+        codes = {port: [look.code for look in watch.looks(port, began, over)] for port in ("health", "ready")}
+        noes = {port: dict(Counter(str(code) for code in each if code != 200)) for port, each in codes.items()}
         state, after = victim.state(), victim.answers()
         code = victim.stop(timeout=_END_SECONDS)
         differing = sum(one != other for one, other in zip(before, after, strict=True))
