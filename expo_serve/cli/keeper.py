@@ -38,7 +38,7 @@ from expo_serve.cli.kernel_kills import OutOfMemory, describe_exit
 from expo_serve.cli.live_line import can_show
 from expo_serve.cli.log_tail import LogTail
 from expo_serve.cli.probe_state import line_of_state
-from expo_serve.cli.stopping import Stop
+from expo_serve.cli.stopping import STOP_SECONDS, WORKERS_STOP_SECONDS, Stop
 from expo_serve.cli.vllm_log import PROCESS_NAME_PREFIX
 from expo_serve.errors import ServeError, UsageError
 from expo_serve.state.shared import SharedState
@@ -220,8 +220,10 @@ class Keeper:
             self._blame("vLLM's engine failed")
             return 1
         if self._stop_under_way is None:
-            seconds = float((self._status or {}).get("shutdown_timeout") or 0.0)
-            self._stop_under_way = Stop(self._server, self._state, seconds if self._serving else None)
+            status = self._status or {}
+            seconds = float(status.get("shutdown_timeout") or 0.0) if self._serving else None
+            patience = WORKERS_STOP_SECONDS if status.get("ranks") else STOP_SECONDS
+            self._stop_under_way = Stop(self._server, self._state, seconds, patience)
         if self._stop_under_way.go_on():
             return None
         if not self._serving:

@@ -12,8 +12,10 @@ from expo_serve.state.shared import SharedState
 
 _CUT_SECONDS = 3.0
 """Time for the requests that are cut to end."""
-_STOP_SECONDS = 4.0
+STOP_SECONDS = 4.0
 """Time for vLLM to end after SIGTERM; then SIGTERM is sent again."""
+WORKERS_STOP_SECONDS = 12.0
+"""The same where vLLM has workers only: it gives them 5 s, and 4 s more after a SIGTERM, before it kills them."""
 _STOP_AGAIN_SECONDS = 3.0
 """Time for vLLM to end after the second SIGTERM; then all of its processes are killed."""
 
@@ -25,14 +27,21 @@ class Stop:
         server: vLLM's API server.
         state: the command's shared memory, over which API servers are told to drain.
         drain_seconds: time for open requests (``--shutdown-timeout``); None to do without a drain, before serving.
+        stop_seconds: time for vLLM to end after the first SIGTERM.
     """
 
-    def __init__(self, server: subprocess.Popen[bytes], state: SharedState, drain_seconds: float | None) -> None:
+    def __init__(
+        self,
+        server: subprocess.Popen[bytes],
+        state: SharedState,
+        drain_seconds: float | None,
+        stop_seconds: float = STOP_SECONDS,
+    ) -> None:
         self._server, self._state = server, state
         if drain_seconds is not None:
             state.draining = time.monotonic()
         self._began = time.monotonic()  # after that: a request that was let in before is in what is reported later
-        self._drain_seconds = drain_seconds
+        self._drain_seconds, self._stop_seconds = drain_seconds, stop_seconds
         self._terminated = 0
         self._terminate_at = 0.0
         self.cut = 0
@@ -49,7 +58,7 @@ class Stop:
         if self._terminated == 0:
             if self._is_drained(now):
                 self._note_cut()
-                self._terminate(now + _STOP_SECONDS)
+                self._terminate(now + self._stop_seconds)
         elif now > self._terminate_at:
             if self._terminated > 1:
                 return False
