@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ from expo_serve.cli.keeper import Keeper
 
 
 @pytest.fixture
-def keeper() -> Any:
+def keeper() -> Iterator[Any]:
     """A keeper whose server has served, and has ended with code 0 after SIGTERM."""
     made: Any = Keeper({})
     made._server = SimpleNamespace(poll=lambda: 0, returncode=0)
     made._serving, made.signals = True, [signal.SIGTERM]
-    return made
+    yield made
+    made._state.close()  # else other tests would find it among the open files
 
 
 def test_signal_after_a_death_hides_no_failure(keeper: Any) -> None:
