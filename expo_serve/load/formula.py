@@ -40,8 +40,8 @@ def combine_into(
     """Write the result into ``dest``. Gradients must be off.
 
     Args:
-        dest: any device, dtype and strides. When its dtype is not ``dtype``, the rounded result is cast to it, as a
-            checkpoint's tensor would be.
+        dest: on the device of the operands, of any dtype and strides. When its dtype is not ``dtype``, the rounded
+            result is cast to it, as a checkpoint's tensor would be.
         operands: the sides that :func:`~expo_serve.plan.plan.operands_used` names, of the shape of ``dest``.
         dtype: what the result is rounded to.
         alpha: finite.
@@ -79,7 +79,7 @@ def combine_unchecked(
         wide = next(iter(operands.values()))
     elif noise is None and base.dtype == aligned.dtype == dest.dtype == dtype:
         # torch computes reduced precisions in fp32 and rounds once: the same bits, fewer passes.
-        return torch.lerp(base.to(dest.device), aligned.to(dest.device), 1 + alpha, out=dest)
+        return torch.lerp(base, aligned, 1 + alpha, out=dest)
     else:
         widest = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
         wide = torch.lerp(base.to(widest), aligned.to(widest), 1 + alpha)
