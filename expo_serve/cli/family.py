@@ -20,6 +20,7 @@ from typing import Any
 
 from expo_serve import errors
 from expo_serve.cli import processes
+from expo_serve.cli.awake import Awake
 from expo_serve.errors import AddressError, ExpoError, ServeError, line_of, reason_of
 from expo_serve.state.shared import SharedState
 
@@ -115,17 +116,13 @@ class Family:
 
     def _wait(self, keeper: subprocess.Popen[bytes]) -> int:
         """Wait for the keeper; meanwhile reap what else ends, as process 1 of a container has to."""
-        awake_since = looked = time.monotonic()
+        awake = Awake(_ASLEEP_SECONDS)
         with _end_of(keeper) as end:
             while keeper.poll() is None:
                 with suppress(InterruptedError):
                     select.select(end, [], [], _TICK_SECONDS)
                 self._reap()
-                now = time.monotonic()
-                if now - looked > _ASLEEP_SECONDS:
-                    awake_since = now
-                looked = now
-                if self._is_silent(awake_since):
+                if self._is_silent(awake.look()):
                     keeper.kill()
         return keeper.wait()
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expo_serve.cli.awake import Awake
 from expo_serve.errors import warn
 from expo_serve.state.shared import SharedState
 
@@ -43,8 +44,7 @@ class Hanging:
     def __init__(self, state: SharedState) -> None:
         self._state = state
         self._warned = False
-        self._looked = time.monotonic()
-        self._awake_since = 0.0
+        self._awake = Awake(_ASLEEP_SECONDS)
 
     def look(self, titles: Mapping[int, str]) -> Hang | None:
         """Return what hangs if the engine has been silent for twice ``--engine-timeout``.
@@ -72,11 +72,8 @@ class Hanging:
 
     def _silent_seconds(self) -> float:
         answered = [server["answered"] for server in self._state.reports("api") if "answered" in server]
-        now = time.monotonic()
-        if now - self._looked > _ASLEEP_SECONDS:
-            self._awake_since = now
-        self._looked = now
-        return now - max(min(answered), self._awake_since) if answered else 0.0
+        awake_since = self._awake.look()
+        return time.monotonic() - max(min(answered), awake_since) if answered else 0.0
 
     def _suspects(self, titles: Mapping[int, str]) -> list[tuple[int, str]]:
         """Return the processes that seem to hang, with their names: those that are stopped before all others."""

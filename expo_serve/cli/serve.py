@@ -40,9 +40,10 @@ Other commands (see expo-serve COMMAND --help):
 Exit codes: 0 success, also after SIGTERM while serving; 2 the command line or the pair is wrong; 1 loading or
 serving failed; 128+n ended by signal n before serving.
 """
+_CHANGES_WEIGHTS = "opens routes that change weights, but alpha is pinned for a server"
 _REFUSED_VARIABLES = {
-    "VLLM_SERVER_DEV_MODE": "opens routes that change weights, but alpha is pinned for a server",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens routes that change weights, but alpha is pinned for a server",
+    "VLLM_SERVER_DEV_MODE": _CHANGES_WEIGHTS,
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": _CHANGES_WEIGHTS,
     "VLLM_USE_RUST_FRONTEND": "starts a front end without /v1/expo, the drain and the checks of keys and alpha",
 }
 

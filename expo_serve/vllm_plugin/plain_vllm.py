@@ -16,9 +16,10 @@ from expo_serve.plan.prepare import locate
 
 _EXTRA = "--model-loader-extra-config"
 # Keys that tell where a config comes from, or that vLLM gets by its own flags.
+_GRPC = "a gRPC server has no /v1/expo, no drain and no check of keys and alpha"
 _OTHER_FRONT_ENDS = {
-    "grpc": "a gRPC server has no /v1/expo, no drain and no check of keys and alpha",
-    "grpc_port": "a gRPC server has no /v1/expo, no drain and no check of keys and alpha",
+    "grpc": _GRPC,
+    "grpc_port": _GRPC,
     "data_parallel_multi_port_external_lb": "its supervisor takes a server that drains for a dead one, and ends all",
 }
 _IGNORED_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
