@@ -82,7 +82,7 @@ def combine_unchecked(
         return torch.lerp(base, aligned, 1 + alpha, out=dest)
     else:
         widest = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-        wide = torch.lerp(base.to(widest), aligned.to(widest), 1 + alpha)
+        wide = torch.lerp(*_widened(base, aligned, widest), 1 + alpha)
     value = dest if dest.dtype == dtype else torch.empty_like(dest, dtype=dtype)
     if noise is None:
         value.copy_(wide)
@@ -91,6 +91,15 @@ def combine_unchecked(
     if value is not dest:
         dest.copy_(value)
     return value
+
+
+def _widened(base: torch.Tensor, aligned: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast two sides to a wider dtype: by one launch on a device, where both have the same dtype and strides."""
+    if dtype in (base.dtype, aligned.dtype):
+        return base.to(dtype), aligned.to(dtype)
+    wide = torch.empty_like(base, dtype=dtype), torch.empty_like(aligned, dtype=dtype)
+    torch._foreach_copy_(wide, (base, aligned))
+    return wide
 
 
 _STEP_VALUES = 1 << 14
