@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,14 +19,20 @@ from tests.vllm_plugin.trees import LIMIT_SECONDS, assert_all_gone
 pytest_plugins = ("tests.tiers",)
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / ".demo"
+OF_CALLERS = ("EXPO_DEBUG", "HF_TOKEN", "PYTHONUNBUFFERED", "VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE")
 API_KEY = "a-key-for-tests"
 ALPHA = "0.5"
+
+
+def pytest_configure() -> None:
+    """Take SIGINT, which is ignored in whatever a shell's script starts in the background, with all of its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on what the caller's environment says."""
-    for name in ("EXPO_DEBUG", "HF_TOKEN", "VLLM_PLUGINS", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"):
+    for name in OF_CALLERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

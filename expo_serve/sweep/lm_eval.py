@@ -147,7 +147,11 @@ def _command() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONSAFEPATH": "1"}  # a folder named like the harness must not shadow it
+    return {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",  # a folder named like the harness must not shadow it
+        "PYTHONUNBUFFERED": "1",  # its last words are in the log, even if it is killed
+    }
 
 
 def _check_file(file: Path) -> None:
