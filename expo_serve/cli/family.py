@@ -266,9 +266,14 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         AddressError: it cannot be had.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    is_ipv6 = ":" in host
     try:
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=64)
+        return socket.create_server(
+            (host.strip("[]"), port),
+            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+            backlog=64,
+            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),  # as vLLM's own port
+        )
     except OSError as error:
         shown = host or "all interfaces"
         raise AddressError(

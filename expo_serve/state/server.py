@@ -7,6 +7,7 @@ is a pipe that ends with the command.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,6 +26,8 @@ from expo_serve.state.shared import SharedState
 from expo_serve.state.snapshot import Words, snapshot
 
 _MAX_CONNECTIONS = 64
+_MAX_REQUEST_BYTES = 16 << 10
+"""Of its first line and its headers."""
 _JSON = "application/json"
 _TEXT = "text/plain; version=1.0.0; charset=utf-8"
 
@@ -99,10 +103,7 @@ def _state(server: StatusServer) -> Answer:
 
 
 def _metrics(server: StatusServer) -> Answer:
-    now = time.monotonic()
-    text = exposition(server.snapshot())
-    server.note_scrape(now)
-    return 200, _TEXT, text
+    return 200, _TEXT, exposition(server.snapshot())
 
 
 _ROUTES: dict[str, Callable[[StatusServer], Answer]] = {
@@ -113,8 +114,28 @@ _ROUTES: dict[str, Callable[[StatusServer], Answer]] = {
 }
 
 
+class _Bounded(io.BufferedReader):
+    """Reads lines, of which there is a bound for all together: a hundred headers may have 64 KiB each otherwise."""
+
+    left = 0
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Read a line.
+
+        Raises:
+            LineTooLong: it goes beyond the bound; for a header that becomes status 431.
+        """
+        bound = self.left + 1
+        line = super().readline(bound if size is None or size < 0 else min(size, bound))
+        self.left -= len(line)
+        if self.left < 0:
+            raise LineTooLong("request")
+        return line
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: StatusServer
+    rfile: _Bounded
     protocol_version = "HTTP/1.1"
     server_version = "expo-serve"
     sys_version = ""
@@ -128,6 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         if route is None:
             self.send_error(404, f"not found; there are {', '.join(_ROUTES)}")
             return
+        began = time.monotonic()
         status, kind, body = route(self.server)
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -136,8 +158,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+            if route is _metrics:
+                self.server.note_scrape(began)
 
     do_HEAD = do_GET
+
+    def setup(self) -> None:
+        """Read from the connection within a bound."""
+        super().setup()
+        self.rfile = _Bounded(self.connection.makefile("rb", 0))
+
+    def handle_one_request(self) -> None:
+        """Answer a request; one whose first line is too long is not answered."""
+        self.rfile.left = _MAX_REQUEST_BYTES
+        try:
+            super().handle_one_request()
+        except LineTooLong:
+            self.close_connection = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with an error that holds nothing of the request."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import httpx
@@ -62,6 +63,8 @@ def test_routes(port: Port) -> None:
     assert httpx.get(f"{port.url}/ready?x=/y").status_code == 200
     assert httpx.get(f"{port.url}/state").json()["phase_seconds"].keys() == {"resolve", "serving"}
     assert httpx.head(f"{port.url}/state").content == b""
+    httpx.head(f"{port.url}/metrics")
+    assert all("scraped" not in report for report in port.state.reports("status"))
     metrics = httpx.get(f"{port.url}/metrics")
     assert 'expo_state_phase{phase="serving"} 1.0' in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain")
@@ -92,6 +95,23 @@ def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> N
     assert silent[0].recv(1) == b""
     for connection in silent:
         connection.close()
+
+
+def test_requests_without_end_take_no_memory(port: Port) -> None:
+    """A hundred headers of 64 KiB are within http.server's own bounds, for each of the connections."""
+    httpx.get(f"{port.url}/live")
+    host, number = port.url.removeprefix("http://").split(":")
+    answers = []
+    for first in (b"GET /live HTTP/1.1\r\n", b"GET /"):
+        for _ in range(30):
+            with socket.create_connection((host, int(number)), timeout=5) as connection, suppress(OSError):
+                connection.sendall(first)
+                for name in range(90):
+                    connection.sendall(b"X-%d: " % name + b"x" * 60_000 + b"\r\n")
+                answers.append(connection.recv(100))
+    assert httpx.get(f"{port.url}/live", headers={"X-Long": "x" * 15_000}).status_code == 200
+    assert httpx.get(f"{port.url}/live", headers={"X-Long": "x" * 17_000}).status_code == 431
+    assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
 
 
 def test_threads_that_cannot_be_started_cost_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
