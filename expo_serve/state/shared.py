@@ -55,6 +55,8 @@ class SharedState:
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, _SIZE)
         self._allocating = threading.Lock()
+        self._last: dict[int, dict[str, Any]] = {}
+        """What was last read of each slot."""
 
     @staticmethod
     def create() -> SharedState:
@@ -154,16 +156,17 @@ class SharedState:
         return length
 
     def _read(self, slot: int) -> dict[str, Any] | None:
-        """Return what a slot holds; None where its process ended in the middle of a write."""
+        """Return what a slot holds, or held where its process is in the middle of a write, or has ended there."""
         for _ in range(_ATTEMPTS):
             length, check = _HEAD.unpack_from(self._memory, _start(slot))
             first = _start(slot) + _HEAD.size
             content = self._memory[first : first + min(length, _ROOM)]
             if zlib.crc32(content) == check:
                 report: dict[str, Any] = json.loads(content)
+                self._last[slot] = report
                 return report
             time.sleep(0.0005)
-        return None
+        return self._last.get(slot)
 
     def _write(self, slot: int, content: bytes) -> None:
         first = _start(slot) + _HEAD.size

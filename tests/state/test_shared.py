@@ -124,6 +124,16 @@ def test_a_slot_that_was_left_half_written_is_passed_over(state: SharedState) ->
     assert len(state.reports()) == 3
 
 
+def test_a_slot_that_is_half_written_shows_what_it_held(state: SharedState) -> None:
+    """Else a process that lives, and is not on its processor for a moment, would count as gone."""
+    keeper = state.reporter("keeper", alive=1.0)
+    assert len(state.reports("keeper")) == 1
+    state._memory[shared._start(0) + 8] ^= 255
+    assert [report["alive"] for report in state.reports("keeper")] == [1.0]
+    keeper.update(alive=2.0)
+    assert [report["alive"] for report in state.reports("keeper")] == [2.0]
+
+
 def test_too_much_to_say_costs_the_oldest_warnings(state: SharedState) -> None:
     reporter = state.reporter("command")
     for number in range(50):
