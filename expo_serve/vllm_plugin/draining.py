@@ -181,6 +181,7 @@ class DrainMiddleware:
         if scope["type"] == "websocket" and path in UNCOUNTED_ROUTES:
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})  # none of them speaks it; some assert
         elif reason := self._refusal(path):
+            await _read_body(scope, receive)
             await refuse(scope, receive, send, reason)
         elif path in UNCOUNTED_ROUTES:
             await self.app(scope, receive, send)
@@ -211,6 +212,14 @@ class DrainMiddleware:
                 await asyncio.wait_for(request.end(), _SLOW_CLIENT_SECONDS)
         finally:
             self._gate.open.discard(request)
+
+
+async def _read_body(scope: Scope, receive: Receive) -> None:
+    """Read what a client sends: if the connection were closed before, it would see a reset instead of an answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SLOW_CLIENT_SECONDS):
+            while scope["type"] == "http" and (await receive()).get("more_body", False):
+                pass
 
 
 def error_body(message: str, code: int) -> dict[str, Any]:

@@ -88,16 +88,18 @@ class App:
         await socket.accept()
         await socket.receive_text()
 
-    def ask(self, path: str) -> Asked:
+    def ask(self, path: str, chunks: int = 1) -> Asked:
         """Begin a request."""
-        return Asked(self.app, path)
+        return Asked(self.app, path, chunks)
 
 
 class Asked:
     """A request of a client that stays until the end."""
 
-    def __init__(self, app: Any, path: str) -> None:
+    def __init__(self, app: Any, path: str, chunks: int = 1) -> None:
         self.messages: list[dict[str, Any]] = []
+        self.chunks = chunks
+        """Of its body, which are still to be read."""
         self._stay = asyncio.Event()
         scope: dict[str, Any] = {
             "type": "http",
@@ -111,6 +113,9 @@ class Asked:
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
+        if self.chunks:
+            self.chunks -= 1
+            return {"type": "http.request", "body": b"{}", "more_body": self.chunks > 0}
         await self._stay.wait()
         return {"type": "http.disconnect"}
 
@@ -174,6 +179,24 @@ async def test_new_requests_are_refused_and_open_ones_end(state: SharedState) ->
     assert stream.body == b"data: one\n\ndata: two\n\n"
     assert json.loads(late.body) == {"answer": 1}
     assert not app.gate.open
+
+
+async def test_body_of_a_refused_request_is_read(state: SharedState) -> None:
+    """The end of a connection with unread bytes in it resets it: the client would not see the answer."""
+    app = App(state)
+    state.draining = time.monotonic()
+    asked = app.ask("/stream", chunks=1000)
+    await asked.task
+    assert (asked.status, asked.chunks) == (503, 0)
+
+
+async def test_client_that_sends_no_end_is_refused_too(state: SharedState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expo_serve.vllm_plugin.draining._SLOW_CLIENT_SECONDS", 0.1)
+    app = App(state)
+    state.draining = time.monotonic()
+    asked = app.ask("/stream", chunks=0)
+    await asyncio.wait_for(asked.task, 5)
+    assert asked.status == 503
 
 
 async def test_open_requests_are_cut_and_told_so(state: SharedState) -> None:
