@@ -22,6 +22,7 @@ _STACK_SECONDS = 1.0
 _ASLEEP_SECONDS = 6.0
 """Without a look: all processes have been frozen (a paused container), and the engine could not answer."""
 _PY_SPY_SECONDS = 10.0
+"""For all processes together."""
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waits in the kernel", "Z": "has ended"}
 
 
@@ -120,8 +121,9 @@ def show_stacks(pids: list[int]) -> None:
     One that is stopped goes on for a moment; whoever calls this ends it.
     """
     py_spy = shutil.which("py-spy")
+    give_up = time.monotonic() + _PY_SPY_SECONDS
     for pid in pids:
-        if py_spy and _dump(py_spy, pid):
+        if py_spy and _dump(py_spy, pid, give_up - time.monotonic()):
             continue
         with suppress(OSError):
             os.kill(pid, STACK_SIGNAL)
@@ -129,10 +131,10 @@ def show_stacks(pids: list[int]) -> None:
     time.sleep(_STACK_SECONDS)
 
 
-def _dump(py_spy: str, pid: int) -> bool:
+def _dump(py_spy: str, pid: int, seconds: float) -> bool:
     with suppress(OSError, subprocess.SubprocessError):
         command = [py_spy, "dump", "--pid", str(pid)]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS, check=True)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=max(0.0, seconds), check=True)
         warn(f"stack of process {pid}:\n{found.stdout}")
         return True
     return False

@@ -14,6 +14,7 @@ would count twice.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
@@ -52,6 +53,10 @@ _END_BY_ITSELF_SECONDS = 10.0
 _FIRST_VARIABLE = "PYTHONSAFEPATH"
 _BEAT_SECONDS = 1.0
 """How often the command is told that this process lives."""
+_STUCK_SECONDS = 20.0
+"""In one step, after which the command is told no more: no step takes that long, looking up a slow name included."""
+_REMOVE_SECONDS = 3.0
+"""For temporary files: a file system that hangs must not hold up the end."""
 
 
 class Keeper:
@@ -78,11 +83,16 @@ class Keeper:
         self._cause: str | None = None
         self._reason = "serve"
         """Of the cause: one of :data:`expo_serve.errors.REASONS`."""
+        self._shown: str | None = None
+        """The cause as the status port shows it, where it may quote a request."""
+        self._moved = time.monotonic()
+        """When the last step began; infinity at the end, whose every step is bounded."""
 
     def run(self) -> int:
         """Start vLLM and wait until none of its processes is left; returns the command's exit code."""
         Thread(target=self._beat, daemon=True).start()
         code = self._watch_over()
+        self._moved = math.inf
         if code and self._cause:
             self._fail(self._reason, self._cause)
         left_behind = self._end_processes()
@@ -103,12 +113,13 @@ class Keeper:
     def _fail(self, reason: str, cause: str) -> None:
         """Show on the status port that all is over; the first cause stays."""
         self._reason, self._cause = reason, cause
-        self._reporter.fail(reason, cause)
+        self._reporter.fail(reason, self._shown or cause)
         self._reporter.enter("failed")
 
     def _beat(self) -> None:
         while True:
-            self._reporter.update(alive=time.monotonic())
+            if (now := time.monotonic()) < self._moved + _STUCK_SECONDS:
+                self._reporter.update(alive=now)
             time.sleep(_BEAT_SECONDS)
 
     def _watch_over(self) -> int:
@@ -132,11 +143,16 @@ class Keeper:
         except Exception as error:  # noqa: BLE001 - the command tries again
             return f"processes of vLLM may be left behind: {type(error).__name__}: {error}"
         finally:
-            if self._folder:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            if self._status and self._status.get("uds"):
-                remove_socket(self._status["uds"])
+            remover = Thread(target=self._remove_files, daemon=True)
+            remover.start()
+            remover.join(_REMOVE_SECONDS)
         return None
+
+    def _remove_files(self) -> None:
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._status and self._status.get("uds"):
+            remove_socket(self._status["uds"])
 
     def _start(self) -> None:
         read_end, write_end = os.pipe()
@@ -162,6 +178,7 @@ class Keeper:
 
     def _step(self) -> int | None:
         """Check everything once; returns the exit code once it is known."""
+        self._moved = time.monotonic()
         processes.reap_orphans(keep=self._server.pid)
         if not self._listen():
             return 1
@@ -182,7 +199,7 @@ class Keeper:
 
     def _verdict(self) -> int:
         """Return the exit code after the server's first process has ended."""
-        if self.signals and self._give_up_at is None:
+        if self.signals and self._give_up_at is None and self._was_told_to_end():
             return self._stopped_code()
         code = self._server.returncode
         if code == UsageError.exit_code and not self._serving:
@@ -191,10 +208,14 @@ class Keeper:
         if code < 0:
             self._reason, self._cause = self._death("vLLM's server", code)
         else:
-            self._blame(self._log.last_exception() or f"vLLM's server ended with code {code}")
+            self._blame(f"vLLM's server ended with code {code}", self._log.last_exception())
         return 1
 
-    def _blame(self, otherwise: str) -> None:
+    def _was_told_to_end(self) -> bool:
+        """Return False where it has ended in the middle of its drain, by itself."""
+        return not self._serving or (self._stop_under_way is not None and self._stop_under_way.has_terminated)
+
+    def _blame(self, otherwise: str, last_exception: str | None = None) -> None:
         """Set the cause: what a process of ours has reported, a signal, a known death, vLLM's log, or what is left."""
         if error := reported_error(self._state.reports()):
             self._reason, self._cause = error["reason"], error["message"]
@@ -202,7 +223,10 @@ class Keeper:
             pid, name, code = killed
             self._reason, self._cause = self._death(f"vLLM's process {self._survey.titles.get(pid, name)}", code)
         elif not self._cause:
-            self._cause = self._log.root_cause() or otherwise
+            exception = self._log.root_cause() or last_exception
+            self._cause = exception or otherwise
+            if exception and self._serving:  # an exception's message may hold what a request held
+                self._shown = f"{exception.partition(':')[0]} (what it says is in the log)"
 
     def _death(self, what: str, code: int) -> tuple[str, str]:
         """Return the reason and the cause of a process that a signal has killed."""
@@ -216,14 +240,16 @@ class Keeper:
         """Go on with the stop that a signal asked for. A second signal ends everything at once."""
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
-        if self._give_up_at is not None:  # it has failed already
-            self._blame("vLLM's engine failed")
-            return 1
         if self._stop_under_way is None:
+            if self._give_up_at is not None:  # it has failed already
+                self._blame("vLLM's engine failed")
+                return 1
             status = self._status or {}
             seconds = float(status.get("shutdown_timeout") or 0.0) if self._serving else None
             patience = WORKERS_STOP_SECONDS if status.get("ranks") else STOP_SECONDS
             self._stop_under_way = Stop(self._server, self._state, seconds, patience)
+        if not self._was_told_to_end() and ((code := self._watch()) is not None or self._give_up_at is not None):
+            return code  # it fails in the middle of its drain
         if self._stop_under_way.go_on():
             return None
         if not self._serving:

@@ -48,6 +48,11 @@ class Stop:
         """Requests that were cut."""
 
     @property
+    def has_terminated(self) -> bool:
+        """Whether vLLM has been told to end."""
+        return self._terminated > 0
+
+    @property
     def seconds(self) -> float:
         """Seconds since the first signal."""
         return time.monotonic() - self._began

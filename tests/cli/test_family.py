@@ -136,6 +136,16 @@ def test_requests_that_stay_open_are_cut_and_counted(start: Callable[..., Comman
     assert lines == ["expo-serve: warning: 2 requests were cut: still open 1 s after the signal (--shutdown-timeout)"]
 
 
+def test_server_that_dies_in_the_middle_of_its_drain_is_1(start: Callable[..., Command]) -> None:
+    command = start(open=[60], drain_seconds=60).wait_ready()
+    command.process.terminate()
+    command.wait_for(lambda state: state["phase"] == "draining")
+    command.part("tests.cli.drain_server").kill()
+    code, lines = command.end()
+    assert code == 1
+    assert lines[-1] == "expo-serve: error: vLLM's server was killed by SIGKILL while serving"
+
+
 def test_second_signal_ends_it_at_once(start: Callable[..., Command]) -> None:
     command = start(open=[60], drain_seconds=60).wait_ready()
     command.process.terminate()
