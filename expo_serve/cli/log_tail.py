@@ -27,8 +27,6 @@ _KEPT_BYTES = 1 << 20
 _KEPT_LINES = 2000
 _RECENT_LINES = 20_000
 """Of all lines: what is further back says nothing about a failure any more."""
-_LAST_LINES = 5
-"""Among which an error of ours may stand at the end: others may still print when it is there."""
 _STALLED_SECONDS = 2.0
 _FINISH_SECONDS = 10.0
 """Time for a slow reader to read what is held at the end."""
@@ -145,8 +143,8 @@ class LogTail:
             return [_text(raw) for number, raw in self._lines if number > self._count - newest]
 
     def ends_with_error(self) -> bool:
-        """Return whether one of the last lines is an error line of expo-serve, so that no other is needed."""
-        return any(line.startswith(ERROR_PREFIX) for line in self._kept(_LAST_LINES))
+        """Return whether the last line is an error line of expo-serve, so that no other is needed."""
+        return any(line.startswith(ERROR_PREFIX) for line in self._kept(newest=1))
 
     def root_cause(self) -> str | None:
         """Return the exception that started the failure, in one line without control characters.

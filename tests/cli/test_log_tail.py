@@ -74,6 +74,7 @@ def test_nothing_to_say() -> None:
     assert not tail.failed.is_set()
     assert not tail.ends_with_error()
     assert follow("expo-serve: error: no vLLM\n").ends_with_error()
+    assert not follow("expo-serve: error: no vLLM\nresource_tracker: 3 leaked objects\n").ends_with_error()
 
 
 @pytest.mark.parametrize("words", FATAL)
