@@ -158,7 +158,7 @@ def test_starts_and_ends_add_up(name: str) -> None:
         assert budget <= startup["periodSeconds"] * startup["failureThreshold"] < budget + startup["periodSeconds"]
         drain = {"preStopSeconds": 15, "shutdownTimeoutSeconds": 120}
         drain |= values["defaults"].get("drain", {}) | own.get("drain", {})
-        assert spec["terminationGracePeriodSeconds"] >= sum(drain.values()) + 10
+        assert spec["terminationGracePeriodSeconds"] >= sum(drain.values()) + 20
         assert f"--shutdown-timeout={drain['shutdownTimeoutSeconds']}" in server["args"]
         if one["kind"] == "Deployment":
             least = budget + spec["terminationGracePeriodSeconds"] + (7200 if spec.get("initContainers") else 0)

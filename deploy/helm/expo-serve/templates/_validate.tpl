@@ -146,9 +146,9 @@
 {{- fail (printf "%s.autoscaling.%s: minReplicas %d is over maxReplicas %d" $.at $kind (int64 $scaling.minReplicas) (int64 $scaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
-{{- /* The command needs ten seconds at most beyond its --shutdown-timeout to end what still runs. */ -}}
-{{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10)) -}}
-{{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 10 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 10))) -}}
+{{- /* The command needs twenty seconds at most beyond its --shutdown-timeout to end what still runs. */ -}}
+{{- if lt (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 20)) -}}
+{{- fail (printf "%s.drain.terminationGracePeriodSeconds: %d cuts running requests off; expected at least preStopSeconds + shutdownTimeoutSeconds + 20 = %d" .at (int64 $v.graceSeconds) (int64 (add $v.drainSeconds 20))) -}}
 {{- end -}}
 {{- if mod (int64 $v.ranks) (int64 $v.nodes) -}}
 {{- fail (printf "%s.multiNode.nodes: %d ranks (tensorParallelSize times pipelineParallelSize) do not divide over %d nodes" .at (int64 $v.ranks) (int64 $v.nodes)) -}}
