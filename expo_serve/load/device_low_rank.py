@@ -41,8 +41,7 @@ class LowRankTransfer(StoredTransfer):
         recipe, selection = self.recipe, self.selection
         box = self._operands.box(selection)
         factors = self._operands.factors_on(device.device)
-        left, right = factors.part(box.rows, box.columns)
-        delta = box.pick(product(left, right, factors.scale), selection)
+        delta = box.pick(product(factors, box.rows, box.columns), selection)
         operands: dict[Operand, torch.Tensor] = {"base": self._operand("base", device), "delta": delta}
         return combine_unchecked(out, operands, recipe.dtype, recipe.alpha, recipe.noise(selection, out.device))
 
@@ -53,18 +52,23 @@ def is_transferable(operands: LowRankOperands, selection: Selection, device: tor
     return operands.is_product_only and operands.box(selection).size <= wanted and has_the_rules_bits(device)
 
 
-def product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """Compute ``scale * left @ right`` by one step for each rank.
+def product(factors: Factors, rows: range, columns: range) -> torch.Tensor:
+    """Compute a part of a product by one step for each rank.
 
     Args:
-        left: fp32, rows by rank, on a device.
-        right: fp32, rank by columns, there.
-        scale: a factor for every element.
+        factors: on a device.
+        rows: of the part.
+        columns: of the part.
+
+    Returns:
+        fp32, there.
     """
-    total = left[:, :1] * right[:1]
+    left, right = factors.part(rows, columns)
+    # From +0.0 on, as the host's loop: a first product alone could be -0.0.
+    total = torch.addcmul(factors.zero, left[:, :1], right[:1])
     for k in range(1, left.shape[1]):
         total.addcmul_(left[:, k : k + 1], right[k : k + 1])
-    return total.mul_(scale)
+    return total.mul_(factors.scale)
 
 
 @cache
@@ -78,6 +82,9 @@ def has_the_rules_bits(device: torch.device) -> bool:
         # vLLM makes the model's dtype the default one while it loads.
         numbers = partial(torch.randn, generator=chance, dtype=torch.float32, device="cpu")
         left, right = numbers(rows, rank), numbers(rank, columns)
+        left[0], right[:, 0] = 0, -1  # the sign of zero counts too
         wanted = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-        Factors(left, right, 0.3).product(range(rows), range(columns), wanted)
-        return torch.equal(product(left.to(device), right.to(device), 0.3).cpu(), wanted)
+        part = range(rows), range(columns)
+        Factors(left, right, 0.3).product(*part, wanted)
+        found = product(Factors(left.to(device), right.to(device), 0.3), *part).cpu()
+        return torch.equal(found.view(torch.int32), wanted.view(torch.int32))

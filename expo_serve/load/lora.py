@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,6 +14,7 @@ from expo_serve import kernels
 from expo_serve.checkpoint.records import Operand, TensorRecord
 from expo_serve.errors import ValuesError
 from expo_serve.load import sizes
+from expo_serve.load.device_queue import copied_to
 from expo_serve.load.dtypes import TORCH_DTYPES, meta_tensor, uint16_bits
 from expo_serve.load.operands import Memory
 from expo_serve.load.reader import Reader
@@ -24,11 +26,16 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Factors:
-    """``scale * left @ right``. fp32, contiguous, on the CPU: left is rows by rank, right rank by columns."""
+    """``scale * left @ right``. fp32, contiguous: left is rows by rank, right rank by columns."""
 
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+
+    @cached_property
+    def zero(self) -> torch.Tensor:
+        """+0.0 in the memory of the factors, with which a device begins the sum of each element."""
+        return self.left.new_zeros(())
 
     def part(self, rows: range, columns: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the parts of both factors that some rows and columns of the product need."""
@@ -126,7 +133,7 @@ class LowRankOperands:
         """Return the factors in the memory of a device, to which they are copied by the first call."""
         if device not in self._on_device:
             here = self.factors()
-            self._on_device[device] = Factors(here.left.to(device), here.right.to(device), here.scale)
+            self._on_device[device] = Factors(copied_to(device, here.left), copied_to(device, here.right), here.scale)
         return self._on_device[device]
 
     def read_base(self, selection: Selection, memory: Memory) -> torch.Tensor:

@@ -107,9 +107,9 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose product has the bits of the host's: it is computed by the host's loop."""
 
-    def product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-        out = torch.empty(len(left), right.shape[1], dtype=torch.float32, device="cpu")
-        Factors(left.contiguous(), right.contiguous(), scale).product(range(len(left)), range(right.shape[1]), out)
+    def product(factors: Factors, rows: range, columns: range) -> torch.Tensor:
+        out = torch.empty(len(rows), len(columns), dtype=torch.float32, device="cpu")
+        factors.product(rows, columns, out)
         return out
 
     monkeypatch.setattr(device_low_rank, "product", product)
@@ -184,7 +184,13 @@ def test_the_cpu_is_probed_and_does_not_fuse_or_has_the_bits() -> None:
     wanted = torch.empty(9, 33, dtype=torch.float32)
     Factors(left, right, 0.5).product(range(9), range(33), wanted)
     if has_the_rules_bits(torch.device("cpu")):
-        assert torch.equal(device_low_rank.product(left, right, 0.5), wanted)
+        assert torch.equal(device_low_rank.product(Factors(left, right, 0.5), range(9), range(33)), wanted)
+
+
+def test_product_of_zeros_has_the_sign_of_the_rule() -> None:
+    """An adapter that was not trained has such a factor; base's -0.0 is +0.0 with it."""
+    factors = Factors(torch.zeros(3, 2), -torch.ones(2, 3), 0.5)
+    assert not device_low_rank.product(factors, range(3), range(3)).signbit().any()
 
 
 _FREE = ("empty", "promote_types", "set_", "resolve_conj", "resolve_neg")
@@ -235,12 +241,11 @@ def test_launches_a_piece(
     base, aligned = ({UP: numbers(*size, seed=seed, dtype=torch.float16)} for seed in (0, 1))
     half_pair = Lazies(tmp_path / "halves").plan(base, aligned, 0.5, rounding)
     with blocks_of(1 << 20):
-        packed = Packs(tmp_path / "packs").make(*sides).by_delta(0.5)
+        packed = Packs(tmp_path / "packs").make(*sides).by_delta(0.5, rounding=rounding)
     lora = plan_delta(*adapted, 0.5, rounding=rounding)
-    dithered = 16
-    more = 0 if rounding == "nearest" else dithered
+    more = 0 if rounding == "nearest" else 16
     pairs = ((pair, UP, 6 + more), (half_pair, UP, 6 + more))
-    bounds = (*pairs, (lora, BASE_WEIGHT, 8 + RANK + more), (packed, UP, 20 + dithered))
+    bounds = (*pairs, (lora, BASE_WEIGHT, 8 + RANK + more), (packed, UP, 20 + more))
     for plan, name, most in bounds:
         with monkeypatch.context() as patch:
             patch.setattr(device_low_rank, "has_the_rules_bits", lambda device: True)

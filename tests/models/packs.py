@@ -60,9 +60,10 @@ class Pack:
         config = ExpoConfig.model_validate({"base": "b", "alpha": alpha, "unmatched": self.unmatched})
         return plan_pair(self.open_base(), _open("aligned", self.aligned), config)
 
-    def by_delta(self, alpha: float, rules: tuple[str, ...] = ()) -> Plan:
+    def by_delta(self, alpha: float, rules: tuple[str, ...] = (), **options: Any) -> Plan:
         """The plan of base and the delta."""
-        config = ExpoConfig.model_validate({"base": "b", "delta": "d", "alpha": alpha, "alpha_rules": rules})
+        given = {"base": "b", "delta": "d", "alpha": alpha, "alpha_rules": rules, **options}
+        config = ExpoConfig.model_validate(given)
         return open_delta(Source(name="delta", path=str(self.delta))).plan(self.open_base(), config)
 
     def lazy(self, name: str, alpha: float = 0.5, counts: Counts | None = None) -> LazyTensor:
