@@ -150,30 +150,29 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
             assert_never(delta)
 
 
-_LOOPS: dict[str | None, tuple[kernels.Loop, ...]] = {
+_LOOPS: tuple[kernels.Loop, ...] = ("dither.fill", "measuring.tally", "reading.gather")
+_OF_CPU: dict[str | None, tuple[kernels.Loop, ...]] = {
     "packed": ("reading.fetch", "sparse.extrapolate", "sparse.apply16"),
     "lora": ("low_rank.stream", "low_rank.product"),
 }
+_OF_DEVICE: dict[str | None, tuple[kernels.Loop, ...]] = {"lora": ("low_rank.product",)}
 """By the format of the delta: the loops that only a load of this format uses."""
 
 
-def compile_kernels(delta_format: str | None) -> str:
-    """Compile the loops that a load on the CPU uses, so that they are ready when it begins.
+def compile_kernels(delta_format: str | None, *, for_device: bool = False) -> str:
+    """Compile the loops that a load uses, so that they are ready when it begins.
 
     Args:
         delta_format: ``packed``, ``lora`` or ``full``; None for a pair.
+        for_device: for a load onto a device, which combines by itself.
 
     Returns:
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
-    kernels.available(
-        "bf16.combine",
-        "dither.fill",
-        "measuring.tally",
-        "reading.stream",
-        "reading.gather",
-        *_LOOPS.get(delta_format, ()),
-    )
+    if for_device:
+        kernels.available(*_LOOPS, *_OF_DEVICE.get(delta_format, ()))
+    else:
+        kernels.available("bf16.combine", "reading.stream", *_LOOPS, *_OF_CPU.get(delta_format, ()))
     return missing_kernels()
 
 

@@ -135,8 +135,7 @@ class ExpoModelLoader(compat.DefaultModelLoader):
             )
         )
         self._plain_config = replace(load_config, load_format="auto", model_loader_extra_config={})
-        if compat.current_platform.is_cpu():  # ready by the time the model is built
-            start_thread("expo-compile", partial(_compile, self.config))
+        start_thread("expo-compile", partial(_compile, self.config))  # ready by the time the model is built
 
     def download_model(self, model_config: Any) -> None:
         """Find base and the other source, downloading them where they come from the hub."""
@@ -348,7 +347,8 @@ def register_loader() -> None:
 def _compile(config: ExpoConfig) -> None:
     """Compile the loops that this load needs."""
     delta = config.pinned.delta.path if config.pinned and config.pinned.delta else config.delta
-    if reason := compile_kernels(format_of(Path(delta)).format if delta and Path(delta).is_dir() else None):
+    delta_format = format_of(Path(delta)).format if delta and Path(delta).is_dir() else None
+    if reason := compile_kernels(delta_format, for_device=not compat.current_platform.is_cpu()):
         logger.warning("expo: %s", reason)
 
 
