@@ -9,6 +9,7 @@ of checkpoint bytes go another way, from memory of ours to memory of ours, and e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,7 +47,7 @@ class Queue(Protocol):
         """Return the memory of the device in bytes."""
 
     def upload(self, dest: torch.Tensor, source: torch.Tensor, after: Sequence[Mark]) -> Mark:
-        """Enqueue a copy from host memory, on the stream of copies; safe from any thread.
+        """Enqueue a copy from host memory, on the stream of copies, which keeps their order; safe from any thread.
 
         Args:
             dest: of :meth:`device_memory`.
@@ -54,12 +55,12 @@ class Queue(Protocol):
             after: marks of the model's stream that the device passes first.
         """
 
-    def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
+    def run(self, work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         """Enqueue tensor operations on the model's current stream.
 
         Args:
             work: calls them.
-            after: a mark of the stream of copies that the device passes first.
+            after: marks of any stream that the device passes first; those of this one it has passed anyway.
 
         Raises:
             LoadError: there is no memory for what they compute.
@@ -98,18 +99,19 @@ class CudaQueue:
                 assert isinstance(mark, _CudaMark)
                 self._copies.wait_event(mark.event)
             dest.copy_(source, non_blocking=True)
-            return _mark(self._copies, self.device)
+            return _mark(self._copies)
 
-    def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
+    def run(self, work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         stream = torch.cuda.current_stream(self.device)
-        if after is not None:
-            assert isinstance(after, _CudaMark)
-            stream.wait_event(after.event)
+        for mark in after:
+            assert isinstance(mark, _CudaMark)
+            if mark.stream != stream:
+                stream.wait_event(mark.event)
         try:
             work()
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(0, error) from None
-        return _mark(stream, self.device)
+        return _mark(stream)
 
     def _out_of_memory(self, size: int, error: Exception) -> LoadError:
         what = f"{size / 1e6:.0f} MB of buffers" if size else "some 100 MB for what it computes"
@@ -122,21 +124,32 @@ class CudaQueue:
 @dataclass(frozen=True)
 class _CudaMark:
     event: torch.cuda.Event
-    device: torch.device
+    stream: torch.cuda.Stream
 
     def wait(self) -> None:
-        with torch.cuda.device(self.device):  # a thread that has none would make itself a context on the first device
+        with torch.cuda.device(self.stream.device):  # else it could make a context on the first one
             self.event.synchronize()
 
     def is_passed(self) -> bool:
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
-def _mark(stream: Any, device: torch.device) -> _CudaMark:
+def _mark(stream: Any) -> _CudaMark:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a wait lets the core go
     event.record(stream)
-    return _CudaMark(event, device)
+    return _CudaMark(event, stream)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
+
+
+def copied_to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
+    """Return a copy of host memory on a device, enqueued on the model's current stream.
+
+    The host waits for it, and so for all that was enqueued before, only where memory cannot be pinned.
+    """
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # refused: its copy returns when it has been staged
+            values = values.pin_memory()
+    return values.to(device, non_blocking=True)

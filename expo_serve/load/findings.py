@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,12 +42,13 @@ class Findings:
         self._brought = 0
         self._failure: ExpoError | None = None
 
-    def bring(self, sums: torch.Tensor, transfers: Mapping[int, Transfer]) -> Mark:
+    def bring(self, sums: torch.Tensor, transfers: Mapping[int, Transfer], after: Sequence[Mark]) -> Mark:
         """Enqueue the copying of a turn's sums.
 
         Args:
             sums: fp32, on the device.
             transfers: the pieces that are to be looked at, by their places in ``sums``.
+            after: the ends of what computes the sums.
 
         Returns:
             The end of the copying.
@@ -56,7 +57,7 @@ class Findings:
             self._look_at(self._findings.popleft())
         host = self._sums[self._brought % _MOST]
         self._brought += 1
-        mark = self._queue.run(partial(_copy, host, sums), None)
+        mark = self._queue.run(partial(_copy, host, sums), after)
         self._findings.append(_Finding(mark, host, transfers))
         return mark
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expo_serve.load import sizes
 from expo_serve.load.counts import ReadActivity
 from expo_serve.load.selection import FileSpan
-from expo_serve.load.threads import Countdown, DaemonPool
+from expo_serve.load.threads import JOIN_SECONDS, Countdown, DaemonPool
 
 
 class ReadAhead:
@@ -48,10 +49,11 @@ class ReadAhead:
         return bool(cold)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, and wait for that, but not for long."""
         self._ended = True
+        until = time.monotonic() + JOIN_SECONDS
         for pool in self._pools.values():
-            pool.close()
+            pool.close(until)
 
     def _is_cached(self, part: FileSpan) -> bool:
         """Ask for a span, or for some of the file behind it too: most spans are answered by what was asked before."""

@@ -53,7 +53,8 @@ class _Turn:
     pieces: list[_Piece] = field(default_factory=list)
     left: int = 0
     """Pieces that have been neither combined nor given up."""
-    uploaded: list[Mark] = field(default_factory=list)
+    uploaded: Mark | None = None
+    """End of the last of its copies, which keep their order; None before any."""
     arrived: threading.Event = field(default_factory=threading.Event)
     """Set when all has been read, and its copying enqueued."""
 
@@ -112,7 +113,7 @@ class Stage:
         host, device = self._queue.host_memory, self._queue.device_memory
         turn = host(self.turn_bytes), device(self.turn_bytes), device(4 * _MOST_PIECES).view(torch.float32)
         # What the model has freed, and its stream still uses, may be what was allocated.
-        return _Turn(*turn, combined=[self._queue.run(_nothing, None)])
+        return _Turn(*turn, combined=[self._queue.run(_nothing, ())])
 
     def fill(self, dest: torch.Tensor, selection: Selection, recipe: Recipe) -> None:
         """Read, copy and combine elements into ``dest`` on the device; returns before the device is done.
@@ -182,15 +183,16 @@ class Stage:
         Args:
             seconds: the most to wait for reads, which keep their memory if they take longer; None to wait for all.
         """
-        self._give_up(self._expected.values(), math.inf if seconds is None else time.monotonic() + seconds)
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        self._give_up(self._expected.values(), until)
         for turn in self._free:
-            for mark in (*turn.uploaded, *turn.combined):
+            for mark in _uses(turn):
                 mark.wait()
         self._expected.clear()
         self._unread.clear()
         self._findings.forget()
         self._free.clear()
-        self._readers.close()
+        self._readers.close(until)
 
     def _cut(
         self, dest: torch.Tensor, selection: Selection, recipe: Recipe
@@ -261,10 +263,10 @@ class Stage:
         try:
             read = [piece for piece in turn.pieces if piece.failure is None]
             ranges = _joined(piece.place + at for piece in read for one in piece.transfer.ranges() for at in one)
-            after, turn.uploaded = turn.combined, []
+            after = turn.combined
             for start, end in ranges:
-                turn.uploaded.append(self._queue.upload(turn.device[start:end], turn.host[start:end], after))
-                turn.combined = []  # the upload's end comes after them
+                turn.uploaded = self._queue.upload(turn.device[start:end], turn.host[start:end], after)
+                after = turn.combined = []  # the upload's end comes after them
         except BaseException as error:  # noqa: BLE001 - whoever asks for a piece of it raises it
             _fail(turn, error)
         turn.arrived.set()
@@ -278,9 +280,7 @@ class Stage:
             self._release(piece)
             raise piece.failure
         memory = turn.device[piece.place : piece.place + piece.transfer.size]
-        for mark in turn.uploaded[:-1]:
-            self._queue.run(_nothing, mark)
-        after = turn.uploaded[-1] if turn.uploaded else None
+        after = [turn.uploaded] if turn.uploaded else []
         turn.combined.append(self._queue.run(partial(_compute, out, piece, memory, turn.sums), after))
         piece.is_combined = True
         self._release(piece)
@@ -293,9 +293,14 @@ class Stage:
         if turn.left == 0:
             if checked := [piece for piece in turn.pieces if piece.is_checked and piece.is_combined]:
                 transfers = {piece.number: piece.transfer for piece in checked}
-                turn.combined.append(self._findings.bring(turn.sums, transfers))
+                turn.combined.append(self._findings.bring(turn.sums, transfers, turn.combined))
             turn.pieces = []
             self._free.append(turn)
+
+
+def _uses(turn: _Turn) -> list[Mark]:
+    """Return the ends of what uses the memory of a turn, on either side."""
+    return [*([turn.uploaded] if turn.uploaded else []), *turn.combined]
 
 
 def _nothing() -> None:
@@ -323,8 +328,8 @@ def _fail(turn: _Turn, error: BaseException) -> None:
 def _do(task: Task, piece: _Piece, turn: _Turn, arrived: Countdown) -> None:
     """Do a task that reads into a turn, which may still be being copied from."""
     try:
-        for mark in turn.uploaded:
-            mark.wait()
+        if turn.uploaded:
+            turn.uploaded.wait()
         if piece.failure is None:
             task()
     except BaseException as error:  # noqa: BLE001 - whoever asks for the piece raises it

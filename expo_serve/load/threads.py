@@ -7,6 +7,7 @@ joined when the interpreter exits, so a read that hangs on a dead network mount 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -35,7 +36,8 @@ _RESULTS_AHEAD = 2
 """Results of :func:`in_order` that wait for their turn, for each thread."""
 LOOK_SECONDS = 1.0
 """How often a wait looks for signals."""
-_JOIN_SECONDS = 5.0
+JOIN_SECONDS = 5.0
+"""For threads to end: a read that hangs on a dead network mount must not hold up the end of a process."""
 
 Task = Callable[[], object]
 Item = TypeVar("Item")
@@ -141,7 +143,7 @@ class Background:
         if self._prefetch:
             self._prefetch.close()
         if self._pool:
-            self._pool.close(_JOIN_SECONDS)
+            self._pool.close()
         self._pool = None
 
     def submit(self, dest: torch.Tensor, task: Task, spans: Sequence[FileSpan] = ()) -> None:
@@ -313,7 +315,7 @@ def in_order(
     finally:
         for _, future in pending:
             future.cancel()
-        pool.close(_JOIN_SECONDS)
+        pool.close()
 
 
 class DaemonPool:
@@ -363,14 +365,19 @@ class DaemonPool:
             if failure:
                 raise failure
 
-    def close(self, join_seconds: float = 0.0) -> None:
-        """Let the threads end after the tasks submitted so far; wait for them no longer than this."""
+    def close(self, until: float | None = None) -> None:
+        """Let the threads end after the tasks submitted so far, and wait for that, but not for long.
+
+        One that is not waited for may hold memory for a moment, and aborts a process that ends in that moment.
+
+        Args:
+            until: by the monotonic clock; the wait ends then, if it is not over before.
+        """
         for _ in self._threads:
             self._tasks.put(None)
-        deadline = time.monotonic() + join_seconds
+        deadline = min(time.monotonic() + JOIN_SECONDS, math.inf if until is None else until)
         for thread in self._threads:
-            if join_seconds:
-                thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._threads = []
 
     def _work(self) -> None:
@@ -378,6 +385,7 @@ class DaemonPool:
             _use_all_cores()
         while (task := self._tasks.get()) is not None:
             task()
+            del task  # with the memory that it holds, which the next one may be long in coming for
 
 
 class Countdown:

@@ -6,6 +6,7 @@ and so is what was written beside it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def run(setting: Setting, kind: Kind, rounding: Method) -> dict[str, Any]:
     dtypes = QUICK_DTYPES if setting.quick else tuple(DTYPES)
     by_combination: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
+    ways: Counter[str] = Counter()
     for dtype in dtypes:
         if rounding == "dithered" and dtype == "fp32":
             continue  # it is rounded to nearest under both
@@ -138,11 +140,14 @@ def run(setting: Setting, kind: Kind, rounding: Method) -> dict[str, Any]:
             plan = files.plan(folder / "base", folder / _BESIDE[kind], alpha, rounding)
             for name, choice in _choices(setting):
                 title = f"{dtype} alpha {alpha:g}{name}"
-                checked = list(_check(setting, plan, kind, alpha, choice))
+                with stage.counted_ways() as counted:
+                    checked = list(_check(setting, plan, kind, alpha, choice))
+                ways += counted
                 by_combination[title] = _summed(checked)
                 wrong += [_sentence(title, one) for one in checked if one.is_wrong]
     return {
         "places": [place.name for place in places(kind)],
+        "pieces_by_way": dict(ways),
         "combinations": by_combination,
         "share_that_differs": _share(by_combination),
         "number_wrong": len(wrong),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from expo_serve import kernels
+from expo_serve.load.device_low_rank import has_the_rules_bits
+from expo_serve.load.formula import fuses_addition
 from loadtests.device_check import stage
 from loadtests.device_check.cases import PEERS
 from loadtests.device_check.setting import Setting
@@ -27,6 +29,8 @@ def run(setting: Setting) -> dict[str, Any]:
         "torch_hip": torch.version.hip,
         "nvidia_smi": _nvidia_smi(),
         "compiled_loops": kernels.available("bf16.combine"),
+        "lora_on_the_device": setting.is_cuda and has_the_rules_bits(setting.device),
+        "fuses_addition": setting.is_cuda and fuses_addition(setting.device),
         "stage": stage.USUAL.described(),
         "installed": [name for name in _OPTIONAL if find_spec(name)],
     }

@@ -164,7 +164,9 @@ def _lora(setting: Setting) -> dict[str, Any]:
     adapter = files.made_once(folder.with_name(f"{folder.name}-lora"), lambda to: _write_lora(to, folder))
     plan = files.plan(folder / "base", adapter / "delta")
     ways = {"lora": Load(setting, plan).way(), "lora, row of 8 ranks": Load(setting, plan, _row).way()}
-    return {**measured(setting, ways), "rank": _LORA_RANK}
+    with stage.counted_ways() as counted:
+        figures = measured(setting, ways)
+    return {**figures, "rank": _LORA_RANK, "pieces_by_way": dict(counted)}
 
 
 def _packed(setting: Setting) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from expo_serve.load import sizes
+from expo_serve.load import sizes, stage
+from expo_serve.load.counts import ReadActivity
 from expo_serve.load.lazy import LazyTensor, lazy_tensor
+from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.session import ModelSession, load_into
 from expo_serve.load.stages import Stages
 from expo_serve.load.threads import device_threads
+from expo_serve.load.transfer import Transfer
 from expo_serve.plan.plan import Plan
 
 
@@ -42,12 +48,28 @@ SMALL = Choice(piece_bytes=1 << 18, turns=3)
 def session_into(parameters: Mapping[str, torch.Tensor], choice: Choice = USUAL) -> Iterator[ModelSession]:
     """A load into these parameters, as the loader opens it; all is written when the context ends without an error."""
     cut = choice.described()
+    ahead = ReadAhead(ReadActivity(), on_all_cores=False)
     with (
-        Stages(cut["threads"], stage_bytes=cut["piece_bytes"], turns=cut["turns"]) as stages,
+        Stages(cut["threads"], ahead, stage_bytes=cut["piece_bytes"], turns=cut["turns"]) as stages,
         load_into(holder(parameters), cut["threads"], stages=stages) as session,
     ):
         yield session
         session.settle()
+
+
+@contextmanager
+def counted_ways() -> Iterator[Counter[str]]:
+    """Count the pieces by what they take onto the device: a delta may be computed there, or by the host."""
+    ways: Counter[str] = Counter()
+    choose = stage._transfer_of
+
+    def note(*arguments: Any) -> Transfer:
+        chosen = choose(*arguments)
+        ways[type(chosen).__name__] += 1
+        return chosen
+
+    with patch.object(stage, "_transfer_of", note):
+        yield ways
 
 
 def walk(plan: Plan, names: Iterable[str], session: ModelSession) -> Iterator[tuple[str, LazyTensor]]:

@@ -142,11 +142,11 @@ class VirtualQueue(LargeDevice):
         clock.busy["copying"] += seconds
         return VirtualMark(clock, clock.copies_free)
 
-    def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
+    def run(self, work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         """Take the time of kernels, and of giving them to the device."""
         clock, rates = self.clock, self.clock.rates
         clock.think(self.launches * rates.call_seconds)
-        start = max(clock.now, clock.model_free, _end(after) if after else 0.0)
+        start = max([clock.now, clock.model_free, *map(_end, after)])
         seconds = self.launches * rates.launch_seconds + self.traffic / rates.memory_bytes
         clock.model_free = start + seconds
         clock.busy["combining"] += seconds

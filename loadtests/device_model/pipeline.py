@@ -126,7 +126,7 @@ class TimedStage(Stage):
 
     def _read(self, turn: Any) -> None:
         clock = self._virtual.clock
-        clock.begun = max([clock.now, *(mark.end for mark in turn.uploaded)])
+        clock.begun = max(clock.now, turn.uploaded.end if turn.uploaded else 0.0)
         clock.read_end, clock.is_reading = clock.begun, True
         super()._read(turn)
         clock.is_reading = False

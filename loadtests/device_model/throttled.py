@@ -70,11 +70,11 @@ class _SleepingQueue(LargeDevice):
         seconds = self._rates.copy_seconds + dest.numel() / self._rates.link_bytes
         return _enqueue(self._copies, seconds, after)
 
-    def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
+    def run(self, work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         """Sleep in the model's stream."""
         seconds = self.launches * self._rates.launch_seconds + self.traffic / self._rates.memory_bytes
         self.launches, self.traffic = 1, 0.0
-        return _enqueue(self._model, seconds, [after] if after else [])
+        return _enqueue(self._model, seconds, after)
 
     def finish(self) -> None:
         """Wait until all is done."""

@@ -104,10 +104,10 @@ class Simulator:
 
         return self._enqueue("upload", self._copies, work, after)
 
-    def run(self, work: Callable[[], None], after: Mark | None) -> Mark:
+    def run(self, work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         """Enqueue work of the model's stream."""
         self.works.append(work)
-        return self._enqueue("run", self._model, work, [after] if after else [])
+        return self._enqueue("run", self._model, work, after)
 
     def _enqueue(self, name: str, stream: deque[_Item], work: Callable[[], None], after: Sequence[Mark]) -> Mark:
         with self.lock:

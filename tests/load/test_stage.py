@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -200,7 +203,7 @@ def test_a_missing_wait_is_seen(lazies: Lazies, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(Simulator, "upload", lambda self, dest, source, after: upload(self, dest, source, []))
     else:
         run = Simulator.run
-        monkeypatch.setattr(Simulator, "run", lambda self, work, after: run(self, work, None))
+        monkeypatch.setattr(Simulator, "run", lambda self, work, after: run(self, work, ()))
     base, aligned = numbers(50, 8), numbers(50, 8, seed=1)
     with rig(turns=2) as there:
         lazy = there.lazy(one(lazies, base, aligned))
@@ -231,9 +234,9 @@ def test_the_order_against_the_model_needs_no_look_at_its_operations(lazies: Laz
         dest = torch.zeros(50, 8, dtype=torch.bfloat16)
         before: list[torch.Tensor] = []
         after: list[torch.Tensor] = []
-        there.simulator.run(lambda: before.append(dest.clone()), None)
+        there.simulator.run(lambda: before.append(dest.clone()), ())
         dest.copy_(there.lazy(one(lazies, base, aligned)))
-        there.simulator.run(lambda: after.append(dest.clone()), None)
+        there.simulator.run(lambda: after.append(dest.clone()), ())
         there.simulator.model_goes_on()
     assert before[0].eq(0).all()
     assert same_bits(after[0], extrapolate(base, aligned, 0.5))
@@ -246,6 +249,27 @@ def test_device_memory_is_bounded_by_the_buffers(total: int, turn: int) -> None:
     assert stage.turn_bytes == turn
     assert simulator.allocated <= min(512 << 20, total // MAX_SHARE) + STAGE_TURNS * 256
     stage.close()
+
+
+def test_closed_stage_holds_no_memory(lazies: Lazies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM empties the pool of sleep mode right after the load; and a thread that goes on can abort a process's end."""
+    memories: list[weakref.ref[torch.Tensor]] = []
+    new = Simulator.host_memory
+
+    def host_memory(self: Simulator, size: int) -> torch.Tensor:
+        memory = new(self, size)
+        memories.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(Simulator, "host_memory", host_memory)
+    base, aligned = numbers(500, 8), numbers(500, 8, seed=1)
+    with rig(turns=8) as there:
+        there.copied(there.lazy(one(lazies, base, aligned)))
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo-stage")] == []
+    del there
+    gc.collect()
+    assert len(memories) > 8
+    assert [memory() for memory in memories if memory() is not None] == []
 
 
 @pytest.mark.parametrize(("side", "alpha"), [("base", 0.5), ("aligned", 0.5), ("aligned", 0), ("base", -1)])
