@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import copy
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from expo_serve.load.dtypes import meta_tensor
 from expo_serve.load.fill import Fill, operands_of
 from expo_serve.load.operands import Recipe
 from expo_serve.load.selection import Selection, cut
-from expo_serve.load.session import LoadSession
+from expo_serve.load.session import LoadSession, Written
 from expo_serve.load.threads import Executor, run_inline
 from expo_serve.plan.names import is_leftover
 from expo_serve.plan.plan import PlannedTensor
@@ -82,7 +83,7 @@ class PendingTensor:
         for part, chosen, recipe in self.parts(dest, selection):
             if chosen.numel:
                 session.stages.fill(part, chosen, recipe)
-                session.account(recipe, chosen)
+                session.account(recipe, chosen, Written(part, partial(session.stages.run, dest.device)))
         session.stages.took(self, dest, selection)
 
     @property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from expo_serve.load.counts import Counts, ReadActivity
+from expo_serve.load.device_queue import Mark
 from expo_serve.load.operands import Recipe
 from expo_serve.load.read_ahead import ReadAhead
 from expo_serve.load.reader import Reader
@@ -18,16 +19,26 @@ from expo_serve.load.stages import Stages
 from expo_serve.load.threads import Background, Executor, run_inline
 
 
+class Written(NamedTuple):
+    """What was computed on a device, once its stream has come so far."""
+
+    values: torch.Tensor
+    """Of the shape of the block, there: cast, where the parameter has another dtype."""
+    run: Callable[[Callable[[], None]], Mark]
+    """Enqueues work behind what writes them."""
+
+
 class Observer(Protocol):
     """Looks at what a load computes; :class:`~expo_serve.measure.sample.Sample` is one."""
 
-    def __call__(self, recipe: Recipe, block: Selection, reader: Reader) -> None:
+    def __call__(self, recipe: Recipe, block: Selection, reader: Reader, written: Written | None) -> None:
         """Look at a block that is done, in whatever thread did it.
 
         Args:
             recipe: how the block was computed.
             block: its elements.
             reader: reads its operands again.
+            written: the result, where a device has computed it.
         """
 
 
@@ -43,10 +54,10 @@ class LoadSession:
     """The ways onto devices; outside of their context results are made on the host and copied."""
     observe: Observer | None = None
 
-    def account(self, recipe: Recipe, block: Selection) -> None:
+    def account(self, recipe: Recipe, block: Selection, written: Written | None = None) -> None:
         """Count what was read for a block that is done, and let the observer look at it."""
         if self.observe:
-            self.observe(recipe, block, self.reader)
+            self.observe(recipe, block, self.reader, written)
         for source, count in recipe.operands.read_bytes(block).items():
             self.counts.add_read(source, count)
 

@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -133,6 +133,10 @@ class Stage:
             self._give_up([piece for _, piece in todo])
             raise
         self._read_some(self._unread, self._kept)
+
+    def run(self, work: Callable[[], None]) -> Mark:
+        """Enqueue tensor operations behind what was filled."""
+        return self._queue.run(work, ())
 
     def expect(self, dest: torch.Tensor, selection: Selection, recipe: Recipe) -> None:
         """Read elements ahead that will most likely be asked for.

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext, suppress
 import torch
 
 from expo_serve.load import sizes
-from expo_serve.load.device_queue import CudaQueue, Queue
+from expo_serve.load.device_queue import CudaQueue, Mark, Queue
 from expo_serve.load.forecast import Coming, Copy, Forecast
 from expo_serve.load.operands import Recipe
 from expo_serve.load.selection import Selection
@@ -77,6 +77,12 @@ class Stages:
         stage = self.onto(dest.device)
         assert stage is not None
         stage.fill(dest, selection, recipe)
+
+    def run(self, device: torch.device, work: Callable[[], None]) -> Mark:
+        """Enqueue tensor operations on the model's current stream of a device that has a stage."""
+        stage = self.onto(device)
+        assert stage is not None
+        return stage.run(work)
 
     def took(self, tensor: Coming, dest: torch.Tensor, selection: Selection) -> None:
         """Note a copy out of a tensor, as :meth:`Forecast.took` does."""

@@ -6,14 +6,19 @@ import math
 import threading
 import zlib
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Rounding
+from expo_serve.load.device_queue import Mark, copied_to
 from expo_serve.load.operands import Recipe
 from expo_serve.load.reader import Reader
 from expo_serve.load.selection import Selection
-from expo_serve.measure.tally import tally
+from expo_serve.load.session import Written
+from expo_serve.measure.tally import projection, tally
 from expo_serve.report import EffectiveAlpha
 
 _SHARE = 512
@@ -37,6 +42,7 @@ class Sample:
         self._method = rounding.method
         self._parts: dict[float, list[tuple[float, float]]] = defaultdict(list)
         """By alpha: of each part what was moved along the step and the square of the step, both weighted."""
+        self._on_device: list[_OnDevice] = []
         self._lock = threading.Lock()
 
     @classmethod
@@ -45,13 +51,16 @@ class Sample:
         size = min(max(weight_bytes // _SHARE, _LEAST_BYTES), _MOST_BYTES)
         return cls(min(1.0, size / max(1, weight_bytes)), rounding)
 
-    def __call__(self, recipe: Recipe, block: Selection, reader: Reader) -> None:
+    def __call__(self, recipe: Recipe, block: Selection, reader: Reader, written: Written | None = None) -> None:
         """Measure a part of a block, or nothing; safe from any thread.
+
+        What a device has computed is measured there, and nothing waits for that. On the CPU a part is computed again.
 
         Args:
             recipe: how the block was computed.
             block: its elements.
             reader: reads the part again, most likely from the page cache.
+            written: the result, where a device has computed it.
         """
         if not recipe.is_extrapolated or not block.numel:
             return
@@ -60,12 +69,16 @@ class Sample:
         chance = min(1.0, block.numel * self._share / wanted)
         if draw >= chance:
             return
-        part = _part(block, wanted, recipe.operands.grain, draw / chance)
+        values = written.values if written and written.values.dtype == recipe.dtype else None
+        part, values = _part(block, values, wanted, recipe.operands.grain, draw / chance)
+        weight = block.numel / part.numel / chance
         with torch.no_grad():
             operands = recipe.operands.read(part, reader.buffer)
+            if written and values is not None:
+                self._on_device.append(_OnDevice.of(operands, values, written.run, recipe.alpha, weight))
+                return
             noise = recipe.noise(part, torch.device("cpu"))
             found = tally(operands, recipe.dtype, recipe.alpha, noise, self._method)
-        weight = block.numel / part.numel / chance
         with self._lock:
             self._parts[recipe.alpha].append((weight * found.moved[self._method], weight * found.step_squares))
 
@@ -74,6 +87,7 @@ class Sample:
 
         At alpha 0 and -1 it is alpha: there the bits of one side are copied, or alpha 0 is what is rounded to.
         """
+        self._bring()
         parts = self._parts.get(alpha, [])
         total = sum(step for _, step in parts)
         if alpha in (0, -1):
@@ -85,12 +99,60 @@ class Sample:
         error = 0.0 if self._share >= 1 else math.hypot(*(moved - value * step for moved, step in parts)) / total
         return EffectiveAlpha(value=value, standard_error=error, step_squares=total)
 
+    def _bring(self) -> None:
+        """Wait for what is measured on devices."""
+        while self._on_device:
+            one = self._on_device.pop()
+            one.mark.wait()
+            moved, squares = one.sums.tolist()
+            self._parts[one.alpha].append((one.weight * moved, one.weight * squares))
 
-def _part(block: Selection, wanted: int, grain: int, draw: float) -> Selection:
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A part that is measured on a device."""
+
+    alpha: float
+    weight: float
+    sums: torch.Tensor
+    """fp64, there, see :func:`~expo_serve.measure.tally.projection`."""
+    mark: Mark
+
+    @classmethod
+    def of(
+        cls,
+        operands: Mapping[Operand, torch.Tensor],
+        values: torch.Tensor,
+        run: Callable[[Callable[[], None]], Mark],
+        alpha: float,
+        weight: float,
+    ) -> _OnDevice:
+        """Let a device measure what is in its memory.
+
+        Args:
+            operands: of the part, on the CPU.
+            values: of the part, there.
+            run: enqueues work there.
+            alpha: of the part.
+            weight: of what is found.
+        """
+        there = {side: copied_to(values.device, operand) for side, operand in operands.items()}
+        sums = torch.empty(2, dtype=torch.float64, device=values.device)
+
+        def measure() -> None:
+            sums.copy_(projection(values, there))
+
+        return cls(alpha, weight, sums, run(measure))
+
+
+def _part(
+    block: Selection, values: torch.Tensor | None, wanted: int, grain: int, draw: float
+) -> tuple[Selection, torch.Tensor | None]:
     """Return about ``wanted`` elements of a block, beginning at the ``draw``-th part of it.
 
     Args:
         block: more elements, most often.
+        values: those elements, of which the same part is returned.
         wanted: how many are wanted; single rows of the outer dimensions may have more.
         grain: elements that are best read together.
         draw: from 0 to 1.
@@ -104,6 +166,7 @@ def _part(block: Selection, wanted: int, grain: int, draw: float) -> Selection:
         if each == 1 and block.stride[dim] == 1 and start:
             start = max(0, start - (block.offset + start) % grain)
         block = block.narrow(dim, start, length)
+        values = values.narrow(dim, start, length) if values is not None else None
         if length > 1:
             break
-    return block
+    return block, values

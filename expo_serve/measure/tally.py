@@ -90,6 +90,21 @@ def tally(
     return total
 
 
+def projection(result: torch.Tensor, operands: Mapping[Operand, torch.Tensor]) -> torch.Tensor:
+    """Compute what rounding leaves of the step, on whatever device.
+
+    Args:
+        result: what has been computed.
+        operands: of the same shape, on the same device.
+
+    Returns:
+        Two values in fp64: the sum of the products of the step and what the result differs from aligned by, and the
+        step's sum of squares.
+    """
+    aligned, step = _aligned_and_step(operands)
+    return torch.stack([torch.sum((result.double() - aligned) * step), torch.sum(step * step)])
+
+
 def tally_stored(
     operands: RecordOperands, elements: Selection, dtype: torch.dtype, alpha: float, key: int
 ) -> tuple[Tally, int]:
@@ -152,9 +167,7 @@ def _of_piece(
 ) -> Tally:
     names: tuple[Operand, Operand] = ("base", "delta" if is_delta else "aligned")
     operands = dict(zip(names, (base, other), strict=True))
-    start = base.double()
-    step = other.double() if is_delta else other.double() - start
-    aligned = start + step
+    aligned, step = _aligned_and_step(operands)
     found = Tally(step_squares=float(torch.dot(step, step)))
     methods: dict[Method, torch.Tensor | None] = {"nearest": None, "dithered": noise}
     for method in (only,) if only else methods:
@@ -169,6 +182,13 @@ def _of_piece(
         found.aligned_squares = float(torch.dot(aligned, aligned))
         found.units = _units(base.to(dtype), aligned.to(dtype))
     return found
+
+
+def _aligned_and_step(operands: Mapping[Operand, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both in fp64."""
+    start = operands["base"].double()
+    step = operands["delta"].double() if "delta" in operands else operands["aligned"].double() - start
+    return start + step, step
 
 
 def _units(base: torch.Tensor, aligned: torch.Tensor) -> list[int]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from expo_serve.config import Method, Rounding
 from expo_serve.load.counts import Counts
+from expo_serve.load.formula import combine_unchecked
 from expo_serve.load.lazy import lazy_tensor
 from expo_serve.load.reader import Reader
 from expo_serve.load.session import LoadSession
 from expo_serve.measure.sample import Sample
 from expo_serve.report import EffectiveAlpha, LoadReport, alpha_warnings, combined_effective_alpha
 from tests.load.lazies import NAME, Lazies, numbers
+from tests.load.rigs import all_onto_a_device
 
 
 def sides(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +55,27 @@ def test_sample_is_near_what_it_stands_for_and_says_how_near(tmp_path: Path) -> 
     assert 0 < part.standard_error < 0.05
     assert abs(part.value - whole.value) < 5 * part.standard_error + 0.02
     assert part.step_squares == pytest.approx(whole.step_squares, rel=0.5)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "dithered"])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_on_a_device_it_is_the_same(tmp_path: Path, rounding: Method, seed: int | None) -> None:
+    on_cpu = sampled(tmp_path / "cpu", 0.7, rounding, share=0.3)
+    with all_onto_a_device(seed):
+        found = sampled(tmp_path / "device", 0.7, rounding, share=0.3)
+    assert found.value == pytest.approx(on_cpu.value, rel=1e-6)
+    assert found.standard_error == pytest.approx(on_cpu.standard_error, rel=1e-3)
+
+
+def test_on_a_device_it_is_what_is_in_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that computes something else is found out."""
+
+    def combine(out: torch.Tensor, operands: Any, dtype: torch.dtype, alpha: float, noise: Any) -> torch.Tensor:
+        return combine_unchecked(out, operands, dtype, 3.0, noise)
+
+    monkeypatch.setattr("expo_serve.load.transfer.combine_unchecked", combine)
+    with all_onto_a_device():
+        assert sampled(tmp_path, 1.0, "nearest").value == pytest.approx(3, rel=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [0, -1])
