@@ -357,7 +357,9 @@ def _threads(plan: Plan) -> int:
     on_network = any(is_on_network(side.files[0]) for side in (plan.base, plan.aligned_or_delta))
     if compat.current_platform.is_cpu():
         return default_threads(on_network)
-    return device_threads(on_network, compat.get_current_vllm_config().parallel_config.local_world_size)
+    parallel = compat.get_current_vllm_config().parallel_config
+    ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+    return device_threads(on_network, ranks)
 
 
 def _same_path(one: str, other: str) -> bool:
