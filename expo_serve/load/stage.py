@@ -270,7 +270,7 @@ class Stage:
             after = turn.combined
             for start, end in ranges:
                 turn.uploaded = self._queue.upload(turn.device[start:end], turn.host[start:end], after)
-                after = turn.combined = []  # the upload's end comes after them
+                after, turn.combined = [], []  # the end of this one comes after them
         except BaseException as error:  # noqa: BLE001 - whoever asks for a piece of it raises it
             _fail(turn, error)
         turn.arrived.set()
