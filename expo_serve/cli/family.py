@@ -13,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,7 @@ _SILENT_SECONDS = 30.0
 _SILENT_AT_END_SECONDS = 10.0
 _ASLEEP_SECONDS = 5.0
 """Without a look at the keeper: this process has been frozen, and so has the keeper."""
+_WHILE_SECONDS = 3.0
 _SHOWN_SECONDS = 20.0
 """For which a failed start stays on the status port: longer than the usual interval of Prometheus, 15 s."""
 
@@ -67,7 +69,7 @@ class Family:
             self._status.kill()
             self._status.wait()
         if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for_a_while(partial(shutil.rmtree, self._folder, ignore_errors=True))
         self.state.close()
 
     def _show(self) -> None:
@@ -211,6 +213,13 @@ class Family:
 
     def _is_scraped(self, since: float) -> bool:
         return any(report.get("scraped", 0.0) > since for report in self.state.reports("status"))
+
+
+def for_a_while(work: Callable[[], None]) -> None:
+    """Do something that may be left undone: removing files, where a file system that hangs must not hold up the end."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_WHILE_SECONDS)
 
 
 def take(number: int, handler: Any) -> None:

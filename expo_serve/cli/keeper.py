@@ -33,7 +33,7 @@ import psutil
 from expo_serve import errors
 from expo_serve.cli import processes
 from expo_serve.cli.answering import answers, remove_socket
-from expo_serve.cli.family import SIGNALS
+from expo_serve.cli.family import SIGNALS, for_a_while
 from expo_serve.cli.hanging import Hanging, show_stacks
 from expo_serve.cli.kernel_kills import OutOfMemory, describe_exit
 from expo_serve.cli.live_line import can_show
@@ -55,8 +55,7 @@ _BEAT_SECONDS = 1.0
 """How often the command is told that this process lives."""
 _STUCK_SECONDS = 20.0
 """In one step, after which the command is told no more: no step takes that long, looking up a slow name included."""
-_REMOVE_SECONDS = 3.0
-"""For temporary files: a file system that hangs must not hold up the end."""
+_STUCK_AT_END_SECONDS = 5.0
 
 
 class Keeper:
@@ -118,7 +117,8 @@ class Keeper:
 
     def _beat(self) -> None:
         while True:
-            if (now := time.monotonic()) < self._moved + _STUCK_SECONDS:
+            limit = _STUCK_AT_END_SECONDS if self.signals else _STUCK_SECONDS
+            if (now := time.monotonic()) < self._moved + limit:
                 self._reporter.update(alive=now)
             time.sleep(_BEAT_SECONDS)
 
@@ -143,9 +143,7 @@ class Keeper:
         except Exception as error:  # noqa: BLE001 - the command tries again
             return f"processes of vLLM may be left behind: {type(error).__name__}: {error}"
         finally:
-            remover = Thread(target=self._remove_files, daemon=True)
-            remover.start()
-            remover.join(_REMOVE_SECONDS)
+            for_a_while(self._remove_files)
         return None
 
     def _remove_files(self) -> None:
@@ -199,7 +197,7 @@ class Keeper:
 
     def _verdict(self) -> int:
         """Return the exit code after the server's first process has ended."""
-        if self.signals and self._give_up_at is None and self._was_told_to_end():
+        if self.signals and self._give_up_at is None and not self._is_draining():
             return self._stopped_code()
         code = self._server.returncode
         if code == UsageError.exit_code and not self._serving:
@@ -208,12 +206,13 @@ class Keeper:
         if code < 0:
             self._reason, self._cause = self._death("vLLM's server", code)
         else:
-            self._blame(f"vLLM's server ended with code {code}", self._log.last_exception())
+            self._blame(f"vLLM's server ended with code {code}", self._log.last_exception() if code else None)
         return 1
 
-    def _was_told_to_end(self) -> bool:
-        """Return False where it has ended in the middle of its drain, by itself."""
-        return not self._serving or (self._stop_under_way is not None and self._stop_under_way.has_terminated)
+    def _is_draining(self) -> bool:
+        """Return whether vLLM is to go on for now, although a signal has come: it has requests to answer."""
+        has_requests = self._serving and not (self._status or {}).get("ranks")
+        return has_requests and not (self._stop_under_way and self._stop_under_way.has_terminated)
 
     def _blame(self, otherwise: str, last_exception: str | None = None) -> None:
         """Set the cause: what a process of ours has reported, a signal, a known death, vLLM's log, or what is left."""
@@ -226,7 +225,9 @@ class Keeper:
             exception = self._log.root_cause() or last_exception
             self._cause = exception or otherwise
             if exception and self._serving:  # an exception's message may hold what a request held
-                self._shown = f"{exception.partition(':')[0]} (what it says is in the log)"
+                name = exception.partition(":")[0]
+                is_class = all(part.isidentifier() for part in name.split("."))
+                self._shown = f"{name if is_class else 'an error'} (what it says is in the log)"
 
     def _death(self, what: str, code: int) -> tuple[str, str]:
         """Return the reason and the cause of a process that a signal has killed."""
@@ -248,7 +249,7 @@ class Keeper:
             seconds = float(status.get("shutdown_timeout") or 0.0) if self._serving else None
             patience = WORKERS_STOP_SECONDS if status.get("ranks") else STOP_SECONDS
             self._stop_under_way = Stop(self._server, self._state, seconds, patience)
-        if not self._was_told_to_end() and ((code := self._watch()) is not None or self._give_up_at is not None):
+        if self._is_draining() and ((code := self._watch()) is not None or self._give_up_at is not None):
             return code  # it fails in the middle of its drain
         if self._stop_under_way.go_on():
             return None
@@ -293,6 +294,7 @@ class Keeper:
             self._look_for_deaths(now)
             if self._serving and (hang := self._hanging.look(self._survey.titles)):
                 self._fail("hung", hang.cause)
+                self._moved = math.inf  # it ends now
                 show_stacks(hang.pids)
                 return 1
         return None

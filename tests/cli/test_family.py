@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -290,6 +291,16 @@ def test_process_1_reaps_what_is_not_its_own(tmp_path: Path) -> None:
     finally:
         command.kill()
         command.wait()
+
+
+def test_folder_that_cannot_be_removed_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("expo_serve.cli.family.shutil.rmtree", lambda *_, **__: never.wait())
+    began = time.monotonic()
+    with family.Family(began, 0.0, None) as made:
+        made._folder = "/nowhere"
+    assert time.monotonic() - began < 5
+    never.set()
 
 
 def test_no_folder_for_sockets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

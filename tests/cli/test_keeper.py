@@ -42,13 +42,27 @@ def test_server_that_ends_in_the_middle_of_its_drain_has_failed(keeper: Any, cod
     assert keeper._cause
 
 
-def test_what_an_exception_says_while_serving_is_not_shown(keeper: Any) -> None:
-    keeper._log = SimpleNamespace(root_cause=lambda: "RuntimeError: cannot parse 'my bank account'", failed_time=0.0)
+def test_worker_alone_has_no_drain_to_fail_in(keeper: Any) -> None:
+    keeper._status, keeper._stop_under_way = {"ranks": 1}, None
+    assert keeper._verdict() == 0
+
+
+@pytest.mark.parametrize(
+    ("exception", "shown"),
+    [
+        ("RuntimeError: cannot parse 'my bank account'", "RuntimeError"),
+        ("torch.OutOfMemoryError: 8 GiB", "torch.OutOfMemoryError"),
+        ("/data/model.safetensors: is gone", "an error"),  # of ours, without its class
+        ("tensor 'a' holds NaN", "an error"),
+    ],
+)
+def test_what_an_exception_says_while_serving_is_not_shown(keeper: Any, exception: str, shown: str) -> None:
+    keeper._log = SimpleNamespace(root_cause=lambda: exception, failed_time=0.0)
     keeper._blame("vLLM's engine failed")
     keeper._fail(keeper._reason, keeper._cause)
-    assert keeper._cause == "RuntimeError: cannot parse 'my bank account'"
+    assert keeper._cause == exception
     (report,) = keeper._state.reports("keeper")
-    assert report["error"]["message"] == "RuntimeError (what it says is in the log)"
+    assert report["error"]["message"] == f"{shown} (what it says is in the log)"
 
 
 def test_keeper_that_is_stuck_says_so(keeper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +75,15 @@ def test_keeper_that_is_stuck_says_so(keeper: Any, monkeypatch: pytest.MonkeyPat
         raise Over
 
     monkeypatch.setattr("expo_serve.cli.keeper.time", SimpleNamespace(monotonic=lambda: 100.0, sleep=stop))
-    for moved, beats in ((100.0 - 21, False), (100.0 - 19, True), (float("inf"), True)):
-        keeper._moved = moved
+    for signals, moved, beats in (
+        ([], 100.0 - 21, False),
+        ([], 100.0 - 19, True),
+        ([], float("inf"), True),
+        ([signal.SIGTERM], 100.0 - 6, False),
+        ([signal.SIGTERM], 100.0 - 4, True),
+    ):
+        keeper.signals, keeper._moved = signals, moved
+        keeper._reporter.update(alive=None)
         with pytest.raises(Over):
             keeper._beat()
         (report,) = keeper._state.reports("keeper")
