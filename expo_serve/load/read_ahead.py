@@ -48,10 +48,10 @@ class ReadAhead:
             self._pool(part.operand).submit(lambda part=part: self._bring(part, arrived))  # type: ignore[misc]
         return bool(cold)
 
-    def close(self) -> None:
-        """Let the threads end, and wait for that, but not for long."""
+    def close(self, until: float | None = None) -> None:
+        """Let the threads end, and wait for that, as :meth:`~expo_serve.load.threads.DaemonPool.close` does."""
         self._ended = True
-        until = time.monotonic() + JOIN_SECONDS
+        until = until or time.monotonic() + JOIN_SECONDS
         for pool in self._pools.values():
             pool.close(until)
 

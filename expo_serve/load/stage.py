@@ -181,14 +181,14 @@ class Stage:
         """
         self._findings.look(wait=True)
 
-    def close(self, seconds: float | None = None) -> None:
+    def close(self, until: float | None = None) -> None:
         """Let the threads end, and give the memory back once nothing uses it.
 
         Args:
-            seconds: the most to wait for reads, which keep their memory if they take longer; None to wait for all.
+            until: the latest time by the monotonic clock to wait for reads, which keep their memory if they are longer;
+                None to wait for all.
         """
-        until = math.inf if seconds is None else time.monotonic() + seconds
-        self._give_up(self._expected.values(), until)
+        self._give_up(self._expected.values(), math.inf if until is None else until)
         for turn in self._free:
             for mark in _uses(turn):
                 mark.wait()

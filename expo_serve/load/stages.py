@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 
@@ -53,13 +54,14 @@ class Stages:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._is_open = False
         stages, self._stages = self._stages, {}
+        until = time.monotonic() + _PATIENCE_SECONDS if failure else None
         # What fails now is a consequence of what has failed before.
         with suppress(Exception) if failure else nullcontext(), ExitStack() as closing:
             if self._prefetch:
-                closing.callback(self._prefetch.close)
+                closing.callback(self._prefetch.close, until)
             for stage in stages.values():
                 if stage:
-                    closing.callback(stage.close, _PATIENCE_SECONDS if failure else None)
+                    closing.callback(stage.close, until)
 
     def onto(self, device: torch.device) -> Stage | None:
         """Return the stage of a device; None where results are made on the host and copied, and outside the context.

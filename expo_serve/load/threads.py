@@ -97,8 +97,12 @@ class Prefetch(Protocol):
     def defer(self, spans: Sequence[FileSpan], then: Callable[[], None]) -> bool:
         """Call ``then`` from another thread once these spans are cached; False, without a call, if they are already."""
 
-    def close(self) -> None:
-        """Let the threads end."""
+    def close(self, until: float | None = None) -> None:
+        """Let the threads end, and wait for that, but not for long.
+
+        Args:
+            until: by the monotonic clock; the wait ends then, if it is not over before.
+        """
 
 
 class Background:
@@ -140,10 +144,11 @@ class Background:
 
     def __exit__(self, *_: object) -> None:
         self._ended, self._is_open = True, False
+        until = time.monotonic() + JOIN_SECONDS
         if self._prefetch:
-            self._prefetch.close()
+            self._prefetch.close(until)
         if self._pool:
-            self._pool.close()
+            self._pool.close(until)
         self._pool = None
 
     def submit(self, dest: torch.Tensor, task: Task, spans: Sequence[FileSpan] = ()) -> None:
