@@ -17,6 +17,9 @@ import torch
 
 from expo_serve.errors import LoadError, warn
 
+_MOST_PINNED_BYTES = 16 << 20
+"""Of a small copy: torch keeps what was pinned once until the process ends."""
+
 
 class Mark(Protocol):
     """A place in one of a device's streams."""
@@ -147,9 +150,9 @@ def _first_line(error: Exception) -> str:
 def copied_to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
     """Return a copy of host memory on a device, enqueued on the model's current stream.
 
-    The host waits for it, and so for all that was enqueued before, only where memory cannot be pinned.
+    The host waits for it, and so for all that was enqueued before, only where it is large or memory cannot be pinned.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and values.nbytes <= _MOST_PINNED_BYTES:
         with suppress(RuntimeError):  # refused: its copy returns when it has been staged
             values = values.pin_memory()
     return values.to(device, non_blocking=True)

@@ -150,7 +150,6 @@ def operands_of(planned: PlannedTensor, reader: Reader, used: tuple[Operand, ...
             assert_never(delta)
 
 
-_LOOPS: tuple[kernels.Loop, ...] = ("dither.fill", "measuring.tally", "reading.gather")
 _OF_CPU: dict[str | None, tuple[kernels.Loop, ...]] = {
     "packed": ("reading.fetch", "sparse.extrapolate", "sparse.apply16"),
     "lora": ("low_rank.stream", "low_rank.product"),
@@ -170,9 +169,16 @@ def compile_kernels(delta_format: str | None, *, for_device: bool = False) -> st
         Why torch has to do their work, and what to do about it, in one line; empty if they are ready.
     """
     if for_device:
-        kernels.available(*_LOOPS, *_OF_DEVICE.get(delta_format, ()))
+        kernels.available(*_OF_DEVICE.get(delta_format, ()), "reading.gather")
     else:
-        kernels.available("bf16.combine", "reading.stream", *_LOOPS, *_OF_CPU.get(delta_format, ()))
+        kernels.available(
+            "bf16.combine",
+            "dither.fill",
+            "measuring.tally",
+            "reading.stream",
+            "reading.gather",
+            *_OF_CPU.get(delta_format, ()),
+        )
     return missing_kernels()
 
 

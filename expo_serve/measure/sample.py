@@ -7,12 +7,14 @@ import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from expo_serve.checkpoint.records import Operand
 from expo_serve.config import Rounding
+from expo_serve.errors import LoadError
 from expo_serve.load.device_queue import Mark, copied_to
 from expo_serve.load.operands import Recipe
 from expo_serve.load.reader import Reader
@@ -75,7 +77,8 @@ class Sample:
         with torch.no_grad():
             operands = recipe.operands.read(part, reader.buffer)
             if written and values is not None:
-                self._on_device.append(_OnDevice.of(operands, values, written.run, recipe.alpha, weight))
+                with suppress(torch.OutOfMemoryError, LoadError):  # a device that is full has no room for statistics
+                    self._on_device.append(_OnDevice.of(operands, values, written.run, recipe.alpha, weight))
                 return
             noise = recipe.noise(part, torch.device("cpu"))
             found = tally(operands, recipe.dtype, recipe.alpha, noise, self._method)

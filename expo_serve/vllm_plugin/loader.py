@@ -358,6 +358,7 @@ def _threads(plan: Plan) -> int:
     if compat.current_platform.is_cpu():
         return default_threads(on_network)
     parallel = compat.get_current_vllm_config().parallel_config
+    # Of data parallelism vLLM tells ranks of experts only: those of a dense model know of no others.
     ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
     return device_threads(on_network, ranks)
 
