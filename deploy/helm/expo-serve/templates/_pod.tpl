@@ -138,7 +138,8 @@ failureThreshold: {{ int64 .failureThreshold }}
 
 {{/* The pause in which proxies learn that the pod is going. Clusters before 1.30 have no sleep of their own. */}}
 {{- define "expo.preStop" -}}
-{{- $seconds := int64 .variant.drain.preStopSeconds -}}
+{{- /* A worker ends at once when it is told to, and the leader's requests with it: so it is told after their time. */ -}}
+{{- $seconds := int64 (eq .role "worker" | ternary .variant.drainSeconds .variant.drain.preStopSeconds) -}}
 {{- if $seconds -}}
 lifecycle:
   preStop:

@@ -52,7 +52,7 @@ Nothing in one variant depends on another, so that editing one leaves the others
 {{- $_ := set $v "ranks" (mul (int64 $v.tensorParallelSize) (int64 $v.pipelineParallelSize)) -}}
 {{- $_ := set $v "ranksPerPod" (div $v.ranks $v.nodes) -}}
 {{- $_ := set $v "autoscaled" (or $v.autoscaling.hpa.enabled $v.autoscaling.keda.enabled) -}}
-{{- /* Half as much again as the ten seconds that the command needs beyond --shutdown-timeout. */ -}}
+{{- /* A quarter more than the twenty seconds that the command may need beyond --shutdown-timeout. */ -}}
 {{- $sum := add (int64 $v.drain.preStopSeconds) (int64 $v.drain.shutdownTimeoutSeconds) -}}
 {{- $_ := set $v "graceSeconds" (int64 (default (add $sum 25) $v.drain.terminationGracePeriodSeconds)) -}}
 {{- $_ := set $v "drainSeconds" $sum -}}
