@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
@@ -35,7 +35,8 @@ _SILENT_SECONDS = 30.0
 _SILENT_AT_END_SECONDS = 10.0
 _ASLEEP_SECONDS = 5.0
 """Without a look at the keeper: this process has been frozen, and so has the keeper."""
-_WHILE_SECONDS = 3.0
+REMOVE_SECONDS = 3.0
+"""For files: a file system that hangs must not hold up the end."""
 _SHOWN_SECONDS = 20.0
 """For which a failed start stays on the status port: longer than the usual interval of Prometheus, 15 s."""
 
@@ -69,7 +70,8 @@ class Family:
             self._status.kill()
             self._status.wait()
         if self._folder:
-            for_a_while(partial(shutil.rmtree, self._folder, ignore_errors=True))
+            remove = partial(shutil.rmtree, self._folder, ignore_errors=True)
+            processes.in_time(remove, None, REMOVE_SECONDS)
         self.state.close()
 
     def _show(self) -> None:
@@ -213,13 +215,6 @@ class Family:
 
     def _is_scraped(self, since: float) -> bool:
         return any(report.get("scraped", 0.0) > since for report in self.state.reports("status"))
-
-
-def for_a_while(work: Callable[[], None]) -> None:
-    """Do something that may be left undone: removing files, where a file system that hangs must not hold up the end."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(_WHILE_SECONDS)
 
 
 def take(number: int, handler: Any) -> None:

@@ -33,7 +33,7 @@ import psutil
 from expo_serve import errors
 from expo_serve.cli import processes
 from expo_serve.cli.answering import answers, remove_socket
-from expo_serve.cli.family import SIGNALS, for_a_while
+from expo_serve.cli.family import REMOVE_SECONDS, SIGNALS
 from expo_serve.cli.hanging import Hanging, show_stacks
 from expo_serve.cli.kernel_kills import OutOfMemory, describe_exit
 from expo_serve.cli.live_line import can_show
@@ -143,7 +143,7 @@ class Keeper:
         except Exception as error:  # noqa: BLE001 - the command tries again
             return f"processes of vLLM may be left behind: {type(error).__name__}: {error}"
         finally:
-            for_a_while(self._remove_files)
+            processes.in_time(self._remove_files, None, REMOVE_SECONDS)
         return None
 
     def _remove_files(self) -> None:

@@ -116,8 +116,8 @@ def end_descendants(
     while (living := [one for one in descendants(pid) if one.pid != spare]) and not _is_in_vain(
         living, time.monotonic() - began, limit
     ):
-        segments |= _in_time(partial(_segments, living), set())
-        trackers: set[psutil.Process] = _in_time(partial(_trackers, living), set())
+        segments |= in_time(partial(_segments, living), set())
+        trackers: set[psutil.Process] = in_time(partial(_trackers, living), set())
         others = [process for process in living if process not in trackers]
         if others:
             spared = min(time.monotonic(), began + limit / 2)
@@ -174,16 +174,16 @@ def _line_of(file: str) -> str:
         return ""
 
 
-def _in_time(read: Callable[[], Found], otherwise: Found) -> Found:
-    """Return what is read of processes, or something else where that takes too long.
+def in_time(work: Callable[[], Found], otherwise: Found, seconds: float = _READ_SECONDS) -> Found:
+    """Return what some work gives, or something else where it takes too long; a thread goes on with it then.
 
     A process that hangs in the kernel may hold the lock of its memory map. Whoever asks for its command line or its
-    mappings then hangs too.
+    mappings then hangs too, and so does whoever removes a file from a file system that hangs.
     """
     found: list[Found] = []
-    thread = threading.Thread(target=lambda: found.append(read()), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()
-    thread.join(_READ_SECONDS)
+    thread.join(seconds)
     return found[0] if found else otherwise
 
 

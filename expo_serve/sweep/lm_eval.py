@@ -147,11 +147,8 @@ def _command() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONSAFEPATH": "1",  # a folder named like the harness must not shadow it
-        "PYTHONUNBUFFERED": "1",  # its last words are in the log, even if it is killed
-    }
+    # A folder named like it must not shadow the harness; its last words are logged, even if it is killed.
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _check_file(file: Path) -> None:

@@ -293,7 +293,6 @@ def test_ctrl_c_in_the_middle_ends_it_though_a_read_hangs(
     before_reads(monkeypatch, hang)
     monkeypatch.setattr(kernels, "available", lambda *_: False)
     monkeypatch.setattr(threads_module, "JOIN_SECONDS", 0.2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

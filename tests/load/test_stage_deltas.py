@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expo_serve import kernels
 from expo_serve.errors import ValuesError
 from expo_serve.load import device_low_rank, formula
-from expo_serve.load import stage as stage_module
 from expo_serve.load.device_low_rank import has_the_rules_bits
 from expo_serve.load.lora import Factors
 from expo_serve.plan.plan import Plan
+from loadtests.device_check.stage import counted_ways
 from tests.deltas.test_packed_views import COLUMNS, NAMES, ROWS, VIEWS, View, moved
 from tests.load.lazies import Lazies, numbers
 from tests.load.rigs import rig
@@ -30,18 +30,10 @@ RANK, INPUTS, OUTPUTS = 5, 48, 40
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def chosen() -> Iterator[Counter[str]]:
     """How many pieces went which way."""
-    ways: Counter[str] = Counter()
-    choose = stage_module._transfer_of
-
-    def counted(*arguments: Any) -> Any:
-        transfer = choose(*arguments)
-        ways[type(transfer).__name__] += 1
-        return transfer
-
-    monkeypatch.setattr(stage_module, "_transfer_of", counted)
-    return ways
+    with counted_ways() as ways:
+        yield ways
 
 
 @pytest.fixture(scope="module")
