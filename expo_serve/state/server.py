@@ -3,38 +3,39 @@
 It runs as a process of its own (``python -m expo_serve.state.server``), which imports neither torch nor vLLM and ends
 with the command. Its arguments are the descriptors of the listening socket and of the shared memory; its standard input
 is a pipe that ends with the command.
+
+One thread answers all connections: where all cores are busy, each thread that is woken for an answer waits for its
+turn, and a probe waits for all of them.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from http.client import LineTooLong
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from email.utils import formatdate
 from typing import Any
 
-from expo_serve.state.exposition import exposition
+import h11
+
+from expo_serve.state.routes import METRICS, Answer, answer, refusal
 from expo_serve.state.shared import SharedState
 from expo_serve.state.snapshot import Words, snapshot
 
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
 """Of its first line and its headers."""
-_JSON = "application/json"
-_TEXT = "text/plain; version=1.0.0; charset=utf-8"
+_READ_BYTES = 1 << 10
+_PATIENCE_SECONDS = 20.0
+"""How long a client may take for its request, and to take its answer."""
 
-Answer = tuple[int, str, bytes]
 
-
-class StatusServer(ThreadingHTTPServer):
+class StatusServer:
     """Answers on a socket that listens already; beyond a bound of connections the oldest is closed.
 
     Args:
@@ -42,42 +43,19 @@ class StatusServer(ThreadingHTTPServer):
         state: what is shown.
     """
 
-    daemon_threads = True
-    block_on_close = False
-
     def __init__(self, listener: socket.socket, state: SharedState) -> None:
-        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
+        self._listener = listener
         self._state = state
         self._reporter = state.reporter("status")
-        self._open: dict[socket.socket, None] = {}
+        self._open: dict[asyncio.StreamWriter, None] = {}
         """The connections, the oldest first."""
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection in a thread; the oldest of too many has to go."""
-        self._open[request] = None
-        if len(self._open) > _MAX_CONNECTIONS:
-            oldest = list(self._open)[0]  # noqa: RUF015 - a list is made at once, while threads take others out
-            with suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread can be started
-            del self._open[request]
-            raise
+    async def serve(self) -> None:
+        """Answer until the task is cancelled."""
+        async with await asyncio.start_server(self._handle, sock=self._listener, limit=_READ_BYTES) as server:
+            await server.serve_forever()
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Handle a connection, whatever comes of it."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            del self._open[request]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that goes away is no event."""
-
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Mapping[str, Any]:
         """Return the state now."""
         words = Words(self._state.draining, self._state.engine_timeout)
         return snapshot(self._state.reports(), words, time.monotonic())
@@ -86,107 +64,81 @@ class StatusServer(ThreadingHTTPServer):
         """Note that the metrics of a time have been read, for which the end of a failed start waits."""
         self._reporter.update(scraped=when)
 
-
-def _live(server: StatusServer) -> Answer:
-    state = server.snapshot()
-    is_live = state["phase"] != "failed"
-    return 200 if is_live else 503, _JSON, _encode({"live": is_live, "phase": state["phase"]})
-
-
-def _ready(server: StatusServer) -> Answer:
-    state = server.snapshot()
-    return 200 if state["ready"] else 503, _JSON, _encode({key: state[key] for key in ("ready", "phase", "reason")})
-
-
-def _state(server: StatusServer) -> Answer:
-    return 200, _JSON, _encode(server.snapshot())
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Handle a connection; a client that goes away, or is too slow, is no event."""
+        self._open[writer] = None
+        if len(self._open) > _MAX_CONNECTIONS:
+            next(iter(self._open)).transport.abort()
+        try:
+            await _Connection(self, reader, writer).answer_all()
+            writer.close()
+        except (OSError, asyncio.CancelledError):  # TimeoutError too; cancelled at the end of all
+            writer.transport.abort()
+        finally:
+            del self._open[writer]
 
 
-def _metrics(server: StatusServer) -> Answer:
-    return 200, _TEXT, exposition(server.snapshot())
+class _Connection:
+    """The requests of one connection, and their answers."""
 
+    def __init__(self, server: StatusServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._server, self._reader, self._writer = server, reader, writer
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_REQUEST_BYTES)
 
-_ROUTES: dict[str, Callable[[StatusServer], Answer]] = {
-    "/live": _live,
-    "/ready": _ready,
-    "/state": _state,
-    "/metrics": _metrics,
-}
-
-
-class _Bounded(io.BufferedReader):
-    """Reads lines, of which there is a bound for all together: a hundred headers may have 64 KiB each otherwise."""
-
-    left = 0
-
-    def readline(self, size: int | None = -1) -> bytes:
-        """Read a line.
+    async def answer_all(self) -> None:
+        """Answer until a side closes the connection; this one does so after a body, which nobody here reads.
 
         Raises:
-            LineTooLong: it goes beyond the bound; for a header that becomes status 431.
+            OSError: the client went away, or was too slow (TimeoutError).
         """
-        bound = self.left + 1
-        line = super().readline(bound if size is None or size < 0 else min(size, bound))
-        self.left -= len(line)
-        if self.left < 0:
-            raise LineTooLong("request")
-        return line
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: StatusServer
-    rfile: _Bounded
-    protocol_version = "HTTP/1.1"
-    server_version = "expo-serve"
-    sys_version = ""
-    timeout = 20.0
-    """Seconds that a connection may be silent."""
-    error_content_type = _JSON
-    error_message_format = '{"error": {"message": "%(message)s", "code": %(code)d}}\n'
-
-    def do_GET(self) -> None:
-        route = _ROUTES.get(self.path.partition("?")[0])
-        if route is None:
-            self.send_error(404, f"not found; there are {', '.join(_ROUTES)}")
-            return
-        began = time.monotonic()
-        status, kind, body = route(self.server)
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-            if route is _metrics:
-                self.server.note_scrape(began)
-
-    do_HEAD = do_GET
-
-    def setup(self) -> None:
-        """Read from the connection within a bound."""
-        super().setup()
-        self.rfile = _Bounded(self.connection.makefile("rb", 0))
-
-    def handle_one_request(self) -> None:
-        """Answer a request; one whose first line is too long is not answered."""
-        self.rfile.left = _MAX_REQUEST_BYTES
         try:
-            super().handle_one_request()
-        except LineTooLong:
-            self.close_connection = True
+            while isinstance(request := await self._next_event(), h11.Request):
+                await self._answer(request)
+                if not isinstance(self._http.next_event(), h11.EndOfMessage) or self._http.our_state is not h11.DONE:
+                    return
+                self._http.start_next_cycle()
+        except h11.RemoteProtocolError as error:
+            if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                await self._send(refusal(error.error_status_hint))
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer with an error that holds nothing of the request."""
-        phrase = message if code == 404 else self.responses.get(code, ("error", ""))[0]
-        super().send_error(code, phrase, explain)
+    async def _next_event(self) -> Any:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._reader.read(_READ_BYTES))
+        return event
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Write nothing: probes come every few seconds."""
+    async def _answer(self, request: h11.Request) -> None:
+        began = time.monotonic()
+        method, path = request.method.decode(), request.target.decode().partition("?")[0]
+        await self._send(answer(method, path, self._server.snapshot), with_body=method != "HEAD")
+        if (method, path) == ("GET", METRICS):
+            self._server.note_scrape(began)
+
+    async def _send(self, answer: Answer, *, with_body: bool = True) -> None:
+        headers = [
+            ("Server", "expo-serve"),
+            ("Date", formatdate(usegmt=True)),
+            ("Content-Type", answer.content_type),
+            ("Content-Length", str(len(answer.body))),
+            ("Cache-Control", "no-store"),
+            *answer.headers,
+        ]
+        response = h11.Response(status_code=answer.status, headers=headers, reason=answer.status.phrase)
+        events = [response, *([h11.Data(answer.body)] if with_body else []), h11.EndOfMessage()]
+        self._writer.write(b"".join(self._http.send(event) or b"" for event in events))
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            await self._writer.drain()
 
 
-def _encode(value: Any) -> bytes:
-    return json.dumps(value).encode() + b"\n"
+async def _serve_until_end(server: StatusServer, pipe: int) -> None:
+    """Serve until nobody has the other end of a pipe."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.set_exception_handler(lambda *_: None)  # nobody reads what this process says
+    loop.add_reader(pipe, lambda: None if os.read(pipe, 1) else ended.set())
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(server.serve())
+        await ended.wait()
+        serving.cancel()
 
 
 def main(listener: int, memory: int) -> int:
@@ -198,10 +150,9 @@ def main(listener: int, memory: int) -> int:
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # those of a whole process group: the command's end ends this
+    logging.getLogger("asyncio").disabled = True
     server = StatusServer(socket.socket(fileno=listener), SharedState(memory))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    while os.read(0, 1):
-        pass
+    asyncio.run(_serve_until_end(server, 0))
     return 0
 
 

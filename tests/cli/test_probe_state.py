@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from threading import Thread
 
 import pytest
@@ -30,8 +32,21 @@ class Shown:
         self.command = self.state.reporter("command", started=now, started_at=1.0, alpha="0.5", phases={"resolve": now})
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.server = StatusServer(listener, self.state)
-        Thread(target=self.server.serve_forever, daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        self._serving = self._loop.create_task(StatusServer(listener, self.state).serve())
+        self._thread = Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._serving)
+        self._loop.close()
+
+    def close(self) -> None:
+        """Close the port."""
+        self._loop.call_soon_threadsafe(self._serving.cancel)
+        self._thread.join()
+        self.state.close()
 
     def rank(self) -> Reporter:
         """A rank that loads."""
@@ -50,9 +65,7 @@ def shown() -> Iterator[Shown]:
     """A status port."""
     shown = Shown()
     yield shown
-    shown.server.shutdown()
-    shown.server.server_close()
-    shown.state.close()
+    shown.close()
 
 
 def test_start(shown: Shown) -> None:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +16,6 @@ import httpx
 import psutil
 import pytest
 
-from expo_serve.state.server import StatusServer
 from expo_serve.state.shared import SharedState
 
 MAX_BYTES = 30 << 20
@@ -75,10 +73,11 @@ def test_routes(port: Port) -> None:
 
 
 def test_nothing_of_a_request_comes_back(port: Port) -> None:
-    for method, path, status in (("GET", "/secret", 404), ("POST", "/state", 501)):
+    for method, path, status in (("GET", "/secret", 404), ("POST", "/state", 405), ("POST", "/secret", 404)):
         answer = httpx.request(method, f"{port.url}{path}", headers={"X-Secret": "secret"})
         assert answer.status_code == status
         assert json.loads(answer.text)["error"]["code"] == status
+        assert ("allow" in answer.headers) == (status == 405)
         assert "secret" not in answer.text + str(answer.headers)
     host, number = port.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(number))) as connection:
@@ -98,7 +97,7 @@ def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> N
 
 
 def test_requests_without_end_take_no_memory(port: Port) -> None:
-    """A hundred headers of 64 KiB are within http.server's own bounds, for each of the connections."""
+    """Whatever comes is read up to a bound, for each of the connections."""
     httpx.get(f"{port.url}/live")
     host, number = port.url.removeprefix("http://").split(":")
     answers = []
@@ -110,25 +109,32 @@ def test_requests_without_end_take_no_memory(port: Port) -> None:
                     connection.sendall(b"X-%d: " % name + b"x" * 60_000 + b"\r\n")
                 answers.append(connection.recv(100))
     assert httpx.get(f"{port.url}/live", headers={"X-Long": "x" * 15_000}).status_code == 200
-    assert httpx.get(f"{port.url}/live", headers={"X-Long": "x" * 17_000}).status_code == 431
+    assert httpx.get(f"{port.url}/live", headers={"X-Long": "x" * 18_000}).status_code == 431
     assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
 
 
-def test_threads_that_cannot_be_started_cost_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: object) -> None:
-        raise RuntimeError("can't start new thread")
+def test_requests_follow_each_other_on_a_connection(port: Port) -> None:
+    """Sent before the first answer, with a body that nobody reads, and by a client of HTTP/1.0."""
+    host, number = port.url.removeprefix("http://").split(":")
+    request = b"GET /live HTTP/1.1\r\nHost: here\r\n"
+    for sent, expected in (
+        (request + b"\r\n" + request + b"Connection: close\r\n\r\n", 2),
+        (request + b"Content-Length: 4\r\n\r\nbody" + request + b"\r\n", 1),
+        (b"GET /live HTTP/1.0\r\n\r\n" + request + b"\r\n", 1),
+    ):
+        with socket.create_connection((host, int(number)), timeout=5) as connection:
+            connection.sendall(sent)
+            got = b""
+            while piece := connection.recv(4096):
+                got += piece
+            assert got.count(b"HTTP/1.1 200 OK") == got.count(b'"live": true') == expected
 
-    state = SharedState.create()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = StatusServer(listener, state)
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            for _ in range(100):
-                with socket.create_connection(listener.getsockname()):
-                    server.handle_request()
-        threading.Thread(target=server.handle_request).start()
-        assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/live", timeout=5).status_code == 200
-    state.close()
+
+def test_one_thread_answers_all(port: Port) -> None:
+    """Where all cores are busy, each further thread that an answer needs would wait for its turn."""
+    with httpx.Client(base_url=port.url) as one, httpx.Client(base_url=port.url) as other:
+        assert {client.get("/ready").status_code for client in (one, other)} == {503}
+        assert psutil.Process(port.process.pid).num_threads() == 1
 
 
 def test_it_is_small_and_imports_nothing_big(port: Port) -> None:
@@ -142,5 +148,8 @@ def test_it_ends_with_the_command_only(port: Port) -> None:
         os.kill(port.process.pid, number)
     assert httpx.get(f"{port.url}/live").status_code == 200
     assert port.process.stdin is not None
-    port.process.stdin.close()
-    assert port.process.wait(5) == 0
+    host, _, place = port.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(place))) as silent:
+        silent.sendall(b"GET /live HTTP/1.1\r\n")
+        port.process.stdin.close()
+        assert port.process.wait(5) == 0
