@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from loadtests.chaos.outcomes import Outcome
 
@@ -32,6 +32,7 @@ AT_REST = "SIGTERM at rest"
 
 Port = Literal["health", "ready"]
 """What says whether requests should be sent: ``/health`` of the server, ``/ready`` of the status port."""
+PORTS: tuple[Port, ...] = get_args(Port)
 When = Literal["before", "start", "serving"]
 """Before the command is started, while it starts, while it serves."""
 

@@ -16,7 +16,7 @@ from typing import Literal
 import httpx
 
 from loadtests.chaos.effects import NoEffect
-from loadtests.chaos.faults import AT_REST, Kind, Port
+from loadtests.chaos.faults import AT_REST, PORTS, Kind, Port
 from loadtests.chaos.inject import INJECTORS
 from loadtests.chaos.judge import Seen, judge
 from loadtests.chaos.outcomes import Answer, Outcome
@@ -159,7 +159,7 @@ class Run:
             seen = self._ended(victim, began)
             over = time.monotonic()
         seen.still_open, seen.reason = not streams.pause(), watch.reason
-        seen.no_seconds = {port: _first_no(watch, port, began, over) for port in ("health", "ready")}
+        seen.no_seconds = {port: _first_no(watch, port, began, over) for port in PORTS}
         _count(seen, kind, streams, began)
         if not seen.still_open:  # answers that are computed together with others are rounded otherwise
             self._compare(victim, seen)

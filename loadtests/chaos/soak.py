@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +30,13 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.chaos.drift import Sampler
+from loadtests.chaos.faults import PORTS, Port
 from loadtests.chaos.outcomes import Answer, Outcome
 from loadtests.chaos.soak_report import as_figures, memory, memory_table, summary
 from loadtests.chaos.streams import Streams
 from loadtests.chaos.surroundings import MODELS, place_for
 from loadtests.chaos.traffic import LEVELS, compared, mixed
-from loadtests.chaos.victim import MODEL, Remains, Victim, role_of
+from loadtests.chaos.victim import MODEL, Look, Remains, Victim, role_of
 from loadtests.chaos.watch import Watch
 from loadtests.results import RESULTS, WORK, save, turns
 from loadtests.servers import ended
@@ -85,8 +85,7 @@ class Soak:
     rounds: list[Round]
     answers: list[Answer]
     samplers: dict[str, Sampler]
-    noes: dict[str, dict[str, int]]
-    """How often each port did not say yes, by the status that it answered with; ``None`` where no answer came."""
+    looks: dict[Port, list[Look]]
     changed: int
     compared: int
     code: int
@@ -119,13 +118,21 @@ def soak(minutes: float, seed: int, work: Path) -> Soak:
         ):
             rounds = _rounds(minutes, seed, streams, victim, plain)
         over = time.monotonic()
-        codes = {port: [look.code for look in watch.looks(port, began, over)] for port in ("health", "ready")}
-        noes = {port: dict(Counter(str(code) for code in each if code != 200)) for port, each in codes.items()}
+        looks = {port: watch.looks(port, began, over) for port in PORTS}
         state, after = victim.state(), victim.answers()
         code = victim.stop(timeout=_END_SECONDS)
         differing = sum(one != other for one, other in zip(before, after, strict=True))
         return Soak(
-            over - began, rounds, streams.answers, samplers, noes, differing, len(before), code, victim.remains(), state
+            over - began,
+            rounds,
+            streams.answers,
+            samplers,
+            looks,
+            differing,
+            len(before),
+            code,
+            victim.remains(),
+            state,
         )
 
 

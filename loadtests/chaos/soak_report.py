@@ -10,6 +10,7 @@ import numpy as np
 
 from loadtests.chaos.drift import Sampler, drift
 from loadtests.chaos.outcomes import Answer, Outcome
+from loadtests.chaos.victim import Look
 from loadtests.results import ratio_spread, shown, spread, table
 from loadtests.serving import _interval
 
@@ -36,7 +37,7 @@ def as_figures(soak: Soak, seed: int) -> dict[str, Any]:
         "outcomes": _counts(answer.outcome for answer in soak.answers),
         "kinds": _counts(answer.label for answer in soak.answers),
         "errors": {"count": len(wrong), "first": [f"{a.label}: {a.outcome}: {a.detail}" for a in wrong[:_MAX_DETAILS]]},
-        "ports_that_said_no": soak.noes,
+        "ports": {port: _port(looks) for port, looks in soak.looks.items()},
         "greedy_answers": {"compared": soak.compared, "changed": soak.changed},
         "latency_seconds": latency(soak.answers),
         "memory": {name: memory(sampler, blocks) for name, sampler in soak.samplers.items()},
@@ -46,6 +47,16 @@ def as_figures(soak: Soak, seed: int) -> dict[str, Any]:
         "exit_code": soak.code,
     }
     return {**figures, "broken": _broken(soak, len(wrong))}
+
+
+def _port(looks: Sequence[Look]) -> dict[str, Any]:
+    seconds = [look.seconds for look in looks]
+    return {"looks": len(looks), "noes": _noes(looks), "slowest_seconds": round(max(seconds, default=0.0), 3)}
+
+
+def _noes(looks: Iterable[Look]) -> dict[str, int]:
+    """Return how often there was no yes, by the status that came, or by the error where none came."""
+    return _counts(str(look.code or look.error) for look in looks if look.code != 200)
 
 
 def _counts(items: Iterable[str]) -> dict[str, int]:
@@ -59,7 +70,7 @@ def _broken(soak: Soak, wrong: int) -> list[str]:
         f"{soak.changed} greedy answers changed": soak.changed,
         f"exit code {soak.code} after SIGTERM": soak.code,
         f"left behind: {soak.remains}": bool(soak.remains),
-        f"/health and /ready did not always say yes: {soak.noes}": any(soak.noes.values()),
+        **{f"/{port} did not always say yes: {_noes(looks)}": _noes(looks) for port, looks in soak.looks.items()},
     }
     return [text for text, is_so in found.items() if is_so]
 

@@ -11,12 +11,12 @@ import uuid
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
 
-from loadtests.chaos.faults import ENGINE_TIMEOUT
+from loadtests.chaos.faults import ENGINE_TIMEOUT, Port
 from loadtests.chaos.surroundings import SHARED_MEMORY, Place
 from tests.server import ENGINE_ENV, EXPO_SERVE, Server, free_port
 
@@ -24,6 +24,8 @@ MODEL = "chaos"
 _FLAGS = ["--max-model-len", "1024", "--enforce-eager", "--served-model-name", MODEL]
 _MARK = "EXPO_CHAOS_SERVER"
 _ASK_SECONDS = 2.0
+_LOOK_SECONDS = 5.0
+"""As the chart's readiness probe waits (``probes.readiness.timeoutSeconds``)."""
 _ANSWER_TOKENS = 24
 _QUESTIONS = Path(__file__).parents[2] / "deploy/demo/questions.jsonl"
 _NUM_QUESTIONS = 6
@@ -40,6 +42,22 @@ _NOT_THE_SERVERS = ("ballast", "faketime_shm", "sem.faketime_sem")
 """Shared memory of the faults: what fills it, and what libfaketime makes in the processes that it is loaded into."""
 # A harness in the background of a shell ignores some, and its children would inherit that.
 _DEFAULT_SIGNALS = ["env", "--default-signal=HUP,INT,QUIT,TERM"]
+
+
+class Look(NamedTuple):
+    """One answer to the question whether requests should be sent.
+
+    Args:
+        at: CLOCK_MONOTONIC in seconds when it was asked for.
+        code: the status code; None where none came.
+        seconds: how long it took.
+        error: why none came: what kind of error of the client.
+    """
+
+    at: float
+    code: int | None
+    seconds: float
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,15 +157,19 @@ class Victim(Server):
 
     def health(self) -> int | None:
         """Return the status code of ``/health``; None where it does not answer."""
-        return _code(f"{self.url}/health")
+        return self.look("health").code
 
     def ready(self) -> int | None:
         """Return the status code of ``/ready`` on the status port; None where it does not answer."""
-        return _code(f"{self.status_url}/ready")
+        return self.look("ready").code
+
+    def look(self, port: Port) -> Look:
+        """Ask one of both ports, as a kubelet does."""
+        return _ask(f"{self.url}/health" if port == "health" else f"{self.status_url}/ready", _LOOK_SECONDS)
 
     def scrape(self) -> int | None:
         """Read the metrics of the status port, as a monitoring system does; None where they are not there."""
-        return _code(f"{self.status_url}/metrics")
+        return _ask(f"{self.status_url}/metrics").code
 
     def answers(self) -> list[str]:
         """Return the greedy answers to some questions, one request at a time."""
@@ -229,11 +251,13 @@ def _segments() -> set[str]:
     return {file.name for file in SHARED_MEMORY.iterdir() if not file.name.startswith(_NOT_THE_SERVERS)}
 
 
-def _code(url: str) -> int | None:
+def _ask(url: str, seconds: float = _ASK_SECONDS) -> Look:
+    at, code, error = time.monotonic(), None, ""
     try:
-        return httpx.get(url, timeout=_ASK_SECONDS).status_code
-    except httpx.HTTPError:
-        return None
+        code = httpx.get(url, timeout=seconds, verify=False).status_code  # no certificates are loaded
+    except httpx.HTTPError as raised:
+        error = type(raised).__name__
+    return Look(at, code, time.monotonic() - at, error)
 
 
 def _questions() -> list[str]:

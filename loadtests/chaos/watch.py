@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple
 
-from loadtests.chaos.faults import Port
-from loadtests.chaos.victim import Victim
+from loadtests.chaos.faults import PORTS, Port
+from loadtests.chaos.victim import Look, Victim
 
 _INTERVAL_SECONDS = 0.4
-
-
-class Look(NamedTuple):
-    """One answer.
-
-    Args:
-        at: CLOCK_MONOTONIC in seconds when it was asked for.
-        code: the status code; None where none came.
-    """
-
-    at: float
-    code: int | None
 
 
 class Watch:
     """Asks both ports, each in a thread of its own, while the block runs; a third thread follows the state."""
 
     def __init__(self, victim: Victim) -> None:
-        self._looks: dict[Port, list[Look]] = {"health": [], "ready": []}
+        self._looks: dict[Port, list[Look]] = {port: [] for port in PORTS}
         self._ends = threading.Event()
-        asks: dict[Port, Callable[[], int | None]] = {"health": victim.health, "ready": victim.ready}
-        self._threads = [threading.Thread(target=self._run, args=item, daemon=True) for item in asks.items()]
+        self._threads = [threading.Thread(target=self._run, args=(victim, port), daemon=True) for port in self._looks]
         self._threads.append(threading.Thread(target=self._follow, args=(victim,), daemon=True))
         self.reason: str | None = None
         """The last ``error.reason`` that the status port has shown."""
@@ -56,7 +40,6 @@ class Watch:
         while not self._ends.wait(_INTERVAL_SECONDS):
             self.reason = (victim.state().get("error") or {}).get("reason", self.reason)
 
-    def _run(self, port: Port, ask: Callable[[], int | None]) -> None:
+    def _run(self, victim: Victim, port: Port) -> None:
         while not self._ends.wait(_INTERVAL_SECONDS):
-            at = time.monotonic()
-            self._looks[port].append(Look(at, ask()))
+            self._looks[port].append(victim.look(port))
