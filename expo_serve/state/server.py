@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from email.utils import formatdate
 from typing import Any
 
@@ -66,16 +67,24 @@ class StatusServer:
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle a connection; a client that goes away, or is too slow, is no event."""
+        self._keep(writer)
+        end = writer.transport.abort
+        try:
+            with suppress(OSError, asyncio.CancelledError):  # TimeoutError too; cancelled at the end of all
+                await _Connection(self, reader, writer).answer_all()
+                end = writer.close
+        finally:
+            self._open.pop(writer, None)
+            end()
+
+    def _keep(self, writer: asyncio.StreamWriter) -> None:
+        """Take in a connection; the oldest of too many has to go."""
+        writer.transport.set_write_buffer_limits(high=0)  # what is drained is in the kernel
         self._open[writer] = None
         if len(self._open) > _MAX_CONNECTIONS:
-            next(iter(self._open)).transport.abort()
-        try:
-            await _Connection(self, reader, writer).answer_all()
-            writer.close()
-        except (OSError, asyncio.CancelledError):  # TimeoutError too; cancelled at the end of all
-            writer.transport.abort()
-        finally:
-            del self._open[writer]
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.transport.abort()
 
 
 class _Connection:
@@ -97,6 +106,7 @@ class _Connection:
                 if not isinstance(self._http.next_event(), h11.EndOfMessage) or self._http.our_state is not h11.DONE:
                     return
                 self._http.start_next_cycle()
+                await asyncio.sleep(0)  # whoever sends many requests at once waits for those of others
         except h11.RemoteProtocolError as error:
             if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 await self._send(refusal(error.error_status_hint))

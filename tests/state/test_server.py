@@ -51,6 +51,15 @@ def port() -> Iterator[Port]:
         state.close()
 
 
+def scraped(port: Port, within: float = 5.0) -> float:
+    """When the metrics were read, which is noted after the answer."""
+    deadline = time.monotonic() + within
+    while "scraped" not in (status := port.state.reports("status")[0]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found: float = status["scraped"]
+    return found
+
+
 def test_routes(port: Port) -> None:
     assert httpx.get(f"{port.url}/live").json() == {"live": True, "phase": "resolve"}
     ready = httpx.get(f"{port.url}/ready")
@@ -66,8 +75,7 @@ def test_routes(port: Port) -> None:
     metrics = httpx.get(f"{port.url}/metrics")
     assert 'expo_state_phase{phase="serving"} 1.0' in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain")
-    (status,) = port.state.reports("status")
-    assert status["scraped"] <= time.monotonic()
+    assert scraped(port) <= time.monotonic()
     keeper.enter("failed")
     assert httpx.get(f"{port.url}/live").status_code == 503
 
@@ -93,6 +101,37 @@ def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> N
     assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
     assert silent[0].recv(1) == b""
     for connection in silent:
+        connection.close()
+
+
+def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
+    httpx.get(f"{port.url}/live")
+    host, number = port.url.removeprefix("http://").split(":")
+    process = psutil.Process(port.process.pid)
+    before = process.num_fds()
+    process.suspend()  # they wait in its queue, to be taken all at once
+    silent = [socket.create_connection((host, int(number))) for _ in range(90)]
+    process.resume()
+    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+    assert process.num_fds() <= before + 64
+    assert silent[0].recv(1) == b""
+    silent[-1].sendall(b"GET /live HTTP/1.1\r\nHost: here\r\n\r\n")
+    assert silent[-1].recv(4096).startswith(b"HTTP/1.1 200")
+    for connection in silent:
+        connection.close()
+
+
+def test_a_client_that_never_reads_takes_no_memory(port: Port) -> None:
+    httpx.get(f"{port.url}/live")
+    host, number = port.url.removeprefix("http://").split(":")
+    greedy = [socket.create_connection((host, int(number)), timeout=0.5) for _ in range(20)]
+    for connection in greedy:
+        with suppress(OSError):
+            for _ in range(200):
+                connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
+    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+    assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
+    for connection in greedy:
         connection.close()
 
 
