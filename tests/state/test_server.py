@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import httpx
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from expo_serve.state.shared import SharedState
 
@@ -91,6 +94,53 @@ def test_nothing_of_a_request_comes_back(port: Port) -> None:
     with socket.create_connection((host, int(number))) as connection:
         connection.sendall(b"GARBAGE secret <b>\r\n\r\n")
         assert b"secret" not in connection.recv(4096)
+
+
+_PIECES = st.sampled_from(
+    [
+        b"GET /live HTTP/1.1",
+        b"HEAD /state HTTP/1.0",
+        b"CONNECT here:1 HTTP/1.1",
+        b"OPTIONS * HTTP/1.1",
+        b"GET //ready?x HTTP/1.1",
+        b"Host: here",
+        b"Host:",
+        b"Content-Length: 5",
+        b"Content-Length: -1",
+        b"Transfer-Encoding: chunked",
+        b"Transfer-Encoding: gzip",
+        b"Connection: Upgrade",
+        b"Upgrade: websocket",
+        b"Expect: 100-continue",
+        b"X-Secret: secret",
+        b" folded",
+        b"5\r\nbytes",
+        b"0",
+        b"",
+        b"\x00secret\xff",
+    ]
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(lines=st.lists(_PIECES | st.binary(max_size=20), max_size=12), end=st.sampled_from([b"\r\n\r\n", b"\n\n", b""]))
+def test_whatever_is_sent_gets_clean_answers(port: Port, lines: list[bytes], end: bytes) -> None:
+    """Whole answers one after the other, without anything of the request; and the port goes on."""
+    host, number = port.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(number)), timeout=5) as connection:
+        got = b""
+        with suppress(ConnectionError):
+            connection.sendall(b"\r\n".join(lines) + end)
+            connection.shutdown(socket.SHUT_WR)
+            while piece := connection.recv(4096):
+                got += piece
+    assert b"secret" not in got
+    statuses = re.findall(rb"HTTP/1.1 (\d+) [A-Z]", got)
+    assert got.count(b"HTTP/1.1 ") == len(statuses)
+    assert set(statuses) <= {b"100", b"200", b"400", b"404", b"405", b"431", b"501", b"503"}
+    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
 
 
 def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> None:
