@@ -25,8 +25,10 @@ ALPHA = "0.5"
 
 
 def pytest_configure() -> None:
-    """Take SIGINT, which is ignored in whatever a shell's script starts in the background, with all of its children."""
+    """Take what a script in the background ignores (SIGINT), or one under nohup (SIGHUP), with all of its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -32,6 +33,7 @@ _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
 """Of its first line and its headers."""
 _READ_BYTES = 1 << 10
+_LONGEST_GAP = b" " * 256
 _PATIENCE_SECONDS = 20.0
 """How long a client may take for its request, and to take its answer."""
 
@@ -52,9 +54,14 @@ class StatusServer:
         """The connections, the oldest first."""
 
     async def serve(self) -> None:
-        """Answer until the task is cancelled."""
-        async with await asyncio.start_server(self._handle, sock=self._listener, limit=_READ_BYTES) as server:
-            await server.serve_forever()
+        """Answer until the task is cancelled; no connection stays open then."""
+        server = await asyncio.start_server(self._handle, sock=self._listener, limit=_READ_BYTES)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:  # not ``async with``: since Python 3.12 that waits for the clients to close their connections
+            server.close()
+            for writer in self._open:
+                writer.transport.abort()
 
     def snapshot(self) -> Mapping[str, Any]:
         """Return the state now."""
@@ -101,9 +108,10 @@ class _Connection:
             OSError: the client went away, or was too slow (TimeoutError).
         """
         try:
-            while isinstance(request := await self._next_event(), h11.Request):
-                await self._answer(request)
-                if not isinstance(self._http.next_event(), h11.EndOfMessage) or self._http.our_state is not h11.DONE:
+            while isinstance(request := await self._wait_for_event(), h11.Request):
+                has_body = not isinstance(self._next_event(), h11.EndOfMessage)
+                await self._answer(request, is_last=has_body)
+                if self._http.our_state is not h11.DONE:
                     return
                 self._http.start_next_cycle()
                 await asyncio.sleep(0)  # whoever sends many requests at once waits for those of others
@@ -111,26 +119,35 @@ class _Connection:
             if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 await self._send(refusal(error.error_status_hint))
 
-    async def _next_event(self) -> Any:
+    async def _wait_for_event(self) -> Any:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            while (event := self._http.next_event()) is h11.NEED_DATA:
+            while (event := self._next_event()) is h11.NEED_DATA:
                 self._http.receive_data(await self._reader.read(_READ_BYTES))
         return event
 
-    async def _answer(self, request: h11.Request) -> None:
+    def _next_event(self) -> Any:
+        """Return h11's next event; its time for a header grows with the square of the spaces at the value's begin."""
+        data, _ = self._http.trailing_data
+        if _LONGEST_GAP in data.replace(b"\t", b" "):
+            raise h11.RemoteProtocolError("too many spaces", error_status_hint=HTTPStatus.BAD_REQUEST)
+        return self._http.next_event()
+
+    async def _answer(self, request: h11.Request, *, is_last: bool) -> None:
         began = time.monotonic()
         method, path = request.method.decode(), request.target.decode().partition("?")[0]
-        await self._send(answer(method, path, self._server.snapshot), with_body=method != "HEAD")
+        answered = answer(method, path, self._server.snapshot)
+        await self._send(answered, with_body=method != "HEAD", is_last=is_last)
         if (method, path) == ("GET", METRICS):
             self._server.note_scrape(began)
 
-    async def _send(self, answer: Answer, *, with_body: bool = True) -> None:
+    async def _send(self, answer: Answer, *, with_body: bool = True, is_last: bool = True) -> None:
         headers = [
             ("Server", "expo-serve"),
             ("Date", formatdate(usegmt=True)),
             ("Content-Type", answer.content_type),
             ("Content-Length", str(len(answer.body))),
             ("Cache-Control", "no-store"),
+            *([("Connection", "close")] if is_last else []),
             *answer.headers,
         ]
         response = h11.Response(status_code=answer.status, headers=headers, reason=answer.status.phrase)
@@ -138,6 +155,8 @@ class _Connection:
         self._writer.write(b"".join(self._http.send(event) or b"" for event in events))
         async with asyncio.timeout(_PATIENCE_SECONDS):
             await self._writer.drain()
+        if self._writer.transport.is_closing():  # closed for a newer one: no error for those who wait
+            raise ConnectionAbortedError
 
 
 async def _serve_until_end(server: StatusServer, pipe: int) -> None:
@@ -148,6 +167,7 @@ async def _serve_until_end(server: StatusServer, pipe: int) -> None:
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve())
         await ended.wait()
+        loop.remove_reader(pipe)
         serving.cancel()
 
 

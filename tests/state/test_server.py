@@ -171,6 +171,38 @@ def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
         connection.close()
 
 
+def test_spaces_take_no_time(port: Port) -> None:
+    """Which h11 alone would take a second for: it tries to end a header's value at each of them."""
+    httpx.get(f"{port.url}/live")
+    host, number = port.url.removeprefix("http://").split(":")
+    used = sum(psutil.Process(port.process.pid).cpu_times()[:2])
+    for gap in (b" " * 15_900, b"\t " * 7_900):
+        with socket.create_connection((host, int(number)), timeout=20) as connection:
+            connection.sendall(b"GET /live HTTP/1.1\r\nHost: here\r\na:" + gap + b"\x00\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert sum(psutil.Process(port.process.pid).cpu_times()[:2]) - used < 0.5
+    spaces = " " * 200
+    assert httpx.get(f"{port.url}/live", headers={"X-Some": f"a{spaces}b"}).status_code == 200
+
+
+def test_a_scrape_that_is_cut_off_is_none(port: Port) -> None:
+    httpx.get(f"{port.url}/live")
+    host, number = port.url.removeprefix("http://").split(":")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(number)))
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 3000)
+        last = 0.0
+        while (now := scraped(port)) != last:  # until it waits for the client
+            last = now
+            time.sleep(0.5)
+        others = [socket.create_connection((host, int(number))) for _ in range(70)]
+        assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+        assert scraped(port) == last
+        for other in others:
+            other.close()
+
+
 def test_a_client_that_never_reads_takes_no_memory(port: Port) -> None:
     httpx.get(f"{port.url}/live")
     host, number = port.url.removeprefix("http://").split(":")
@@ -209,6 +241,7 @@ def test_requests_follow_each_other_on_a_connection(port: Port) -> None:
     for sent, expected in (
         (request + b"\r\n" + request + b"Connection: close\r\n\r\n", 2),
         (request + b"Content-Length: 4\r\n\r\nbody" + request + b"\r\n", 1),
+        (request + b"Content-Length: 0\r\n\r\n" + request + b"Connection: close\r\n\r\n", 2),
         (b"GET /live HTTP/1.0\r\n\r\n" + request + b"\r\n", 1),
     ):
         with socket.create_connection((host, int(number)), timeout=5) as connection:
@@ -217,6 +250,7 @@ def test_requests_follow_each_other_on_a_connection(port: Port) -> None:
             while piece := connection.recv(4096):
                 got += piece
             assert got.count(b"HTTP/1.1 200 OK") == got.count(b'"live": true') == expected
+            assert got.lower().count(b"connection: close") == 1  # said by the last one
 
 
 def test_one_thread_answers_all(port: Port) -> None:
