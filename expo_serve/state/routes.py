@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from expo_serve.state.exposition import exposition
 
 METRICS = "/metrics"
-METHODS = ("GET", "HEAD")
+_METHODS = ("GET", "HEAD")
 _JSON = "application/json"
 _TEXT = "text/plain; version=1.0.0; charset=utf-8"
 
@@ -44,8 +44,8 @@ def answer(method: str, path: str, take: Callable[[], Snapshot]) -> Answer:
     route = _ROUTES.get(path)
     if route is None:
         return refusal(HTTPStatus.NOT_FOUND, f"not found; there are {', '.join(_ROUTES)}")
-    if method not in METHODS:
-        return refusal(HTTPStatus.METHOD_NOT_ALLOWED)._replace(headers=(("Allow", ", ".join(METHODS)),))
+    if method not in _METHODS:
+        return refusal(HTTPStatus.METHOD_NOT_ALLOWED)._replace(headers=(("Allow", ", ".join(_METHODS)),))
     return route(take())
 
 

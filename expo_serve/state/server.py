@@ -33,7 +33,8 @@ _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
 """Of its first line and its headers."""
 _READ_BYTES = 1 << 10
-_LONGEST_GAP = b" " * 256
+_TOO_MANY_SPACES = b" " * 256
+"""h11's time for a header grows with the square of the spaces before its value."""
 _PATIENCE_SECONDS = 20.0
 """How long a client may take for its request, and to take its answer."""
 
@@ -126,9 +127,8 @@ class _Connection:
         return event
 
     def _next_event(self) -> Any:
-        """Return h11's next event; its time for a header grows with the square of the spaces at the value's begin."""
         data, _ = self._http.trailing_data
-        if _LONGEST_GAP in data.replace(b"\t", b" "):
+        if _TOO_MANY_SPACES in data.replace(b"\t", b" "):
             raise h11.RemoteProtocolError("too many spaces", error_status_hint=HTTPStatus.BAD_REQUEST)
         return self._http.next_event()
 
@@ -140,18 +140,18 @@ class _Connection:
         if (method, path) == ("GET", METRICS):
             self._server.note_scrape(began)
 
-    async def _send(self, answer: Answer, *, with_body: bool = True, is_last: bool = True) -> None:
+    async def _send(self, given: Answer, *, with_body: bool = True, is_last: bool = True) -> None:
         headers = [
             ("Server", "expo-serve"),
             ("Date", formatdate(usegmt=True)),
-            ("Content-Type", answer.content_type),
-            ("Content-Length", str(len(answer.body))),
+            ("Content-Type", given.content_type),
+            ("Content-Length", str(len(given.body))),
             ("Cache-Control", "no-store"),
             *([("Connection", "close")] if is_last else []),
-            *answer.headers,
+            *given.headers,
         ]
-        response = h11.Response(status_code=answer.status, headers=headers, reason=answer.status.phrase)
-        events = [response, *([h11.Data(answer.body)] if with_body else []), h11.EndOfMessage()]
+        response = h11.Response(status_code=given.status, headers=headers, reason=given.status.phrase)
+        events = [response, *([h11.Data(given.body)] if with_body else []), h11.EndOfMessage()]
         self._writer.write(b"".join(self._http.send(event) or b"" for event in events))
         async with asyncio.timeout(_PATIENCE_SECONDS):
             await self._writer.drain()

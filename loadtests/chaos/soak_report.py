@@ -65,12 +65,13 @@ def _counts(items: Iterable[str]) -> dict[str, int]:
 
 def _broken(soak: Soak, wrong: int) -> list[str]:
     """Return what was not as it must be."""
+    noes = {port: _noes(looks) for port, looks in soak.looks.items()}
     found = {
         f"{wrong} requests failed": wrong,
         f"{soak.changed} greedy answers changed": soak.changed,
         f"exit code {soak.code} after SIGTERM": soak.code,
         f"left behind: {soak.remains}": bool(soak.remains),
-        **{f"/{port} did not always say yes: {_noes(looks)}": _noes(looks) for port, looks in soak.looks.items()},
+        **{f"/{port} did not always say yes: {each}": each for port, each in noes.items()},
     }
     return [text for text, is_so in found.items() if is_so]
 

@@ -29,7 +29,16 @@ class Port(NamedTuple):
 
     state: SharedState
     process: subprocess.Popen[bytes]
-    url: str
+    address: tuple[str, int]
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{self.address[0]}:{self.address[1]}"
+
+    def connect(self, timeout: float | None = None) -> socket.socket:
+        """Open a connection."""
+        return socket.create_connection(self.address, timeout)
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def port() -> Iterator[Port]:
         pass_fds=descriptors,
     )
     try:
-        yield Port(state, process, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield Port(state, process, listener.getsockname())
     finally:
         process.kill()
         process.wait()
@@ -90,8 +99,7 @@ def test_nothing_of_a_request_comes_back(port: Port) -> None:
         assert json.loads(answer.text)["error"]["code"] == status
         assert ("allow" in answer.headers) == (status == 405)
         assert "secret" not in answer.text + str(answer.headers)
-    host, number = port.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(number))) as connection:
+    with port.connect() as connection:
         connection.sendall(b"GARBAGE secret <b>\r\n\r\n")
         assert b"secret" not in connection.recv(4096)
 
@@ -128,8 +136,7 @@ _PIECES = st.sampled_from(
 @given(lines=st.lists(_PIECES | st.binary(max_size=20), max_size=12), end=st.sampled_from([b"\r\n\r\n", b"\n\n", b""]))
 def test_whatever_is_sent_gets_clean_answers(port: Port, lines: list[bytes], end: bytes) -> None:
     """Whole answers one after the other, without anything of the request; and the port goes on."""
-    host, number = port.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(number)), timeout=5) as connection:
+    with port.connect(5) as connection:
         got = b""
         with suppress(ConnectionError):
             connection.sendall(b"\r\n".join(lines) + end)
@@ -144,10 +151,9 @@ def test_whatever_is_sent_gets_clean_answers(port: Port, lines: list[bytes], end
 
 
 def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> None:
-    host, number = port.url.removeprefix("http://").split(":")
-    silent = [socket.create_connection((host, int(number))) for _ in range(40)]
+    silent = [port.connect() for _ in range(40)]
     assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-    silent += [socket.create_connection((host, int(number))) for _ in range(60)]  # beyond what is held open
+    silent += [port.connect() for _ in range(60)]  # beyond what is held open
     assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
     assert silent[0].recv(1) == b""
     for connection in silent:
@@ -156,11 +162,10 @@ def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> N
 
 def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
     httpx.get(f"{port.url}/live")
-    host, number = port.url.removeprefix("http://").split(":")
     process = psutil.Process(port.process.pid)
     before = process.num_fds()
     process.suspend()  # they wait in its queue, to be taken all at once
-    silent = [socket.create_connection((host, int(number))) for _ in range(90)]
+    silent = [port.connect() for _ in range(90)]
     process.resume()
     assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
     assert process.num_fds() <= before + 64
@@ -174,10 +179,9 @@ def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
 def test_spaces_take_no_time(port: Port) -> None:
     """Which h11 alone would take a second for: it tries to end a header's value at each of them."""
     httpx.get(f"{port.url}/live")
-    host, number = port.url.removeprefix("http://").split(":")
     used = sum(psutil.Process(port.process.pid).cpu_times()[:2])
     for gap in (b" " * 15_900, b"\t " * 7_900):
-        with socket.create_connection((host, int(number)), timeout=20) as connection:
+        with port.connect(20) as connection:
             connection.sendall(b"GET /live HTTP/1.1\r\nHost: here\r\na:" + gap + b"\x00\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
     assert sum(psutil.Process(port.process.pid).cpu_times()[:2]) - used < 0.5
@@ -187,16 +191,15 @@ def test_spaces_take_no_time(port: Port) -> None:
 
 def test_a_scrape_that_is_cut_off_is_none(port: Port) -> None:
     httpx.get(f"{port.url}/live")
-    host, number = port.url.removeprefix("http://").split(":")
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect((host, int(number)))
+        slow.connect(port.address)
         slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 3000)
         seen = [scraped(port)]
         while len(seen) < 5 or seen[-5] != seen[-1]:  # until it waits for the client
             time.sleep(0.4)
             seen.append(scraped(port))
-        others = [socket.create_connection((host, int(number))) for _ in range(70)]
+        others = [port.connect() for _ in range(70)]
         assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
         assert scraped(port) == seen[-1]
         for other in others:
@@ -205,8 +208,7 @@ def test_a_scrape_that_is_cut_off_is_none(port: Port) -> None:
 
 def test_a_client_that_never_reads_takes_no_memory(port: Port) -> None:
     httpx.get(f"{port.url}/live")
-    host, number = port.url.removeprefix("http://").split(":")
-    greedy = [socket.create_connection((host, int(number)), timeout=0.5) for _ in range(20)]
+    greedy = [port.connect(0.5) for _ in range(20)]
     for connection in greedy:
         with suppress(OSError):
             for _ in range(200):
@@ -220,11 +222,10 @@ def test_a_client_that_never_reads_takes_no_memory(port: Port) -> None:
 def test_requests_without_end_take_no_memory(port: Port) -> None:
     """Whatever comes is read up to a bound, for each of the connections."""
     httpx.get(f"{port.url}/live")
-    host, number = port.url.removeprefix("http://").split(":")
     answers = []
     for first in (b"GET /live HTTP/1.1\r\n", b"GET /"):
         for _ in range(30):
-            with socket.create_connection((host, int(number)), timeout=5) as connection, suppress(OSError):
+            with port.connect(5) as connection, suppress(OSError):
                 connection.sendall(first)
                 for name in range(90):
                     connection.sendall(b"X-%d: " % name + b"x" * 60_000 + b"\r\n")
@@ -236,7 +237,6 @@ def test_requests_without_end_take_no_memory(port: Port) -> None:
 
 def test_requests_follow_each_other_on_a_connection(port: Port) -> None:
     """Sent before the first answer, with a body that nobody reads, and by a client of HTTP/1.0."""
-    host, number = port.url.removeprefix("http://").split(":")
     request = b"GET /live HTTP/1.1\r\nHost: here\r\n"
     for sent, expected in (
         (request + b"\r\n" + request + b"Connection: close\r\n\r\n", 2),
@@ -244,7 +244,7 @@ def test_requests_follow_each_other_on_a_connection(port: Port) -> None:
         (request + b"Content-Length: 0\r\n\r\n" + request + b"Connection: close\r\n\r\n", 2),
         (b"GET /live HTTP/1.0\r\n\r\n" + request + b"\r\n", 1),
     ):
-        with socket.create_connection((host, int(number)), timeout=5) as connection:
+        with port.connect(5) as connection:
             connection.sendall(sent)
             got = b""
             while piece := connection.recv(4096):
@@ -271,8 +271,7 @@ def test_it_ends_with_the_command_only(port: Port) -> None:
         os.kill(port.process.pid, number)
     assert httpx.get(f"{port.url}/live").status_code == 200
     assert port.process.stdin is not None
-    host, _, place = port.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(place))) as silent:
+    with port.connect() as silent:
         silent.sendall(b"GET /live HTTP/1.1\r\n")
         port.process.stdin.close()
         assert port.process.wait(5) == 0
