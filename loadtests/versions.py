@@ -112,18 +112,17 @@ def measure_loads(folders: dict[str, Path], pair: Pair, rounds: int) -> dict[str
 def _loader(folder: Path, pair: Pair) -> Iterator[subprocess.Popen[str]]:
     """Start a process that loads when it is told to."""
     script = str(Path(__file__).with_name("version_loads.py"))
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, script, pair.size, str(pair.base.resolve()), str(pair.aligned.resolve())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**ENGINE_ENV, **_environment(folder)},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _load(loader: subprocess.Popen[str]) -> dict[str, Any]:

@@ -66,16 +66,15 @@ class Family:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._status is not None:
-            self._status.kill()
-            self._status.wait()
+        self._hide()
         if self._folder:
             remove = partial(shutil.rmtree, self._folder, ignore_errors=True)
             processes.in_time(remove, None, REMOVE_SECONDS)
         self.state.close()
 
     def _show(self) -> None:
-        """Start the status process."""
+        """Start the status process, in the place of one that ended."""
+        self._hide()
         if self._listener is not None:
             descriptors = (self._listener.fileno(), self.state.descriptor)
             self._status = subprocess.Popen(
@@ -84,6 +83,11 @@ class Family:
                 pass_fds=descriptors,
                 env=_environment(),
             )
+
+    def _hide(self) -> None:
+        if self._status is not None:
+            with self._status as process:  # closes its pipe and waits
+                process.kill()
 
     def keep(self, request: dict[str, Any]) -> int:
         """Start the keeper and wait for its end; returns the exit code.

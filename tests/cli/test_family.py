@@ -111,8 +111,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     yield begin
     for command in commands:
-        command.process.kill()
-        command.process.wait()
+        with command.process as process:
+            process.kill()
     assert list(tmp_path.iterdir()) == []
 
 

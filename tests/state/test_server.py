@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 import httpx
@@ -49,18 +49,14 @@ def port() -> Iterator[Port]:
     state.reporter("command", started=now, started_at=time.time(), alpha="0.5", phases={"resolve": now})
     listener = socket.create_server(("127.0.0.1", 0))
     descriptors = (listener.fileno(), state.descriptor)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "expo_serve.state.server", *map(str, descriptors)],
-        stdin=subprocess.PIPE,
-        pass_fds=descriptors,
-    )
-    try:
+    command = [sys.executable, "-m", "expo_serve.state.server", *map(str, descriptors)]
+    with (
+        closing(state),
+        listener,
+        subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=descriptors) as process,
+    ):
         yield Port(state, process, listener.getsockname())
-    finally:
         process.kill()
-        process.wait()
-        listener.close()
-        state.close()
 
 
 def scraped(port: Port, within: float = 5.0) -> float:
