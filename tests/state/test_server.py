@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple
 
 import httpx
@@ -39,6 +39,12 @@ class Port(NamedTuple):
     def connect(self, timeout: float | None = None) -> socket.socket:
         """Open a connection."""
         return socket.create_connection(self.address, timeout)
+
+    @contextmanager
+    def crowd(self, number: int, timeout: float | None = None) -> Iterator[list[socket.socket]]:
+        """Open connections, the oldest first, and close them at the end."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.connect(timeout)) for _ in range(number)]
 
 
 @pytest.fixture
@@ -147,13 +153,11 @@ def test_whatever_is_sent_gets_clean_answers(port: Port, lines: list[bytes], end
 
 
 def test_clients_that_say_nothing_do_not_keep_it_from_answering(port: Port) -> None:
-    silent = [port.connect() for _ in range(40)]
-    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-    silent += [port.connect() for _ in range(60)]  # beyond what is held open
-    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-    assert silent[0].recv(1) == b""
-    for connection in silent:
-        connection.close()
+    with port.crowd(40) as silent:
+        assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+        with port.crowd(60):  # beyond what is held open
+            assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+            assert silent[0].recv(1) == b""
 
 
 def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
@@ -161,15 +165,13 @@ def test_however_many_come_at_once_the_newest_stay(port: Port) -> None:
     process = psutil.Process(port.process.pid)
     before = process.num_fds()
     process.suspend()  # they wait in its queue, to be taken all at once
-    silent = [port.connect() for _ in range(90)]
-    process.resume()
-    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-    assert process.num_fds() <= before + 64
-    assert silent[0].recv(1) == b""
-    silent[-1].sendall(b"GET /live HTTP/1.1\r\nHost: here\r\n\r\n")
-    assert silent[-1].recv(4096).startswith(b"HTTP/1.1 200")
-    for connection in silent:
-        connection.close()
+    with port.crowd(90) as silent:
+        process.resume()
+        assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+        assert process.num_fds() <= before + 64
+        assert silent[0].recv(1) == b""
+        silent[-1].sendall(b"GET /live HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert silent[-1].recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_spaces_take_no_time(port: Port) -> None:
@@ -195,24 +197,20 @@ def test_a_scrape_that_is_cut_off_is_none(port: Port) -> None:
         while len(seen) < 5 or seen[-5] != seen[-1]:  # until it waits for the client
             time.sleep(0.4)
             seen.append(scraped(port))
-        others = [port.connect() for _ in range(70)]
-        assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-        assert scraped(port) == seen[-1]
-        for other in others:
-            other.close()
+        with port.crowd(70):
+            assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+            assert scraped(port) == seen[-1]
 
 
 def test_a_client_that_never_reads_takes_no_memory(port: Port) -> None:
     httpx.get(f"{port.url}/live")
-    greedy = [port.connect(0.5) for _ in range(20)]
-    for connection in greedy:
-        with suppress(OSError):
-            for _ in range(200):
-                connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
-    assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
-    assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
-    for connection in greedy:
-        connection.close()
+    with port.crowd(20, timeout=0.5) as greedy:
+        for connection in greedy:
+            with suppress(OSError):
+                for _ in range(200):
+                    connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
+        assert httpx.get(f"{port.url}/live", timeout=5).status_code == 200
+        assert psutil.Process(port.process.pid).memory_full_info().pss < MAX_BYTES
 
 
 def test_requests_without_end_take_no_memory(port: Port) -> None:
